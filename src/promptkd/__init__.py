@@ -1,0 +1,48 @@
+"""promptkd: distil a large generative language model into a small one.
+
+    import promptkd as pk
+
+    run = pk.distill(student="runs/student-init", teacher="gpt2-xl", data="dolly.jsonl",
+                     method=pk.methods.promptkd(length=7), output="runs/promptkd")
+    scores = pk.evaluate(run, data="self_instruct.jsonl", seeds=(10, 20, 30, 40, 50))
+
+Names are imported when used, so that ``import promptkd`` and the command line answer at once.
+"""
+
+import importlib
+from typing import Any
+
+from promptkd.errors import UserError
+
+_HOMES = {
+    "distill": "promptkd.api",
+    "train": "promptkd.api",
+    "evaluate": "promptkd.evaluation",
+    "init_student": "promptkd.pruning",
+    "Method": "promptkd.methods",
+    "Term": "promptkd.methods",
+}
+_MODULES = ("methods", "divergences", "objectives", "rollouts", "teachers")
+
+__all__ = [
+    "Method",
+    "Term",
+    "UserError",
+    "distill",
+    "divergences",
+    "evaluate",
+    "init_student",
+    "methods",
+    "objectives",
+    "rollouts",
+    "teachers",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"promptkd.{name}")
+    raise AttributeError(f"module 'promptkd' has no attribute '{name}'")

@@ -1,0 +1,3 @@
+from promptkd.cli import main
+
+main()

@@ -1,0 +1,50 @@
+"""The library's verbs, as Python functions."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from promptkd.config import Recipe, recipe_from_dict
+from promptkd.methods import Method, build_method
+from promptkd.trainer import Trainer
+
+
+def train(recipe: Recipe, method: Method | None = None) -> Path:
+    """Run a recipe to its end, or go on with it; returns the run directory.
+
+    Raises:
+        UserError: for bad input, in one sentence; nothing that was saved is lost.
+    """
+    if method is None:
+        method = build_method(recipe.method.name, **recipe.method.options)
+    trainer = Trainer(recipe, method)
+    trainer.run()
+    return trainer.output
+
+
+def distill(student: str | Path, teacher: str | Path | None, data: str | Sequence[str], *,
+            method: Method, output: str | Path, **options: Any) -> Path:  # fmt: skip
+    """Distil a teacher into a student.
+
+    Args:
+        student: the student's start: hub id, directory, .gguf file or finished run.
+        teacher: the same for the teacher; None for methods without one.
+        data: training data: path, glob or hub id, or several.
+        method: from ``promptkd.methods``, or your own composition.
+        output: the run directory; a stopped run in it goes on.
+        options: the recipe's other keys, as nested dictionaries (``optimization={"epochs": 1}``).
+
+    Returns:
+        The run directory.
+
+    Raises:
+        UserError: for bad input, in one sentence.
+    """
+    raw: dict[str, Any] = {"optimization": {"epochs": 1}, **options}
+    raw["student"] = {"model": str(student), **raw.get("student", {})}
+    if teacher is not None:
+        raw["teacher"] = {"model": str(teacher)}
+    raw["data"] = {**raw.get("data", {}), "train": data}
+    raw["method"] = {"name": method.name}
+    raw["output"] = str(output)
+    return train(recipe_from_dict(raw), method)

@@ -1,0 +1,223 @@
+"""The recipe: what a user writes in YAML, validated when read. Imports no torch.
+
+Keys follow Hugging Face's names where one exists. Defaults are those of PromptKD's GPT-2 base run
+(arXiv:2402.12842, appendix A and the authors' script) unless a field says otherwise.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from promptkd.errors import UserError
+
+FAMILIAR_NAMES = {
+    "lmbda": "student_share",
+    "lambda": "student_share",
+    "model": "student",
+    "teacher_model": "teacher",
+    "train_dataset": "data.train",
+    "eval_dataset": "data.validation",
+    "per_device_train_batch_size": "micro_batch_tokens",
+    "gradient_accumulation_steps": "global_batch_size",
+    "batch_size": "global_batch_size",
+    "max_new_tokens": "max_response_tokens",
+    "max_prompt_length": "max_request_tokens",
+    "num_train_epochs": "epochs",
+    "bf16": "precision",
+    "save_steps": "checkpoints.every_steps",
+    "eval_steps": "evaluation.every_steps",
+    "report_to": "tracking",
+    "output_dir": "output",
+    "lr": "learning_rate",
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StudentSection(Section):
+    model: str = Field(description="hub id, directory, a .gguf file, or a finished run's directory")
+
+
+class TeacherSection(Section):
+    model: str = Field(description="hub id, directory, a .gguf file, or a finished run's directory")
+
+
+class MethodSection(Section):
+    """A name of ``promptkd.methods.METHODS`` or ``module:function``; the rest are its options."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+    name: str = "promptkd"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class DataSection(Section):
+    train: tuple[str, ...] = Field(description="path, glob or hub id, or a list of them")
+    validation: tuple[str, ...] = Field(default=(), description="held-out data, same formats")
+    template: str = Field(default="alpaca", description="alpaca | chat | none | a Jinja file")
+    max_request_tokens: int = Field(default=256, ge=1)
+    max_response_tokens: int = Field(default=256, ge=1)
+
+    @field_validator("train", "validation", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+
+class SamplingSection(Section):
+    engine: Literal["transformers", "vllm"] = "transformers"
+    temperature: float = Field(default=1.0, ge=0, description="0 is greedy decoding")
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0, description="0 keeps every token")
+
+
+class OptimizationSection(Section):
+    learning_rate: float = Field(default=5e-5, ge=0)
+    teacher_learning_rate: float = Field(default=5e-5, ge=0, description="soft prompt's or LoRA's")
+    global_batch_size: int = Field(default=32, ge=1, description="requests a step, over all ranks")
+    micro_batch_tokens: int = Field(default=4096, ge=1, description="padded tokens per forward")
+    max_steps: int | None = Field(default=None, ge=1, description="optimizer steps")
+    epochs: float | None = Field(default=None, gt=0, description="used when max_steps is not given")
+    warmup_steps: int = Field(default=0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    weight_decay: float = Field(default=0.01, ge=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    teacher_step: Literal["before_student", "with_student"] = "before_student"
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _length_of_training(self) -> "OptimizationSection":
+        if (self.max_steps is None) == (self.epochs is None):
+            raise ValueError(
+                f"max_steps is {self.max_steps} and epochs is {self.epochs}: give exactly one"
+            )
+        return self
+
+
+class EvaluationSection(Section):
+    every_steps: int = Field(default=44, ge=0, description="0 evaluates at the end only")
+    metric: Literal["rouge_l", "exact_match", "reverse_kl_to_teacher", "validation_loss"] = (
+        "rouge_l"
+    )
+    num_examples: int = Field(default=200, ge=1)
+
+
+class CheckpointSection(Section):
+    every_steps: int = Field(default=44, ge=1)
+    keep: int = Field(default=2, ge=1)
+
+
+class Recipe(Section):
+    """Everything that defines a run."""
+
+    student: StudentSection
+    teacher: TeacherSection | None = None
+    method: MethodSection = MethodSection()
+    data: DataSection
+    sampling: SamplingSection = SamplingSection()
+    optimization: OptimizationSection
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        default="auto", description="auto: bf16 where the processor multiplies it natively"
+    )
+    evaluation: EvaluationSection = EvaluationSection()
+    checkpoints: CheckpointSection = CheckpointSection()
+    tracking: tuple[str, ...] = ()
+    seed: int = 0
+    output: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude_none=True)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe file and apply ``key=value`` overrides (dotted keys, YAML values).
+
+    Raises:
+        UserError: if the file is missing or not YAML, or a key or value is wrong.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise UserError(f"Recipe {path}: {error.strerror}. Name an existing YAML file.") from None
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"Recipe {path} is not valid YAML: {error}") from None
+    if not isinstance(raw, dict):
+        raise UserError(f"Recipe {path} holds no keys. A recipe is a mapping; see recipes/.")
+    for override in overrides:
+        _apply_override(raw, override)
+    return recipe_from_dict(raw)
+
+
+def recipe_from_dict(raw: dict[str, Any]) -> Recipe:
+    """Validate a recipe given as nested dictionaries.
+
+    Raises:
+        UserError: for an unknown key (with the nearest known one) or a value out of range.
+    """
+    try:
+        return Recipe.model_validate(raw)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(item) for item in error.errors())) from None
+
+
+def suggest(word: str, known: list[str]) -> str:
+    """``; did you mean 'x'?`` for the nearest known word, or the list of known ones."""
+    familiar = FAMILIAR_NAMES.get(word)
+    if familiar and any(familiar.rpartition(".")[2] == name.rpartition(".")[2] for name in known):
+        return f"; did you mean '{familiar}'?"
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; did you mean '{familiar}'?" if familiar else f"; known: {', '.join(known)}"
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"Override '{override}' has no '='. Write key=value, as in seed=1.")
+    parts = key.split(".")
+    node = raw
+    for part in parts[:-1]:
+        child = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise UserError(f"Override '{override}': '{part}' is a value, not a section.")
+        node = child
+    node[parts[-1]] = _yaml_value(value)
+
+
+def _yaml_value(text: str) -> Any:
+    value = yaml.safe_load(text)
+    if isinstance(value, str):  # YAML 1.1 reads 5e-5 as a string
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(item: Any) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        model: Any = Recipe
+        for part in location[:-1]:
+            annotation = model.model_fields[part].annotation
+            options = getattr(annotation, "__args__", (annotation,))
+            model = next(option for option in options if hasattr(option, "model_fields"))
+        return f"unknown key '{key}'{suggest(location[-1], list(model.model_fields))}"
+    if item["type"] == "missing":
+        return f"'{key}' is missing from the recipe."
+    return f"'{key}' is {item['input']!r}: {item['msg'].removeprefix('Value error, ')}."

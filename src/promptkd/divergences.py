@@ -1,0 +1,137 @@
+"""How far apart two next-token distributions are: ``(learner, target) -> nats per token``.
+
+Both arguments are natural-log probabilities over the same vocabulary, one row per response token.
+The functions know no masks, chunks or devices, and never detach: who learns is the caller's affair.
+With p = target and q = learner (methods.md, section 1):
+
+    forward_kl          KL(p || q)
+    reverse_kl          KL(q || p)
+    generalized_jsd     beta KL(p || m) + (1 - beta) KL(q || m),  m = beta p + (1 - beta) q
+    skew_forward_kl     KL(p || skew p + (1 - skew) q)
+    skew_reverse_kl     KL(q || (1 - skew) p + skew q)
+    total_variation     1/2 sum |p - q|                          (a probability, not nats)
+    adaptive_kl         w KL(p || q) + (1 - w) KL(q || p),  w from the head's share of the gap
+"""
+
+import math
+from collections.abc import Callable
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+LogProbs: TypeAlias = Float[Tensor, "tokens vocab"]
+PerToken: TypeAlias = Float[Tensor, " tokens"]
+DivergenceFunction: TypeAlias = Callable[..., PerToken]
+
+
+def kl(first: LogProbs, second: LogProbs) -> PerToken:
+    """KL(first || second) = sum_v first_v (log first_v - log second_v); 0 log 0 counts as 0."""
+    possible = first > -torch.inf
+    return (first.exp() * torch.where(possible, first - second, 0.0)).sum(-1)
+
+
+def forward_kl(learner: LogProbs, target: LogProbs) -> PerToken:
+    """KL(target || learner): the learner must cover all that the target might say.
+
+    Source: Hinton et al. 2015.
+
+    >>> forward_kl(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.5, 0.5]]).log())
+    tensor([0.])
+    """
+    return kl(target, learner)
+
+
+def reverse_kl(learner: LogProbs, target: LogProbs) -> PerToken:
+    """KL(learner || target): the learner must say only what the target might say.
+
+    Source: Gu et al. 2023, arXiv:2306.08543; PromptKD, arXiv:2402.12842, Eq. 1, 2 and 4.
+
+    >>> reverse_kl(torch.tensor([[1.0, 0.0]]).log(), torch.tensor([[0.5, 0.5]]).log())
+    tensor([0.6931])
+    """
+    return kl(learner, target)
+
+
+def generalized_jsd(learner: LogProbs, target: LogProbs, beta: float = 0.5) -> PerToken:
+    """Beta KL(target || m) + (1 - beta) KL(learner || m), m = beta target + (1 - beta) learner.
+
+    Divided by beta it tends to the forward KL as beta -> 0, divided by 1 - beta to the reverse KL
+    as beta -> 1; the divergence itself vanishes at both ends, so they are refused.
+
+    Raises:
+        ValueError: if beta is not strictly between 0 and 1.
+
+    Source: GKD, arXiv:2306.13649, Eq. 1.
+    """
+    if not 0 < beta < 1:
+        raise ValueError(
+            f"beta is {beta}: the generalised JSD is zero there. Use 0 < beta < 1, "
+            "or forward_kl or reverse_kl for the limits."
+        )
+    mixture = _mix(target, learner, beta)
+    return beta * kl(target, mixture) + (1 - beta) * kl(learner, mixture)
+
+
+def skew_forward_kl(learner: LogProbs, target: LogProbs, skew: float = 0.1) -> PerToken:
+    """KL(target || skew target + (1 - skew) learner); at most log(1 / skew) nats.
+
+    Source: DistiLLM, arXiv:2402.03898, Eq. 3.
+    """
+    return kl(target, _mix(target, learner, skew))
+
+
+def skew_reverse_kl(learner: LogProbs, target: LogProbs, skew: float = 0.1) -> PerToken:
+    """KL(learner || (1 - skew) target + skew learner); at most log(1 / skew) nats.
+
+    Source: DistiLLM, arXiv:2402.03898, section 3.1.
+    """
+    return kl(learner, _mix(learner, target, skew))
+
+
+def total_variation(learner: LogProbs, target: LogProbs) -> PerToken:
+    """Half the absolute difference of the probabilities, between 0 and 1.
+
+    Source: f-distill, arXiv:2307.15190.
+    """
+    return 0.5 * (learner.exp() - target.exp()).abs().sum(-1)
+
+
+def adaptive_kl(learner: LogProbs, target: LogProbs, head_mass: float = 0.5) -> PerToken:
+    """Forward and reverse KL weighted by where the learner is wrong, in the head or in the tail.
+
+    head = the target's most probable tokens down to cumulative mass ``head_mass``; g = sum |p - q|
+    over a part; g_head/(g_head+g_tail) KL(p||q) + g_tail/(g_head+g_tail) KL(q||p). The weights
+    carry no gradient, as in DSKD's code; TAID's code lets them, and sums the wrong tokens.
+
+    Source: AKL, arXiv:2404.02657.
+    """
+    with torch.no_grad():
+        p, order = target.exp().sort(-1, descending=True)
+        gap = (p - learner.exp().gather(-1, order)).abs()
+        head = p.cumsum(-1) - p < head_mass
+        head_gap, whole_gap = (gap * head).sum(-1), gap.sum(-1)
+        weight = torch.where(whole_gap > 0, head_gap / whole_gap, 0.5)
+    return weight * kl(target, learner) + (1 - weight) * kl(learner, target)
+
+
+def _mix(first: LogProbs, second: LogProbs, share: float) -> LogProbs:
+    """log(share first + (1 - share) second)."""
+    if share == 0:
+        return second
+    return torch.logaddexp(first + math.log(share), second + math.log1p(-share))
+
+
+DIVERGENCES: dict[str, DivergenceFunction] = {
+    function.__name__: function
+    for function in (
+        forward_kl,
+        reverse_kl,
+        generalized_jsd,
+        skew_forward_kl,
+        skew_reverse_kl,
+        total_variation,
+        adaptive_kl,
+    )
+}

@@ -1,0 +1,256 @@
+"""Writing responses, token by token, with key-value caches.
+
+Sampling is a function of (model, request, seed) alone: every request draws its own uniform numbers,
+so batch size, batch order and number of ranks don't change what is written (beyond float noise).
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    NoRepeatNGramLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from promptkd.models import LanguageModel
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How tokens are chosen; kept beside every score.
+
+    Attributes:
+        max_new_tokens: including the stop token.
+        temperature: 0 is greedy.
+        top_k: 0 keeps every token.
+        no_repeat_ngram_size: 0 blocks nothing. The authors' test script blocks repeated 6-grams,
+            their validation and training don't (paper.md, section 9).
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    no_repeat_ngram_size: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Response:
+    """What was written; the logprobs (nats) are there when two models wrote together."""
+
+    token_ids: Tokens
+    student_logprobs: tuple[float, ...] = ()
+    teacher_logprobs: tuple[float, ...] = ()
+
+    def annotations(self) -> dict[str, tuple[float, ...]]:
+        """The logprobs by name, if there are any."""
+        if not self.student_logprobs:
+            return {}
+        return {
+            "student_logprobs": self.student_logprobs,
+            "teacher_logprobs": self.teacher_logprobs,
+        }
+
+
+@dataclass(frozen=True)
+class CoAuthor:
+    """A second model whose next-token probabilities are mixed in with weight ``share``."""
+
+    model: LanguageModel
+    share: float
+
+
+class TransformersEngine:
+    """Writes with the model's own weights: no copy to keep in step, except in mixed precision."""
+
+    def __init__(self, model: LanguageModel, stop_ids: Sequence[int]):
+        self.stop_ids = torch.tensor(stop_ids, device=model.device)
+        self._model = model
+        self._working_copy: LanguageModel | None = None
+        if model.dtype != model.module.dtype:
+            module = copy.deepcopy(model.module).to(model.dtype).requires_grad_(False)
+            self._working_copy = LanguageModel(module, model.vocabulary, model.dtype)
+
+    @torch.no_grad()
+    def write(self, requests: Sequence[Tokens], seeds: Sequence[Sequence[int]],
+              decoding: Decoding, *, soft_prompt: Tensor | None = None,
+              co_author: CoAuthor | None = None, max_batch_tokens: int = 32768,
+              ) -> list[Response]:  # fmt: skip
+        """One response per request, in the order of the requests.
+
+        Args:
+            requests: token ids.
+            seeds: one seed per request: any short sequence of non-negative integers.
+            decoding: how tokens are chosen.
+            soft_prompt: vectors in front of every request.
+            co_author: a second model that writes along.
+            max_batch_tokens: rows x (request + response) written at once; bounds the caches.
+        """
+        model = self._current()
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i]), reverse=True)
+        responses: dict[int, Response] = {}
+        while order:
+            longest = len(requests[order[0]]) + decoding.max_new_tokens
+            rows = max(1, max_batch_tokens // longest)
+            group, order = order[:rows], order[rows:]
+            written = self._write_group(
+                model, [requests[i] for i in group], [seeds[i] for i in group],
+                decoding, soft_prompt, co_author,
+            )  # fmt: skip
+            responses.update(zip(group, written, strict=True))
+        return [responses[i] for i in range(len(requests))]
+
+    def _current(self) -> LanguageModel:
+        if self._working_copy is None:
+            return self._model
+        pairs = zip(
+            self._working_copy.module.parameters(), self._model.module.parameters(), strict=True
+        )
+        for ours, theirs in pairs:
+            ours.copy_(theirs)
+        return self._working_copy
+
+    def _write_group(self, model: LanguageModel, requests: list[Tokens],
+                     seeds: list[Sequence[int]], decoding: Decoding,
+                     soft_prompt: Tensor | None, co_author: CoAuthor | None,
+                     ) -> list[Response]:  # fmt: skip
+        device = model.device
+        uniforms = torch.from_numpy(
+            np.stack([np.random.default_rng(s).random(decoding.max_new_tokens) for s in seeds])
+        ).to(device, torch.float32)
+        authors = [_Author(model, soft_prompt)]
+        if co_author:
+            authors.append(_Author(co_author.model, None))
+        tokens, mask = _left_pad(requests, device)
+        warpers = _warpers(decoding)
+        num_rows, width = tokens.shape
+        history = tokens
+        rows = torch.arange(num_rows, device=device)  # which request each live row answers
+        token_ids: list[list[int]] = [[] for _ in requests]
+        logprobs: list[list[list[float]]] = [[[] for _ in requests] for _ in authors]
+        for time in range(decoding.max_new_tokens):
+            spoken = [author.next_logprobs(tokens, mask) for author in authors]
+            mixed = spoken[0]
+            if co_author:
+                share = torch.tensor([1 - co_author.share, co_author.share]).log()
+                mixed = torch.logaddexp(share[0] + spoken[0], share[1] + spoken[1])
+            chosen = _choose(mixed, uniforms[rows, time], history, decoding, warpers)
+            for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
+                token_ids[row].append(token)
+            if co_author:
+                for author, values in enumerate(spoken):
+                    picked = values.gather(-1, chosen[:, None])[:, 0].tolist()
+                    for row, value in zip(rows.tolist(), picked, strict=True):
+                        logprobs[author][row].append(value)
+            going_on = ~torch.isin(chosen, self.stop_ids)
+            if not going_on.any():
+                break
+            tokens = chosen[:, None]
+            history = torch.cat([history, tokens], dim=1)
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            if going_on.sum() <= 0.75 * len(rows):  # finished rows leave; moving caches costs
+                keep = going_on.nonzero()[:, 0]
+                rows, tokens, history, mask = rows[keep], tokens[keep], history[keep], mask[keep]
+                for author in authors:
+                    author.keep(keep)
+        ended = [_cut_after_stop(ids, self.stop_ids.tolist()) for ids in token_ids]
+        if not co_author:
+            return [Response(ids) for ids in ended]
+        return [
+            Response(ids, tuple(own[: len(ids)]), tuple(other[: len(ids)]))
+            for ids, own, other in zip(ended, *logprobs, strict=True)
+        ]
+
+
+class _Author:
+    """One model and its cache, while a group of responses is written."""
+
+    def __init__(self, model: LanguageModel, soft_prompt: Tensor | None):
+        self.model = model
+        self.soft_prompt = soft_prompt
+        self.cache = DynamicCache(config=model.module.config)
+        self.head = model.head
+
+    def next_logprobs(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "rows vocab"]:
+        hidden = self._advance(tokens, mask)
+        return self.head.logprobs(self.head.logits(hidden))
+
+    def _advance(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "rows width"]:
+        first = self.cache.get_seq_length() == 0
+        length = 0 if self.soft_prompt is None else self.soft_prompt.shape[0]
+        full_mask = torch.cat([mask.new_ones(len(mask), length), mask], dim=1).long()
+        positions = (full_mask.cumsum(-1) - 1).clamp_min(0)
+        arguments: dict[str, Any] = {"input_ids": tokens}
+        if first and self.soft_prompt is not None:
+            # Pads come first, then the prompt would follow them: the mask keeps both orders equal.
+            embeddings = self.model.module.get_input_embeddings()(tokens)
+            front = self.soft_prompt.to(embeddings.dtype).expand(len(tokens), -1, -1)
+            arguments = {"inputs_embeds": torch.cat([front, embeddings], dim=1)}
+        new = tokens.shape[1] + (length if first else 0)
+        trunk: Any = self.model.module.base_model
+        with self.model.autocast():
+            output = trunk(
+                **arguments, attention_mask=full_mask, position_ids=positions[:, -new:],
+                past_key_values=self.cache, use_cache=True,
+            )  # fmt: skip
+        return output.last_hidden_state[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        self.cache.batch_select_indices(rows)
+
+
+def _left_pad(requests: list[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
+    width = max(len(request) for request in requests)
+    tokens = torch.zeros(len(requests), width, dtype=torch.long)
+    mask = torch.zeros(len(requests), width, dtype=torch.bool)
+    for row, request in enumerate(requests):
+        tokens[row, width - len(request) :] = torch.tensor(request)
+        mask[row, width - len(request) :] = True
+    return tokens.to(device), mask.to(device)
+
+
+def _warpers(decoding: Decoding) -> LogitsProcessorList:
+    warpers = LogitsProcessorList()
+    if decoding.no_repeat_ngram_size:
+        warpers.append(NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram_size))
+    if decoding.top_k:
+        warpers.append(TopKLogitsWarper(decoding.top_k))
+    if decoding.top_p < 1:
+        warpers.append(TopPLogitsWarper(decoding.top_p))
+    return warpers
+
+
+def _choose(logprobs: Float[Tensor, "rows vocab"], uniforms: Float[Tensor, " rows"],
+            history: Tensor, decoding: Decoding, warpers: LogitsProcessorList) -> Tensor:  # fmt: skip
+    """Greedy, or the inverse of the cumulative distribution at the row's uniform number."""
+    if decoding.temperature not in (0.0, 1.0):
+        logprobs = logprobs / decoding.temperature
+    if warpers:
+        logprobs = warpers(history, logprobs)  # pyright: ignore[reportArgumentType]
+    if decoding.temperature == 0:
+        return logprobs.argmax(-1)
+    cumulative = (logprobs - logprobs.amax(-1, keepdim=True)).exp().cumsum(-1)
+    threshold = (uniforms * cumulative[:, -1])[:, None]
+    chosen = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
+    return chosen.clamp_max(logprobs.shape[-1] - 1)
+
+
+def _cut_after_stop(ids: list[int], stop: list[int]) -> Tokens:
+    for position, token in enumerate(ids):
+        if token in stop:
+            return tuple(ids[: position + 1])
+    return tuple(ids)

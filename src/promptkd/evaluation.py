@@ -1,0 +1,279 @@
+"""Writing responses to held-out requests and scoring them: one protocol, in training and after.
+
+A score always carries its data, decoding settings, seeds, number of examples and interval.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from promptkd.checkpoints import writing
+from promptkd.config import load_recipe
+from promptkd.data import Dataset, Encoder, evaluation_set, read_examples
+from promptkd.divergences import reverse_kl
+from promptkd.engines import Decoding, TransformersEngine
+from promptkd.errors import UserError
+from promptkd.metrics import bootstrap_interval, exact_match, mean_and_deviation, rouge_l
+from promptkd.models import (
+    LanguageModel,
+    check_context,
+    compute_dtype,
+    load_model,
+    load_tokenizer,
+    select_responses,
+    shared_vocabulary,
+    stop_ids,
+)
+from promptkd.objectives import States, accumulate
+from promptkd.rollouts import Rollout, reference_rollouts, split_by_length
+
+PAPER_SEEDS = (10, 20, 30, 40, 50)
+SCORED = ("rouge_l", "exact_match", "num_tokens", "ended")
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One response to one request, with its scores.
+
+    Attributes:
+        index: the request's row in its data, from 0.
+        ended: whether the model stopped by itself within the limit.
+        rouge_l: in percent; None without references.
+        exact_match: 0 or 100; None without references.
+    """
+
+    index: int
+    seed: int
+    request: str
+    response: str
+    references: tuple[str, ...]
+    num_tokens: int
+    ended: bool
+    rouge_l: float | None
+    exact_match: float | None
+
+
+def predict(engine: TransformersEngine, data: Dataset, decoding: Decoding, seed: int,
+            soft_prompt: torch.Tensor | None = None) -> list[Rollout]:  # fmt: skip
+    """One response per request; a function of model, request, decoding and seed alone."""
+    responses = engine.write(
+        [example.request_ids for example in data.examples],
+        [(seed, example.index) for example in data.examples],
+        decoding,
+        soft_prompt=soft_prompt,
+    )
+    return [
+        Rollout(example.index, example.request_ids, response.token_ids, "student")
+        for example, response in zip(data.examples, responses, strict=True)
+    ]
+
+
+def score(rollouts: Sequence[Rollout], data: Dataset, tokenizer: Any, stop: Sequence[int],
+          seed: int) -> list[Prediction]:  # fmt: skip
+    """Decode responses and compare them with their references."""
+    references = {example.index: example.references for example in data.examples}
+    predictions = []
+    for rollout in rollouts:
+        response = tokenizer.decode(rollout.response_ids, skip_special_tokens=True).strip()
+        known = references[rollout.index]
+        predictions.append(
+            Prediction(
+                rollout.index,
+                seed,
+                tokenizer.decode(rollout.request_ids, skip_special_tokens=True),
+                response,
+                known,
+                len(rollout.response_ids),
+                rollout.response_ids[-1] in stop,
+                rouge_l(response, known) if known else None,
+                exact_match(response, known) if known else None,
+            )
+        )
+    return predictions
+
+
+@torch.no_grad()
+def nats_per_token(rollouts: Sequence[Rollout], student: LanguageModel,
+                   teacher: LanguageModel | None, micro_batch_tokens: int) -> dict[str, float]:  # fmt: skip
+    """Sums over the response tokens of -log q and, with a teacher, of KL(q || p), and their number.
+
+    KL(q || p) on responses the student wrote is how far the student is from the plain teacher.
+    """
+    sums = {"cross_entropy": 0.0, "reverse_kl": 0.0, "num_tokens": 0.0}
+    for batch in split_by_length(rollouts, micro_batch_tokens, student.device):
+        models = {"student": student} | ({"teacher": teacher} if teacher else {})
+        states = {
+            name: States(
+                select_responses(model.hidden_states(batch.tokens), batch.response_mask),
+                model.head,
+                learns=False,
+            )
+            for name, model in models.items()
+        }
+        ids = batch.response_ids
+
+        def losses(logprobs, piece: slice, ids: torch.Tensor = ids):
+            own = logprobs["student"]
+            values = {"cross_entropy": -own.gather(-1, ids[piece, None])[:, 0]}
+            if "teacher" in logprobs:
+                values["reverse_kl"] = reverse_kl(own, logprobs["teacher"])
+            return values
+
+        for name, nats in accumulate(states, losses, {}).items():
+            sums[name] += nats.sum().item()
+        sums["num_tokens"] += len(ids)
+    return sums
+
+
+def summarise(predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]:
+    """Mean over seeds with standard deviation over seeds and bootstrap interval over examples."""
+    seeds = sorted({p.seed for p in predictions})
+    scores = {}
+    for name in SCORED:
+        values = {(p.seed, p.index): getattr(p, name) for p in predictions}
+        if any(value is None for value in values.values()):
+            continue
+        percent = 100.0 if name == "ended" else 1.0
+        by_seed = [
+            mean_and_deviation([percent * v for (s, _), v in values.items() if s == seed])[0]
+            for seed in seeds
+        ]
+        indices = sorted({p.index for p in predictions})
+        by_example = [
+            sum(percent * values[seed, index] for seed in seeds) / len(seeds) for index in indices
+        ]
+        mean, deviation = mean_and_deviation(by_seed)
+        low, high = bootstrap_interval(by_example)
+        scores[name] = {
+            "mean": mean,
+            "deviation_over_seeds": deviation,
+            "interval_95": [low, high],
+            "by_seed": by_seed,
+        }
+    return scores
+
+
+def evaluate(run_or_model: str | Path, data: str | Sequence[str], *,
+             seeds: Sequence[int] = PAPER_SEEDS, num_examples: int | None = None,
+             template: str | None = None, max_request_tokens: int | None = None,
+             max_response_tokens: int | None = None, temperature: float | None = None,
+             top_p: float | None = None, top_k: int | None = None,
+             no_repeat_ngram_size: int = 0, teacher: str | None = None,
+             precision: str = "auto", output: str | Path | None = None) -> dict[str, Any]:  # fmt: skip
+    """Score a run's student, or any model, on held-out requests, and save scores and predictions.
+
+    Settings that are not given are the run's own, or the recipe's defaults for a bare model.
+
+    Args:
+        run_or_model: a run's directory, or a model as ``load_model`` takes it.
+        data: path, glob or hub id, or several.
+        seeds: decoding seeds; one response per request each.
+        num_examples: only the first ones.
+        no_repeat_ngram_size: 6 reproduces the authors' test script, 0 blocks nothing.
+        teacher: also measure KL(student || teacher) on the student's responses, in nats per token;
+            a run's own teacher if not given, "" for none.
+        output: directory; ``RUN/evaluation`` by default, needed for a bare model.
+
+    Returns:
+        What ``NAME.json`` holds, NAME being the data's.
+
+    Raises:
+        UserError: if the data or model can't be read.
+    """
+    sources = [data] if isinstance(data, str) else list(data)
+    run = Path(run_or_model)
+    is_run = (run / "recipe.yaml").is_file()
+    defaults = load_recipe(run / "recipe.yaml") if is_run else None
+    if is_run and not (run / "student").is_dir():
+        raise UserError(f"{run} has no student/ yet: let its training finish first.")
+    if teacher is None:
+        teacher = defaults.teacher.model if defaults and defaults.teacher else ""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = compute_dtype(precision, device)
+    name = str(run_or_model)
+    tokenizer = load_tokenizer(name)
+    module = load_model(name, dtype).to(device)  # pyright: ignore[reportArgumentType]
+    stop = stop_ids(tokenizer, module)
+
+    def setting(given: Any, of_run: Any, otherwise: Any) -> Any:
+        return given if given is not None else of_run if defaults else otherwise
+
+    encoder = Encoder(
+        tokenizer,
+        setting(template, defaults and defaults.data.template, "alpaca"),
+        setting(max_request_tokens, defaults and defaults.data.max_request_tokens, 256),
+        setting(max_response_tokens, defaults and defaults.data.max_response_tokens, 256),
+        tokenizer.eos_token_id,
+    )
+    check_context(module.config, encoder.max_request_tokens, encoder.max_response_tokens, name)
+    decoding = Decoding(
+        encoder.max_response_tokens,
+        setting(temperature, defaults and defaults.sampling.temperature, 1.0),
+        setting(top_p, defaults and defaults.sampling.top_p, 1.0),
+        setting(top_k, defaults and defaults.sampling.top_k, 0),
+        no_repeat_ngram_size,
+    )
+    examples = read_examples(sources)[:num_examples]
+    dataset = evaluation_set(examples, encoder)
+    vocabulary, teacher_model = module.get_input_embeddings().weight.shape[0], None
+    if teacher:
+        teacher_module = load_model(teacher, dtype).to(device)  # pyright: ignore[reportArgumentType]
+        shared = shared_vocabulary(tokenizer, load_tokenizer(teacher), module, teacher_module)
+        vocabulary, teacher_model = shared, LanguageModel(teacher_module, shared, dtype)
+    student = LanguageModel(module, vocabulary, dtype)
+    engine = TransformersEngine(student, stop)
+    predictions, sums = [], []
+    for seed in seeds:
+        rollouts = predict(engine, dataset, decoding, seed)
+        predictions += score(rollouts, dataset, tokenizer, stop, seed)
+        if teacher_model:
+            sums.append(nats_per_token(rollouts, student, teacher_model, 4096))
+    scores = summarise(predictions)
+    if sums:
+        by_seed = [s["reverse_kl"] / s["num_tokens"] for s in sums]
+        mean, deviation = mean_and_deviation(by_seed)
+        scores["reverse_kl_to_teacher"] = {
+            "mean": mean,
+            "deviation_over_seeds": deviation,
+            "by_seed": by_seed,
+        }
+    if all(example.response_ids for example in dataset.examples):
+        own = nats_per_token(reference_rollouts(dataset.examples), student, None, 4096)
+        scores["cross_entropy"] = {"mean": own["cross_entropy"] / own["num_tokens"]}
+    result = {
+        "model": name,
+        "teacher": teacher or None,
+        "data": sources,
+        "num_examples": len(dataset),
+        "num_cut_requests": dataset.num_cut_requests,
+        "template": encoder.template,
+        "max_request_tokens": encoder.max_request_tokens,
+        "decoding": decoding.to_dict(),
+        "seeds": list(seeds),
+        "dtype": str(dtype).removeprefix("torch."),
+        "scores": scores,
+    }
+    if output is None:
+        if not is_run:
+            raise UserError(f"{name} is not a run, so scores need a place: give --output DIR.")
+        output = run / "evaluation"
+    save_evaluation(Path(output), Path(sources[0].replace("*", "all")).stem, result, predictions)
+    return result
+
+
+def save_evaluation(directory: Path, name: str, result: dict[str, Any],
+                    predictions: Sequence[Prediction]) -> None:  # fmt: skip
+    """Write ``NAME.json`` and ``NAME.predictions.jsonl``, the latter first."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with writing(directory / f".{name}", "evaluation") as temporary:
+        lines = (json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions)
+        (temporary / "predictions.jsonl").write_text("".join(lines))
+        (temporary / "scores.json").write_text(json.dumps(result, indent=2))
+    finished = directory / f".{name}"
+    (finished / "predictions.jsonl").replace(directory / f"{name}.predictions.jsonl")
+    (finished / "scores.json").replace(directory / f"{name}.json")
+    finished.rmdir()

@@ -1,0 +1,63 @@
+"""Teacher, adapted teacher and student, side by side on one request."""
+
+from pathlib import Path
+
+import torch
+
+from promptkd.config import load_recipe
+from promptkd.data import Encoder, Example
+from promptkd.engines import Decoding, TransformersEngine
+from promptkd.errors import UserError
+from promptkd.models import LanguageModel, compute_dtype, load_model, load_tokenizer, stop_ids
+from promptkd.teachers import load_soft_prompt
+
+
+def generate(run: str | Path, request: str, *, input: str = "", seed: int = 0,
+             temperature: float | None = None) -> dict[str, str]:  # fmt: skip
+    """What each model of a run responds.
+
+    Args:
+        run: a finished run's directory.
+        request: the instruction; ``input`` is its optional context.
+        temperature: 0 is greedy; the run's own if not given.
+
+    Returns:
+        Responses by author: teacher, adapted teacher (if there is one), student.
+
+    Raises:
+        UserError: if the directory isn't a finished run.
+    """
+    run = Path(run)
+    if not (run / "student").is_dir() or not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run} is not a finished run: it has no student/. Name a run directory.")
+    recipe = load_recipe(run / "recipe.yaml")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = compute_dtype(recipe.precision, device)
+    decoding = Decoding(
+        recipe.data.max_response_tokens,
+        recipe.sampling.temperature if temperature is None else temperature,
+        recipe.sampling.top_p,
+        recipe.sampling.top_k,
+    )
+    voices: list[tuple[str, str, Path | None]] = []
+    if recipe.teacher:
+        voices.append(("teacher", recipe.teacher.model, None))
+        adapter = run / "teacher_adapter"
+        if adapter.is_dir():
+            voices.append(("adapted teacher", recipe.teacher.model, adapter))
+    voices.append(("student", str(run), None))
+    responses = {}
+    for author, name, adapter in voices:
+        tokenizer = load_tokenizer(name)
+        encoder = Encoder(
+            tokenizer, recipe.data.template, recipe.data.max_request_tokens,
+            recipe.data.max_response_tokens, tokenizer.eos_token_id,
+        )  # fmt: skip
+        module = load_model(name, dtype).to(device)  # pyright: ignore[reportArgumentType]
+        model = LanguageModel(module, module.get_input_embeddings().weight.shape[0], dtype)
+        soft_prompt = None if adapter is None else load_soft_prompt(adapter).to(device)
+        engine = TransformersEngine(model, stop_ids(tokenizer, module))
+        ids = encoder.request_ids(Example(request, input))
+        written = engine.write([ids], [(seed,)], decoding, soft_prompt=soft_prompt)[0]
+        responses[author] = tokenizer.decode(written.token_ids, skip_special_tokens=True).strip()
+    return responses

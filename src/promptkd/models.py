@@ -1,0 +1,338 @@
+"""Loading causal language models, and the two halves every method uses: trunk and head.
+
+The trunk turns tokens into hidden states; the head turns hidden states into log-probabilities,
+later and in chunks (``objectives``), so whole logits never exist.
+"""
+
+import os
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from promptkd.errors import UserError
+
+
+@dataclass(frozen=True)
+class Head:
+    """From hidden states to log-probabilities over the first ``vocabulary`` token ids.
+
+    Rows beyond the shared token table (padding for the hardware) are left out of the softmax.
+    """
+
+    weight: Float[Tensor, "rows width"]
+    bias: Float[Tensor, " rows"] | None
+    vocabulary: int
+    scale: float = 1.0
+    softcap: float | None = None
+    dtype: torch.dtype = torch.float32
+
+    def logits(self, hidden: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocab"]:
+        """The plain product; ``logprobs`` does the rest. No gradient is recorded."""
+        with torch.no_grad():
+            weight, bias = self.matrix()
+            return F.linear(hidden.to(self.dtype), weight, bias).float()
+
+    def logprobs(self, logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens vocab"]:
+        """Natural-log probabilities in fp32; scale and soft-cap (Gemma) are applied here."""
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits.log_softmax(-1)
+
+    def backward(self, hidden: Float[Tensor, "tokens width"],
+                 gradient: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens width"]:  # fmt: skip
+        """Gradient to the hidden states; the weights' own gradient is accumulated in place."""
+        with torch.no_grad():
+            weight, _ = self.matrix()
+            if self.weight.requires_grad:
+                if self.weight.grad is None:
+                    self.weight.grad = torch.zeros_like(self.weight)
+                shared = self.weight.grad[: self.vocabulary]
+                shared.addmm_(gradient.T.to(shared.dtype), hidden.to(shared.dtype))
+            if self.bias is not None and self.bias.requires_grad:
+                if self.bias.grad is None:
+                    self.bias.grad = torch.zeros_like(self.bias)
+                self.bias.grad[: self.vocabulary] += gradient.sum(0)
+            return (gradient.to(weight.dtype) @ weight).to(hidden.dtype)
+
+    def matrix(self) -> tuple[Tensor, Tensor | None]:
+        weight = self.weight[: self.vocabulary].to(self.dtype)
+        bias = None if self.bias is None else self.bias[: self.vocabulary].to(self.dtype)
+        return weight, bias
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model, split into trunk and head.
+
+    Attributes:
+        module: the transformers model, in evaluation mode (dropout is off by default, paper.md 5.2).
+        vocabulary: how many token ids are compared; at most the embedding rows of either model.
+        dtype: what its matrices are multiplied in; fp32 weights stay fp32 (master weights).
+    """
+
+    module: PreTrainedModel
+    vocabulary: int
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.device
+
+    @property
+    def head(self) -> Head:
+        layer: Any = self.module.get_output_embeddings()
+        config = self.module.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0
+        scale /= getattr(config, "logits_scaling", None) or 1.0
+        return Head(
+            layer.weight,
+            getattr(layer, "bias", None),
+            self.vocabulary,
+            scale,
+            getattr(config, "final_logit_softcapping", None),
+            self.dtype,
+        )
+
+    def hidden_states(self, tokens: Int[Tensor, "batch time"],
+                      soft_prompt: Float[Tensor, "length width"] | None = None,
+                      attention_mask: Bool[Tensor, "batch time"] | None = None,
+                      past_key_values: Any = None, past_length: int = 0,
+                      ) -> Float[Tensor, "batch time width"]:  # fmt: skip
+        """Last hidden states at the tokens (the soft prompt's own are cut off again).
+
+        Without a mask the tokens are taken to be right-padded: causality hides what comes after a
+        token, and positions count from 0 (from the soft prompt's first vector, if there is one).
+        With a mask, positions count the attended tokens, so left padding changes nothing.
+
+        Args:
+            tokens: token ids.
+            soft_prompt: vectors put in front of the embeddings, as in PromptKD's teacher.
+            attention_mask: true at real tokens; only needed for left padding.
+            past_key_values: keys and values put in front (prefix tuning).
+            past_length: how many positions they hold.
+        """
+        batch = tokens.shape[0]
+        arguments: dict[str, Any] = {"input_ids": tokens}
+        length = 0
+        if soft_prompt is not None:
+            length = soft_prompt.shape[0]
+            embeddings = self.module.get_input_embeddings()(tokens)
+            front = soft_prompt.to(embeddings.dtype).expand(batch, -1, -1)
+            arguments = {"inputs_embeds": torch.cat([front, embeddings], dim=1)}
+        if attention_mask is None and past_length:
+            attention_mask = torch.ones_like(tokens, dtype=torch.bool)
+        if attention_mask is not None:
+            front_mask = attention_mask.new_ones(batch, past_length + length)
+            mask = torch.cat([front_mask, attention_mask], dim=1).long()
+            arguments["attention_mask"] = mask
+            arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)[:, past_length:]
+        trunk: Any = self.module.base_model
+        with self.autocast():
+            output = trunk(
+                **arguments, past_key_values=past_key_values, use_cache=past_key_values is not None
+            )
+        return output.last_hidden_state[:, length:]
+
+    def autocast(self) -> Any:
+        if self.dtype == self.module.dtype:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+def select_responses(hidden: Float[Tensor, "batch time width"],
+                     response_mask: Bool[Tensor, "batch time"]) -> Float[Tensor, "tokens width"]:  # fmt: skip
+    """The states that predict each response token: one position before it. The only shift."""
+    return hidden[:, :-1][response_mask[:, 1:]]
+
+
+def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """Load a causal language model for evaluation-mode use.
+
+    Args:
+        name: hub id, directory, ``.gguf`` file, or the directory of a finished run (its student).
+        dtype: of the weights.
+
+    Raises:
+        UserError: if there is no such model.
+    """
+    arguments = _location(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(**arguments, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(_no_model(name, error)) from None
+    if "gguf_file" in arguments:  # a quantised config would be saved with the model otherwise
+        config = model.config
+        del config.quantization_config
+        plain = type(model)(config).to(dtype)
+        plain.load_state_dict(model.state_dict())
+        plain.generation_config = model.generation_config
+        model = plain
+    return model.eval()
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a model name; see ``load_model``."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**_location(name))
+    except (OSError, ValueError) as error:
+        raise UserError(_no_model(name, error)) from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(
+            f"The tokenizer of {name} has no end-of-sequence token; responses need one."
+        )
+    return tokenizer
+
+
+def load_config(name: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(**_location(name))
+    except (OSError, ValueError) as error:
+        raise UserError(_no_model(name, error)) from None
+
+
+def model_directory(name: str) -> str:
+    """A run's directory stands for its student; any other name for itself."""
+    student = Path(name) / "student"
+    return str(student) if (student / "config.json").is_file() else name
+
+
+def stop_ids(tokenizer: Any, module: PreTrainedModel) -> tuple[int, ...]:
+    """Every token that ends a response: one set for writing, masks and evaluation."""
+    ids = {tokenizer.eos_token_id}
+    configured = module.generation_config.eos_token_id if module.generation_config else None
+    if configured is not None:
+        ids.update(configured if isinstance(configured, list) else [configured])
+    return tuple(sorted(ids))
+
+
+def context_length(config: Any) -> int | None:
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
+
+
+def check_context(config: Any, request_tokens: int, response_tokens: int, name: str,
+                  front: int = 0) -> None:  # fmt: skip
+    """Refuse lengths that the model's positions can't hold.
+
+    Raises:
+        UserError: if front + request + response exceed the context.
+    """
+    context = context_length(config)
+    needed = front + request_tokens + response_tokens
+    if context is not None and needed > context:
+        prompt = f"{front} soft-prompt vectors + " if front else ""
+        raise UserError(
+            f"{prompt}max_request_tokens {request_tokens} + max_response_tokens {response_tokens} "
+            f"= {needed} positions, but the context of {name} has {context}. Lower one of them."
+        )
+
+
+def first_difference(
+    student: dict[str, int], teacher: dict[str, int]
+) -> tuple[int, str, str] | None:
+    """The lowest id whose token differs between two token tables, with both tokens."""
+    by_id = {i: token for token, i in student.items()}
+    by_id_teacher = {i: token for token, i in teacher.items()}
+    for i in range(max(*by_id, *by_id_teacher) + 1):
+        if by_id.get(i) != by_id_teacher.get(i):
+            return i, by_id.get(i, "(none)"), by_id_teacher.get(i, "(none)")
+    return None
+
+
+def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student: Any,
+                      teacher: Any) -> int:  # fmt: skip
+    """How many token ids are compared: the rows both models have, if the token tables are equal.
+
+    Raises:
+        UserError: if the tables differ, naming the first id that does.
+    """
+    difference = first_difference(student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab())
+    if difference:
+        i, own, other = difference
+        raise UserError(
+            f"Student and teacher have different tokenizers: token {i} is {own!r} for the student "
+            f"and {other!r} for the teacher. Token-level methods compare them entry by entry. Use a "
+            "teacher with the student's tokenizer, or the method 'seqkd', which needs only text."
+        )
+    rows = min(m.get_input_embeddings().weight.shape[0] for m in (student, teacher))
+    tokens = max(student_tokenizer.get_vocab().values()) + 1
+    if rows < tokens:
+        raise UserError(
+            f"The tokenizer has {tokens} tokens, but one of the models has only {rows} embedding "
+            "rows. The tokenizer doesn't belong to that model."
+        )
+    return rows
+
+
+def same_tokenizer(student_tokenizer: Any, teacher_tokenizer: Any) -> bool:
+    return first_difference(student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()) is None
+
+
+def native_bf16(device: torch.device) -> bool:
+    """Whether the processor multiplies bf16 matrices itself (emulation is about 10 times slower)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    if precision == "auto":
+        precision = "bf16" if native_bf16(device) else "fp32"
+    return torch.bfloat16 if precision == "bf16" else torch.float32
+
+
+@torch.no_grad()
+def check_head(model: LanguageModel, name: str) -> None:
+    """Prove that trunk and head, as split here, give the model's own logits.
+
+    Raises:
+        UserError: if the model does something else between or after them.
+    """
+    tokens = torch.arange(1, 9, device=model.device).clamp_max(model.vocabulary - 1)[None]
+    with model.autocast():
+        expected = model.module(input_ids=tokens).logits[0, :, : model.vocabulary].float()
+    hidden = model.hidden_states(tokens)[0]
+    actual = model.head.logprobs(model.head.logits(hidden))
+    worst = (actual - expected.log_softmax(-1)).abs().max().item()
+    if not worst < (1e-3 if model.dtype == torch.float32 else 0.3):
+        raise UserError(
+            f"{name} ({type(model.module).__name__}): log-probabilities from its trunk and output "
+            f"layer differ from its own by {worst:.3g} nats. This architecture does something "
+            "after its output layer that promptkd doesn't know; please report it."
+        )
+
+
+def num_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _location(name: str) -> dict[str, Any]:
+    name = model_directory(name)
+    path = Path(name)
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise UserError(f"Model file {name} does not exist.")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if (path.exists() or looks_local) and not (path / "config.json").is_file():
+        raise UserError(
+            f"{name} is not a model: it has no config.json. Name a save_pretrained directory, "
+            "a .gguf file, a finished run, or a hub id."
+        )
+    return {"pretrained_model_name_or_path": os.path.expanduser(name)}
+
+
+def _no_model(name: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0]
+    return (
+        f"{name} is not a model that can be loaded ({reason}). Name a save_pretrained directory, "
+        "a .gguf file, a finished run, or a hub id."
+    )

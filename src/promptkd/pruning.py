@@ -1,0 +1,190 @@
+"""A student out of the teacher: fewer layers, the ones whose loss hurts least are dropped.
+
+Which layers go matters more than any warm-up: dropping those whose single removal hurts least
+costs a fraction of what evenly spaced layers cost (docs/log.md has the numbers).
+"""
+
+import copy
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from promptkd.checkpoints import writing
+from promptkd.data import Encoder, read_examples, training_set
+from promptkd.errors import UserError
+from promptkd.evaluation import nats_per_token
+from promptkd.models import LanguageModel, compute_dtype, load_model, load_tokenizer
+from promptkd.rollouts import Rollout, reference_rollouts
+
+
+def init_student(teacher: str, num_layers: int, output: str | Path, *,
+                 calibration: str | Sequence[str] | None = None, search: str = "single",
+                 template: str = "alpaca", num_calibration_rows: int = 32,
+                 precision: str = "auto") -> dict[str, Any]:  # fmt: skip
+    """Write a student with the teacher's tokenizer and ``num_layers`` of its layers.
+
+    Args:
+        teacher: as ``load_model`` takes it.
+        calibration: data with reference responses; without it layers are kept evenly spaced.
+        search: ``single`` ranks layers by the loss when each alone is missing; ``greedy`` drops
+            the best layer, then measures the others again, and so on: better and slower.
+        num_calibration_rows: rows of the calibration data that are used (the shortest 4 in 5).
+
+    Returns:
+        What ``pruning.json`` holds: layers kept and dropped, losses in nats per response token.
+
+    Raises:
+        UserError: if the output exists, or the number of layers makes no sense.
+    """
+    output = Path(output)
+    if output.exists() and any(output.iterdir()):
+        raise UserError(f"{output} exists and is not empty. Choose another output.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = compute_dtype(precision, device)
+    module = load_model(teacher, dtype).to(device)  # pyright: ignore[reportArgumentType]
+    tokenizer = load_tokenizer(teacher)
+    total = len(layers_of(module)[1])
+    if not 1 <= num_layers < total:
+        raise UserError(
+            f"--layers {num_layers}: the teacher has {total} layers, so a student keeps 1 to "
+            f"{total - 1} of them."
+        )
+    record: dict[str, Any] = {"teacher": teacher, "teacher_layers": total}
+    if calibration is None:
+        kept = evenly_spaced(total, num_layers)
+        record["search"] = "uniform"
+    else:
+        sources = [calibration] if isinstance(calibration, str) else list(calibration)
+        rollouts = _calibration_rollouts(tokenizer, template, sources, num_calibration_rows)
+        model = LanguageModel(module, module.get_input_embeddings().weight.shape[0], dtype)
+        kept, measured = rank_layers(model, rollouts, num_layers, search)
+        record |= {"search": search, "calibration": sources, **measured}
+    record["kept"] = kept
+    record["dropped"] = [layer for layer in range(total) if layer not in kept]
+    student = keep_layers(module.float(), kept)
+    with writing(output, "student") as directory:
+        student.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        (directory / "pruning.json").write_text(json.dumps(record, indent=2))
+    return record
+
+
+def layers_of(module: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+    """The list of transformer layers, and its name.
+
+    Raises:
+        UserError: if none of the model's lists has the configured number of layers.
+    """
+    expected = module.config.get_text_config().num_hidden_layers
+    for name, part in module.named_modules():
+        if isinstance(part, nn.ModuleList) and len(part) == expected:
+            return name, part
+    raise UserError(
+        f"{type(module).__name__} has no list of its {expected} layers, so it can't be pruned in "
+        "depth. Bring a student of your own."
+    )
+
+
+def evenly_spaced(total: int, kept: int) -> list[int]:
+    """First and last layer, and even steps between.
+
+    >>> evenly_spaced(7, 3)
+    [0, 3, 6]
+    """
+    if kept == 1:
+        return [0]
+    return [round(i * (total - 1) / (kept - 1)) for i in range(kept)]
+
+
+def rank_layers(model: LanguageModel, rollouts: Sequence[Rollout], num_layers: int,
+                search: str) -> tuple[list[int], dict[str, Any]]:  # fmt: skip
+    """The layers to keep, and the cross-entropy (nats per token) with and without each."""
+    total = len(layers_of(model.module)[1])
+    kept = list(range(total))
+    whole = _loss(model, rollouts)
+    rounds = [total - num_layers] if search == "single" else [1] * (total - num_layers)
+    num_passes = sum(total - done for done in range(len(rounds)))
+    measured: dict[str, Any] = {"loss_whole": whole, "loss_without": []}
+    with tqdm(total=num_passes, unit="pass", desc="measuring layers") as progress:
+        for num_dropped in rounds:
+            losses = {}
+            for layer in kept:
+                with only_layers(model.module, [other for other in kept if other != layer]):
+                    losses[layer] = _loss(model, rollouts)
+                progress.update()
+            cheapest = sorted(losses, key=lambda layer: losses[layer])[:num_dropped]
+            measured["loss_without"].append({str(layer): loss for layer, loss in losses.items()})
+            kept = [layer for layer in kept if layer not in cheapest]
+    with only_layers(model.module, kept):
+        measured["loss_pruned"] = _loss(model, rollouts)
+    return kept, measured
+
+
+@contextmanager
+def only_layers(module: PreTrainedModel, kept: Iterable[int]) -> Iterator[None]:
+    """Run the model with some of its layers, in order, as long as the context lasts."""
+    name, layers = layers_of(module)
+    parent = module.get_submodule(name.rpartition(".")[0])
+    attribute, config = name.rpartition(".")[2], module.config.get_text_config()
+    chosen = list(kept)
+    saved = {"num_hidden_layers": config.num_hidden_layers}
+    if getattr(config, "layer_types", None):
+        saved["layer_types"] = config.layer_types
+    setattr(parent, attribute, nn.ModuleList([layers[i] for i in chosen]))
+    try:
+        config.num_hidden_layers = len(chosen)
+        if "layer_types" in saved:
+            config.layer_types = [saved["layer_types"][i] for i in chosen]
+        yield
+    finally:
+        setattr(parent, attribute, layers)
+        for key, value in saved.items():
+            setattr(config, key, value)
+
+
+def keep_layers(module: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel:
+    """A new model with only the given layers, renumbered."""
+    name, _ = layers_of(module)
+    config = copy.deepcopy(module.config)
+    text = config.get_text_config()
+    text.num_hidden_layers = len(kept)
+    if getattr(text, "layer_types", None):
+        text.layer_types = [text.layer_types[i] for i in kept]
+    student = AutoModelForCausalLM.from_config(config).to(module.dtype)
+    pattern = re.compile(rf"^{re.escape(name)}\.(\d+)\.")
+    state = {}
+    for key, tensor in module.state_dict().items():
+        match = pattern.match(key)
+        if match is None:
+            state[key] = tensor
+        elif int(match[1]) in kept:
+            state[f"{name}.{kept.index(int(match[1]))}.{key[match.end() :]}"] = tensor
+    student.load_state_dict(state)
+    student.generation_config = copy.deepcopy(module.generation_config)
+    return student.eval()
+
+
+def _calibration_rollouts(tokenizer: Any, template: str, sources: list[str],
+                          num_rows: int) -> list[Rollout]:  # fmt: skip
+    encoder = Encoder(tokenizer, template, 256, 256, tokenizer.eos_token_id)
+    data = training_set(read_examples(sources), encoder)
+    if not data.has_references:
+        raise UserError(
+            f"The calibration data {', '.join(sources)} has rows without a reference response; "
+            "the loss that ranks layers needs one in each."
+        )
+    chosen = reference_rollouts(data.examples[: num_rows * 5 // 4])
+    return sorted(chosen, key=lambda rollout: rollout.num_tokens)[:num_rows]
+
+
+def _loss(model: LanguageModel, rollouts: Sequence[Rollout]) -> float:
+    sums = nats_per_token(rollouts, model, None, 2048)
+    return sums["cross_entropy"] / sums["num_tokens"]

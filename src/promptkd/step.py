@@ -1,0 +1,236 @@
+"""One optimizer step: rollouts in, gradients reduced once, student and teacher moved.
+
+    before_student  (Algorithm 1)  P learns from all of the step's tokens, then the student does,
+                                   taught by the P just learnt.
+    with_student                   both learn from one prompted pass; the student sees the old P.
+
+The authors' scripts interleave: with gradient accumulation most student gradients see the old
+prompt (paper.md, 5.2). The only reduction is the global token mean: a sum over all response tokens
+of the step, of every rank and micro-batch, divided by their number.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from promptkd.errors import UserError
+from promptkd.methods import Method, Term
+from promptkd.models import LanguageModel, select_responses
+from promptkd.objectives import CHUNK_ENTRIES, States, TokenView, accumulate
+from promptkd.rollouts import MicroBatch, Rollout, split_by_length
+from promptkd.teachers import Teacher
+
+SumOverRanks = Callable[[Tensor], Tensor]
+
+
+class LossNotFinite(UserError):
+    """A loss or gradient is NaN or infinite; nothing was updated with it."""
+
+
+@dataclass
+class StepMetrics:
+    """Sums over the response tokens of a step and all ranks; means are taken when read."""
+
+    num_tokens: float = 0.0
+    nats: dict[str, float] = field(default_factory=dict)
+    gradient_norms: dict[str, float] = field(default_factory=dict)
+    padding_share: float = 0.0
+
+    def mean(self, name: str) -> float:
+        """Nats per response token."""
+        return self.nats[name] / self.num_tokens
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One micro-batch of one term; ``weight`` is what one of its tokens weighs in the step."""
+
+    term: Term
+    batch: MicroBatch
+    weight: float
+    adaptation_weight: float
+
+
+@dataclass(frozen=True)
+class Learner:
+    """Parameters with their optimizer; gradients are clipped together."""
+
+    parameters: list[nn.Parameter]
+    optimizer: torch.optim.Optimizer
+
+
+class Step:
+    """Everything that one optimizer step needs, bound together once per run."""
+
+    def __init__(self, method: Method, student: LanguageModel, teacher: Teacher | None,
+                 student_learner: Learner, teacher_learner: Learner | None, *,
+                 micro_batch_tokens: int, max_grad_norm: float, teacher_step: str,
+                 sum_over_ranks: SumOverRanks = lambda tensor: tensor,
+                 chunk_entries: int = CHUNK_ENTRIES):  # fmt: skip
+        self.method = method
+        self.student = student
+        self.teacher = teacher
+        self.student_learner = student_learner
+        self.teacher_learner = teacher_learner
+        self.micro_batch_tokens = micro_batch_tokens
+        self.max_grad_norm = max_grad_norm
+        self.teacher_step = teacher_step
+        self.sum_over_ranks = sum_over_ranks
+        self.chunk_entries = chunk_entries
+
+    def __call__(self, rollouts: Sequence[Sequence[Rollout]], step: int,
+                 max_steps: int) -> StepMetrics:  # fmt: skip
+        """Learn from one list of rollouts per term of the method.
+
+        Args:
+            rollouts: this rank's share.
+            step: counted from 0.
+            max_steps: K of the annealed regulariser.
+
+        Raises:
+            LossNotFinite: before anything is updated with a NaN or infinite value.
+        """
+        pieces, metrics = self._cut(rollouts)
+        adaptation = self.method.adaptation
+        coefficient = adaptation.coefficient(step, max_steps) if adaptation else 0.0
+        together = self.teacher_step == "with_student"
+        kept = None
+        if adaptation and not together:
+            for piece in pieces:
+                # One micro-batch: its student graph is kept and nothing is recomputed.
+                student = self._student_states(piece.batch, learns=len(pieces) == 1)
+                kept = student if len(pieces) == 1 else None
+                self._evaluate(piece, student, step, coefficient, metrics, adapt=True, learn=False)
+            self._update("teacher", self.teacher_learner, metrics, ("towards_student",), step)
+        for piece in pieces:
+            student = kept or self._student_states(piece.batch, learns=True)
+            adapt = adaptation is not None and together
+            self._evaluate(piece, student, step, coefficient, metrics, adapt=adapt, learn=True)
+        if adaptation and together:
+            self._update("teacher", self.teacher_learner, metrics, ("towards_student",), step)
+        self._update("student", self.student_learner, metrics, ("student",), step)
+        self._reduce(metrics)
+        return metrics
+
+    def _cut(self, rollouts: Sequence[Sequence[Rollout]]) -> tuple[list[Piece], StepMetrics]:
+        device = self.student.device
+        terms = self.method.terms
+        own = [float(sum(len(r.response_ids) for r in written)) for written in rollouts]
+        counts = self.sum_over_ranks(torch.tensor(own, device=device, dtype=torch.float64))
+        adapting = sum(
+            count for term, count in zip(terms, counts.tolist(), strict=True)
+            if term.objective.needs_teacher
+        )  # fmt: skip
+        pieces, padded, real = [], 0, 0
+        for term, written, count in zip(terms, rollouts, counts.tolist(), strict=True):
+            for batch in split_by_length(written, self.micro_batch_tokens, device):
+                padded += batch.tokens.numel()
+                real += sum(rollout.num_tokens for rollout in batch.rollouts)
+                adaptation_weight = 1 / adapting if term.objective.needs_teacher else 0.0
+                pieces.append(Piece(term, batch, term.weight / count, adaptation_weight))
+        metrics = StepMetrics(counts.sum().item(), padding_share=1 - real / padded)
+        return pieces, metrics
+
+    def _student_states(self, batch: MicroBatch, learns: bool) -> States:
+        with torch.set_grad_enabled(learns):
+            hidden = self.student.hidden_states(batch.tokens)
+            return States(select_responses(hidden, batch.response_mask), self.student.head, learns)
+
+    def _teacher_states(self, batch: MicroBatch, learns: bool, plain: bool = False) -> States:
+        assert self.teacher is not None
+        voice = self.teacher.plain_hidden_states if plain else self.teacher.hidden_states
+        with torch.set_grad_enabled(learns):
+            hidden = voice(batch.tokens)
+            return States(
+                select_responses(hidden, batch.response_mask), self.teacher.model.head, learns
+            )
+
+    def _evaluate(self, piece: Piece, student: States, step: int, coefficient: float,
+                  metrics: StepMetrics, *, adapt: bool, learn: bool) -> None:  # fmt: skip
+        """One pass over the vocabulary: the losses asked for, on the same log-probabilities."""
+        objective, adaptation, teacher = piece.term.objective, self.method.adaptation, self.teacher
+        adapt = adapt and objective.needs_teacher
+        if not (adapt or learn):
+            return
+        states = {"student": States(student.hidden, student.head, learn)}
+        if objective.needs_teacher:
+            states["teacher"] = self._teacher_states(piece.batch, learns=adapt)
+        if adapt and coefficient:
+            states["plain"] = self._teacher_states(piece.batch, learns=False, plain=True)
+        tokens = piece.batch.response_ids
+        annotations = {name: piece.batch.annotation(name) for name in objective.annotations}
+
+        def losses(logprobs, chunk: slice):
+            values = {}
+            heard = logprobs["student"].detach()
+            if adapt:
+                assert adaptation is not None
+                spoken = logprobs["teacher"]
+                values["towards_student"] = adaptation.towards_student.between(spoken, heard)
+                if coefficient:
+                    values["towards_itself"] = adaptation.towards_itself.between(
+                        spoken, logprobs["plain"]
+                    )
+            if learn:
+                target = None
+                if objective.needs_teacher:
+                    assert teacher is not None
+                    target = teacher.target(heard, logprobs["teacher"].detach())
+                view = TokenView(
+                    logprobs["student"], target, tokens[chunk],
+                    {name: values[chunk] for name, values in annotations.items()},
+                )  # fmt: skip
+                values["student"] = objective(view)
+            return values
+
+        weights = {
+            "student": piece.weight,
+            "towards_student": piece.adaptation_weight,
+            "towards_itself": coefficient * piece.adaptation_weight,
+        }
+        for name, nats in accumulate(states, losses, weights, self.chunk_entries).items():
+            total = nats.sum().item()
+            if not torch.isfinite(nats).all():
+                raise LossNotFinite(_not_finite(name, step, piece.batch, nats))
+            metrics.nats[name] = metrics.nats.get(name, 0.0) + total
+
+    def _update(self, who: str, learner: Learner | None, metrics: StepMetrics,
+                losses: Iterable[str], step: int) -> None:  # fmt: skip
+        """Sum the gradients over ranks, clip, move, forget."""
+        assert learner is not None, f"the {who} has nothing to train"
+        for parameter in learner.parameters:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = self.sum_over_ranks(parameter.grad)
+        norm = nn.utils.clip_grad_norm_(learner.parameters, self.max_grad_norm)
+        if not torch.isfinite(norm):
+            raise LossNotFinite(
+                f"The gradient of the {who} is {norm.item()} at step {step + 1}, though the losses "
+                f"({', '.join(losses)}) are finite. Nothing was updated; the last checkpoint is "
+                "good. Lower the learning rate, or use precision=fp32, and run it again."
+            )
+        learner.optimizer.step()
+        learner.optimizer.zero_grad(set_to_none=True)
+        metrics.gradient_norms[who] = norm.item()
+
+    def _reduce(self, metrics: StepMetrics) -> None:
+        names = sorted(metrics.nats)
+        values = torch.tensor([metrics.nats[n] for n in names], dtype=torch.float64)
+        summed = self.sum_over_ranks(values.to(self.student.device))
+        metrics.nats = dict(zip(names, summed.tolist(), strict=True))
+
+
+def _not_finite(name: str, step: int, batch: MicroBatch, nats: Tensor) -> str:
+    guilty, start = [], 0
+    for rollout in batch.rollouts:
+        end = start + len(rollout.response_ids)
+        if not torch.isfinite(nats[start:end]).all():
+            guilty.append(rollout.index)
+        start = end
+    return (
+        f"The loss '{name}' is not finite at step {step + 1}, on the training examples {guilty} "
+        "(rows counted from 0). Nothing was updated with it; the last checkpoint is good. "
+        "Lower the learning rate, or use precision=fp32, and run the same command again."
+    )
