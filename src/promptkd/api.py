@@ -19,11 +19,18 @@ def train(recipe: Recipe, method: Method | None = None) -> Path:
         method = build_method(recipe.method.name, **recipe.method.options)
     trainer = Trainer(recipe, method)
     trainer.run()
-    return trainer.output
+    return trainer.directory.path
 
 
-def distill(student: str | Path, teacher: str | Path | None, data: str | Sequence[str], *,
-            method: Method, output: str | Path, **options: Any) -> Path:  # fmt: skip
+def distill(
+    student: str | Path,
+    teacher: str | Path | None,
+    data: str | Sequence[str],
+    *,
+    method: Method,
+    output: str | Path,
+    **options: Any,
+) -> Path:
     """Distil a teacher into a student.
 
     Args:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from promptkd.errors import UserError
 
@@ -53,7 +54,7 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 def saved_checkpoints(directory: Path) -> list[Path]:
     """Oldest first."""
-    return sorted(directory.glob("step-[0-9]*"))
+    return sorted(directory.glob("step-[0-9]*"), key=_step)
 
 
 def load_latest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -67,7 +68,7 @@ def load_latest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
                 for file in path.glob("*.pt")
             }
             progress = json.loads((path / "progress.json").read_text())
-            return Checkpoint(int(path.name.removeprefix("step-")), tensors, progress), complaints
+            return Checkpoint(_step(path), tensors, progress), complaints
         complaints.append(f"Checkpoint {path} is damaged ({damage}); using the one before.")
     return None, complaints
 
@@ -95,7 +96,7 @@ def writing(final: Path, what: str) -> Iterator[Path]:
         temporary.rename(final)
         _sync(final.parent)
         shutil.rmtree(old, ignore_errors=True)
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if out_of_space(error):
             free = shutil.disk_usage(final.parent).free / 1e6
@@ -116,14 +117,20 @@ def recover_replaced(final: Path) -> None:
 def out_of_space(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in NO_SPACE
-    # torch's and safetensors' writers report the system's words in a RuntimeError of their own
-    return any(word in str(error) for word in ("No space left", "PytorchStreamWriter", "File too"))
+    # torch's and safetensors' writers report the system's words in an error of their own
+    words = ("No space left", "Disk quota", "File too large", "PytorchStreamWriter")
+    return any(word in str(error) for word in words)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _damage(path: Path) -> str | None:
     try:
-        digests = json.loads((path / "manifest.json").read_text())
-    except (OSError, ValueError):
+        digests = dict(json.loads((path / "manifest.json").read_text()))
+        digests["progress.json"]
+    except (OSError, ValueError, TypeError, KeyError):
         return "its manifest.json is missing or broken"
     for name, digest in digests.items():
         if not (path / name).is_file():

@@ -15,6 +15,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Distil a large generative language model into a small one.",
 )
+PLACE_ERRORS = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
 SEVERAL = ("--seeds", "--data", "--calibration")
 
 
@@ -36,9 +37,14 @@ def init_student(
     from promptkd.pruning import init_student as run
 
     record = run(
-        teacher, layers, output, calibration=calibration, search=search, template=template,
+        teacher,
+        layers,
+        output,
+        calibration=calibration,
+        search=search,
+        template=template,
         num_calibration_rows=rows,
-    )  # fmt: skip
+    )
     typer.echo(f"layers dropped: {record['dropped']} ({record['search']})")
     if "loss_whole" in record:
         typer.echo(
@@ -84,15 +90,27 @@ def evaluate(
 
     for source in data:
         result = run(
-            model, source, seeds=seeds or PAPER_SEEDS, output=output, num_examples=num_examples,
-            template=template, max_request_tokens=max_request_tokens,
-            max_response_tokens=max_response_tokens, temperature=temperature, top_p=top_p,
-            top_k=top_k, no_repeat_ngram_size=no_repeat_ngram_size, teacher=teacher,
-        )  # fmt: skip
+            model,
+            source,
+            seeds=seeds or PAPER_SEEDS,
+            output=output,
+            num_examples=num_examples,
+            template=template,
+            max_request_tokens=max_request_tokens,
+            max_response_tokens=max_response_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            no_repeat_ngram_size=no_repeat_ngram_size,
+            teacher=teacher,
+        )
         typer.echo(f"{source}: {result['num_examples']} examples, seeds {result['seeds']}")
         for name, score in result["scores"].items():
-            spread = f" ± {score['deviation_over_seeds']:.2f} over seeds" if (
-                "deviation_over_seeds" in score) else ""  # fmt: skip
+            spread = (
+                f" ± {score['deviation_over_seeds']:.2f} over seeds"
+                if ("deviation_over_seeds" in score)
+                else ""
+            )
             interval = score.get("interval_95")
             shown = f", 95% [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
             typer.echo(f"  {name:24} {score['mean']:8.3f}{spread}{shown}")
@@ -152,4 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
         app(given)
     except UserError as error:
         typer.echo(f"promptkd: {error}", err=True)
+        sys.exit(1)
+    except PLACE_ERRORS as error:
+        typer.echo(f"promptkd: {error.filename}: {error.strerror}. Name another place.", err=True)
         sys.exit(1)

@@ -5,6 +5,7 @@ Keys follow Hugging Face's names where one exists. Defaults are those of PromptK
 """
 
 import difflib
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -147,13 +148,12 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
         UserError: if the file is missing or not YAML, or a key or value is wrong.
     """
     try:
-        text = Path(path).read_text()
+        text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"Recipe {path}: {error.strerror}. Name an existing YAML file.") from None
-    try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"Recipe {path} is not valid YAML: {error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"Recipe {path} is not text. Name a YAML file.") from None
+    raw = _read_yaml(text, f"Recipe {path}")
     if not isinstance(raw, dict):
         raise UserError(f"Recipe {path} holds no keys. A recipe is a mapping; see recipes/.")
     for override in overrides:
@@ -195,17 +195,23 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise UserError(f"Override '{override}': '{part}' is a value, not a section.")
         node = child
-    node[parts[-1]] = _yaml_value(value)
+    node[parts[-1]] = _read_yaml(value, f"Override '{override}'")
 
 
-def _yaml_value(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):  # YAML 1.1 reads 5e-5 as a string
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2's numbers: 5e-5 is one, which YAML 1.1 reads as a text."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(text: str, what: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise UserError(f"{what} is not valid YAML: {error}") from None
 
 
 def _explain(item: Any) -> str:

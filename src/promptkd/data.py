@@ -11,7 +11,7 @@ import json
 import math
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,7 @@ ALPACA = (
     "{% if input %}### Input:\n{{ input }}\n\n{% endif %}### Response:\n"
 )
 VERBATIM = "{{ instruction }}{% if input %}\n\n{{ input }}{% endif %}"
-ACCEPTED_COLUMNS = (
-    "instruction (input, output), prompt (completion), messages, or request (response)"
-)
+COLUMNS = "instruction (input, output), prompt (completion), messages, or request (response)"
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,10 @@ def read_examples(sources: Iterable[str]) -> list[Example]:
     examples = []
     for source in sources:
         for path in _expand(source):
-            rows = list(_rows(path))
+            try:
+                rows = list(_rows(path))
+            except (ValueError, csv.Error) as error:
+                raise UserError(f"{path} can't be read: {error}. Mend or convert it.") from None
             if not rows:
                 raise UserError(f"{path} holds no rows. Give a file with at least one request.")
             examples.extend(_example(row, where) for where, row in rows)
@@ -83,8 +84,14 @@ def read_examples(sources: Iterable[str]) -> list[Example]:
 class Encoder:
     """Turns examples into token ids: one template, one tokenizer, one place where text is cut."""
 
-    def __init__(self, tokenizer: Any, template: str, max_request_tokens: int,
-                 max_response_tokens: int, eos_token_id: int):  # fmt: skip
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str,
+        max_request_tokens: int,
+        max_response_tokens: int,
+        eos_token_id: int,
+    ):
         self.tokenizer = tokenizer
         self.template = template
         self.max_request_tokens = max_request_tokens
@@ -99,13 +106,14 @@ class Encoder:
     def render(self, example: Example) -> str:
         """The request's text, up to where the response begins."""
         if self.template == "chat":
-            turns = list(example.messages) or [
-                {"role": "user", "content": _render(VERBATIM, example)}
-            ]
+            alone = {"role": "user", "content": _render(template_of("none"), example)}
             return self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=True
+                list(example.messages) or [alone], tokenize=False, add_generation_prompt=True
             )
-        return _render(template_text(self.template), _as_single_turn(example))
+        try:
+            return _render(template_of(self.template), _as_single_turn(example))
+        except jinja2.TemplateError as error:
+            raise UserError(f"data.template {self.template} fails: {error}.") from None
 
     def request_ids(self, example: Example) -> tuple[int, ...]:
         """The request as tokens, with the tokenizer's own start token if it has one.
@@ -129,21 +137,33 @@ class Encoder:
         response = self.response_ids(example.responses[0]) if example.responses else None
         return EncodedExample(index, self.request_ids(example), response, example.responses)
 
+    def fits(self, example: Example) -> bool:
+        return len(self.request_ids(example)) <= self.max_request_tokens
+
     def cut_to_fit(self, example: Example) -> Example:
-        """Shorten the input (or else the instruction) until the rendered request fits.
+        """Shorten the input, and where that isn't enough the instruction, until the request fits.
 
         The template stays whole; the authors' code cuts the end of the rendered text and so
         loses the '### Response:' line of the longest requests.
+
+        Raises:
+            UserError: if the template alone is too long.
         """
-        part = "input" if example.input else "instruction"
-        words = (example.input or example.instruction).split(" ")
-        shortest, longest = 0, len(words)
+        part, text, without_input = "input", example.input, _replace(example, "input", "")
+        if not text or not self.fits(without_input):
+            part, text, example = "instruction", example.instruction, without_input
+        shortest, longest = 0, len(text)
         while shortest < longest:
             middle = (shortest + longest + 1) // 2
-            candidate = _replace(example, part, " ".join(words[:middle]))
-            fits = len(self.request_ids(candidate)) <= self.max_request_tokens
+            fits = self.fits(_replace(example, part, text[:middle]))
             shortest, longest = (middle, longest) if fits else (shortest, middle - 1)
-        return _replace(example, part, " ".join(words[:shortest]))
+        cut = _replace(example, part, text[:shortest])
+        if not self.fits(cut):
+            needed, limit = len(self.request_ids(cut)), self.max_request_tokens
+            raise UserError(
+                f"max_request_tokens = {limit}, but the template alone has {needed}. Raise it."
+            )
+        return cut
 
 
 @dataclass(frozen=True)
@@ -197,8 +217,9 @@ def evaluation_set(examples: Sequence[Example], encoder: Encoder) -> Dataset:
     return Dataset(tuple(encoded), 0, num_cut, _num_cut_responses(encoded, encoder))
 
 
-def batch_of_step(data: Dataset, step: int, global_batch_size: int, seed: int,
-                  rank: int = 0, num_ranks: int = 1) -> Batch:  # fmt: skip
+def batch_of_step(
+    data: Dataset, step: int, global_batch_size: int, seed: int, rank: int = 0, num_ranks: int = 1
+) -> Batch:
     """The rank's share of the requests of ``step`` (counted from 0).
 
     A pure function of its arguments, so that a resumed run sees what the uninterrupted one saw:
@@ -229,49 +250,44 @@ def _num_cut_responses(examples: Iterable[EncodedExample], encoder: Encoder) -> 
 
 
 @cache
-def template_text(name: str) -> str:
-    """The Jinja text of a template name: ``alpaca``, ``none``, or a file.
+def template_of(name: str) -> jinja2.Template:
+    """The template of a name: ``alpaca``, ``none``, or a Jinja file.
 
     Raises:
         UserError: if it is none of these.
     """
-    if name == "alpaca":
-        return ALPACA
-    if name == "none":
-        return VERBATIM
-    path = Path(name)
-    if not path.is_file():
-        raise UserError(
-            f"data.template '{name}' is neither alpaca, chat, none nor an existing Jinja file."
-        )
-    return path.read_text()
-
-
-def _render(template: str, example: Example) -> str:
+    text = {"alpaca": ALPACA, "none": VERBATIM}.get(name)
+    if text is None:
+        if not Path(name).is_file():
+            raise UserError(
+                f"data.template '{name}' is neither alpaca, chat, none nor an existing Jinja file."
+            )
+        text = Path(name).read_text(encoding="utf-8")
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
-    return environment.from_string(template).render(
-        instruction=example.instruction, input=example.input
-    )
+    return environment.from_string(text)
+
+
+def _render(template: jinja2.Template, example: Example) -> str:
+    return template.render(instruction=example.instruction, input=example.input)
 
 
 def _as_single_turn(example: Example) -> Example:
     if not example.messages:
         return example
-    if [turn["role"] for turn in example.messages] != ["user"]:
+    roles = [turn["role"] for turn in example.messages]
+    if roles != ["user"]:
         raise UserError(
-            f"A conversation with the turns {[turn['role'] for turn in example.messages]} "
+            f"A conversation with the turns {roles} "
             "needs data.template: chat; the other templates hold a single user turn."
         )
     return Example(example.messages[0]["content"], "", example.responses)
 
 
 def _replace(example: Example, part: str, text: str) -> Example:
-    if example.messages:
-        last = {**example.messages[-1], "content": text}
-        return Example(text, "", example.responses, (*example.messages[:-1], last))
-    if part == "input":
-        return Example(example.instruction, text, example.responses)
-    return Example(text, example.input, example.responses)
+    turns = example.messages
+    if part == "instruction" and turns:
+        turns = (*turns[:-1], {**turns[-1], "content": text})
+    return replace(example, messages=turns, **{part: text})
 
 
 def _expand(source: str) -> list[str]:
@@ -290,8 +306,8 @@ def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if suffix in {".jsonl", ".json"}:
             yield from _json_rows(path)
         elif suffix == ".csv":
-            with open(path, newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
+            with open(path, newline="", encoding="utf-8-sig") as file:
+                reader = csv.DictReader(file, restkey="(more)")
                 for row in reader:
                     yield f"{path}:{reader.line_num}", dict(row)
         elif suffix == ".parquet":
@@ -308,17 +324,15 @@ def _rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _json_rows(path: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
-                raise UserError(
-                    f"{path}:{number}: broken JSON ({error.msg} at column {error.colno}). "
-                    "Mend or remove the line; each line is one JSON object."
-                ) from None
+                reason = f"{error.msg} at column {error.colno}"
+                raise UserError(f"{path}:{number}: broken JSON ({reason}). Mend it.") from None
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number}: not a JSON object. Each line is one object.")
             yield f"{path}:{number}", row
@@ -342,11 +356,8 @@ def _hub_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def _example(row: dict[str, Any], where: str) -> Example:
     if row.get("messages"):
         return _conversation(row["messages"], where)
-    for request, response in (
-        ("instruction", "output"),
-        ("prompt", "completion"),
-        ("request", "response"),
-    ):
+    pairs = (("instruction", "output"), ("prompt", "completion"), ("request", "response"))
+    for request, response in pairs:
         if request not in row:
             continue
         if isinstance(row[request], list):
@@ -354,11 +365,11 @@ def _example(row: dict[str, Any], where: str) -> Example:
         text = row[request]
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where}: '{request}' is {text!r}, not a text. Each row asks for one.")
-        return Example(text, row.get("input") or "", _responses(row.get(response), where))
-    raise UserError(
-        f"{where}: no request found in the columns {sorted(row)}. "
-        f"Accepted columns: {ACCEPTED_COLUMNS}."
-    )
+        context = row.get("input") or ""
+        if not isinstance(context, str):
+            raise UserError(f"{where}: 'input' is {context!r}, not a text.")
+        return Example(text, context, _responses(row.get(response), where))
+    raise UserError(f"{where}: no request found in the columns {sorted(row)}. Known: {COLUMNS}.")
 
 
 def _responses(value: Any, where: str) -> tuple[str, ...]:
@@ -371,13 +382,10 @@ def _responses(value: Any, where: str) -> tuple[str, ...]:
 
 
 def _conversation(turns: Any, where: str) -> Example:
-    valid = isinstance(turns, list) and all(
-        isinstance(turn, dict)
-        and isinstance(turn.get("role"), str)
-        and isinstance(turn.get("content"), str)
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict) and all(isinstance(turn.get(k), str) for k in ("role", "content"))
         for turn in turns
-    )
-    if not valid:
+    ):
         raise UserError(f"{where}: messages must be a list of {{role, content}} objects.")
     turns = tuple({"role": turn["role"], "content": turn["content"]} for turn in turns)
     answered = turns[-1]["role"] == "assistant"

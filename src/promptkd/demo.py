@@ -46,9 +46,13 @@ def demo(output: Path) -> Path:
     if not start.exists():
         typer.echo(f"2/5 the student: {LAYERS} of the teacher's 30 layers, chosen by measurement")
         init_student(
-            str(teacher), LAYERS, start, calibration=data["train"], template="chat",
+            str(teacher),
+            LAYERS,
+            start,
+            calibration=data["train"],
+            template="chat",
             num_calibration_rows=10,
-        )  # fmt: skip
+        )
     common: dict[str, Any] = {
         "teacher": {"model": str(teacher)},
         "data": {
@@ -68,12 +72,17 @@ def demo(output: Path) -> Path:
             | {
                 "student": {"model": str(start)},
                 "method": {"name": "kd"},
-                "optimization": {"max_steps": 20, "global_batch_size": 12, "learning_rate": 2e-4,
-                                 "warmup_steps": 3, "schedule": "linear"},
+                "optimization": {
+                    "max_steps": 20,
+                    "global_batch_size": 12,
+                    "learning_rate": 2e-4,
+                    "warmup_steps": 3,
+                    "schedule": "linear",
+                },
                 "output": str(output / "warm-up"),
             }
         )
-    )  # fmt: skip
+    )
     typer.echo("4/5 PromptKD: the student writes, the teacher's soft prompt adapts, both learn")
     run = train(
         recipe_from_dict(
@@ -81,24 +90,38 @@ def demo(output: Path) -> Path:
             | {
                 "student": {"model": str(warm)},
                 "method": {"name": "promptkd"},
-                "optimization": {"max_steps": 16, "global_batch_size": 8, "learning_rate": 5e-5,
-                                 "teacher_learning_rate": 5e-3, "warmup_steps": 2},
+                "optimization": {
+                    "max_steps": 16,
+                    "global_batch_size": 8,
+                    "learning_rate": 5e-5,
+                    "teacher_learning_rate": 5e-3,
+                    "warmup_steps": 2,
+                },
                 "output": str(output / "promptkd"),
             }
         )
-    )  # fmt: skip
+    )
     typer.echo(f"5/5 scores on {data['test']}: 60 requests that were not trained on")
     rows = []
     for label, model in (
-        ("start", start), ("warm-up", warm), ("PromptKD", run), ("teacher", teacher),
-    ):  # fmt: skip
+        ("start", start),
+        ("warm-up", warm),
+        ("PromptKD", run),
+        ("teacher", teacher),
+    ):
         place = output / "scores" / label
         saved = place / "test.json"
         if not saved.exists():
             evaluate(
-                str(model), data["test"], seeds=(10,), template="chat", max_request_tokens=160,
-                max_response_tokens=64, teacher=str(teacher), output=place,
-            )  # fmt: skip
+                str(model),
+                data["test"],
+                seeds=(10,),
+                template="chat",
+                max_request_tokens=160,
+                max_response_tokens=64,
+                teacher=str(teacher),
+                output=place,
+            )
         rows.append((label, json.loads(saved.read_text())["scores"]))
     typer.echo(table(rows))
     return run

@@ -120,6 +120,8 @@ def _mix(first: LogProbs, second: LogProbs, share: float) -> LogProbs:
     """log(share first + (1 - share) second)."""
     if share == 0:
         return second
+    # Where both are impossible, logaddexp(-inf, -inf) would have the gradient NaN.
+    first = first.clamp_min(torch.finfo(first.dtype).min)
     return torch.logaddexp(first + math.log(share), second + math.log1p(-share))
 
 

@@ -86,10 +86,16 @@ class TransformersEngine:
             self._working_copy = LanguageModel(module, model.vocabulary, model.dtype)
 
     @torch.no_grad()
-    def write(self, requests: Sequence[Tokens], seeds: Sequence[Sequence[int]],
-              decoding: Decoding, *, soft_prompt: Tensor | None = None,
-              co_author: CoAuthor | None = None, max_batch_tokens: int = 32768,
-              ) -> list[Response]:  # fmt: skip
+    def write(
+        self,
+        requests: Sequence[Tokens],
+        seeds: Sequence[Sequence[int]],
+        decoding: Decoding,
+        *,
+        soft_prompt: Tensor | None = None,
+        co_author: CoAuthor | None = None,
+        max_batch_tokens: int = 32768,
+    ) -> list[Response]:
         """One response per request, in the order of the requests.
 
         Args:
@@ -108,9 +114,13 @@ class TransformersEngine:
             rows = max(1, max_batch_tokens // longest)
             group, order = order[:rows], order[rows:]
             written = self._write_group(
-                model, [requests[i] for i in group], [seeds[i] for i in group],
-                decoding, soft_prompt, co_author,
-            )  # fmt: skip
+                model,
+                [requests[i] for i in group],
+                [seeds[i] for i in group],
+                decoding,
+                soft_prompt,
+                co_author,
+            )
             responses.update(zip(group, written, strict=True))
         return [responses[i] for i in range(len(requests))]
 
@@ -124,10 +134,15 @@ class TransformersEngine:
             ours.copy_(theirs)
         return self._working_copy
 
-    def _write_group(self, model: LanguageModel, requests: list[Tokens],
-                     seeds: list[Sequence[int]], decoding: Decoding,
-                     soft_prompt: Tensor | None, co_author: CoAuthor | None,
-                     ) -> list[Response]:  # fmt: skip
+    def _write_group(
+        self,
+        model: LanguageModel,
+        requests: list[Tokens],
+        seeds: list[Sequence[int]],
+        decoding: Decoding,
+        soft_prompt: Tensor | None,
+        co_author: CoAuthor | None,
+    ) -> list[Response]:
         device = model.device
         uniforms = torch.from_numpy(
             np.stack([np.random.default_rng(s).random(decoding.max_new_tokens) for s in seeds])
@@ -137,8 +152,8 @@ class TransformersEngine:
             authors.append(_Author(co_author.model, None))
         tokens, mask = _left_pad(requests, device)
         warpers = _warpers(decoding)
-        num_rows, width = tokens.shape
-        history = tokens
+        num_rows = len(tokens)
+        history = tokens.masked_fill(~mask, -1)  # padding is part of no n-gram
         rows = torch.arange(num_rows, device=device)  # which request each live row answers
         token_ids: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[list[float]]] = [[[] for _ in requests] for _ in authors]
@@ -204,9 +219,12 @@ class _Author:
         trunk: Any = self.model.module.base_model
         with self.model.autocast():
             output = trunk(
-                **arguments, attention_mask=full_mask, position_ids=positions[:, -new:],
-                past_key_values=self.cache, use_cache=True,
-            )  # fmt: skip
+                **arguments,
+                attention_mask=full_mask,
+                position_ids=positions[:, -new:],
+                past_key_values=self.cache,
+                use_cache=True,
+            )
         return output.last_hidden_state[:, -1]
 
     def keep(self, rows: Tensor) -> None:
@@ -234,8 +252,13 @@ def _warpers(decoding: Decoding) -> LogitsProcessorList:
     return warpers
 
 
-def _choose(logprobs: Float[Tensor, "rows vocab"], uniforms: Float[Tensor, " rows"],
-            history: Tensor, decoding: Decoding, warpers: LogitsProcessorList) -> Tensor:  # fmt: skip
+def _choose(
+    logprobs: Float[Tensor, "rows vocab"],
+    uniforms: Float[Tensor, " rows"],
+    history: Tensor,
+    decoding: Decoding,
+    warpers: LogitsProcessorList,
+) -> Tensor:
     """Greedy, or the inverse of the cumulative distribution at the row's uniform number."""
     if decoding.temperature not in (0.0, 1.0):
         logprobs = logprobs / decoding.temperature

@@ -57,8 +57,13 @@ class Prediction:
     exact_match: float | None
 
 
-def predict(engine: TransformersEngine, data: Dataset, decoding: Decoding, seed: int,
-            soft_prompt: torch.Tensor | None = None) -> list[Rollout]:  # fmt: skip
+def predict(
+    engine: TransformersEngine,
+    data: Dataset,
+    decoding: Decoding,
+    seed: int,
+    soft_prompt: torch.Tensor | None = None,
+) -> list[Rollout]:
     """One response per request; a function of model, request, decoding and seed alone."""
     responses = engine.write(
         [example.request_ids for example in data.examples],
@@ -72,8 +77,9 @@ def predict(engine: TransformersEngine, data: Dataset, decoding: Decoding, seed:
     ]
 
 
-def score(rollouts: Sequence[Rollout], data: Dataset, tokenizer: Any, stop: Sequence[int],
-          seed: int) -> list[Prediction]:  # fmt: skip
+def score(
+    rollouts: Sequence[Rollout], data: Dataset, tokenizer: Any, stop: Sequence[int], seed: int
+) -> list[Prediction]:
     """Decode responses and compare them with their references."""
     references = {example.index: example.references for example in data.examples}
     predictions = []
@@ -97,8 +103,12 @@ def score(rollouts: Sequence[Rollout], data: Dataset, tokenizer: Any, stop: Sequ
 
 
 @torch.no_grad()
-def nats_per_token(rollouts: Sequence[Rollout], student: LanguageModel,
-                   teacher: LanguageModel | None, micro_batch_tokens: int) -> dict[str, float]:  # fmt: skip
+def nats_per_token(
+    rollouts: Sequence[Rollout],
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    micro_batch_tokens: int,
+) -> dict[str, float]:
     """Sums over the response tokens of -log q and, with a teacher, of KL(q || p), and their number.
 
     KL(q || p) on responses the student wrote is how far the student is from the plain teacher.
@@ -157,13 +167,23 @@ def summarise(predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]:
     return scores
 
 
-def evaluate(run_or_model: str | Path, data: str | Sequence[str], *,
-             seeds: Sequence[int] = PAPER_SEEDS, num_examples: int | None = None,
-             template: str | None = None, max_request_tokens: int | None = None,
-             max_response_tokens: int | None = None, temperature: float | None = None,
-             top_p: float | None = None, top_k: int | None = None,
-             no_repeat_ngram_size: int = 0, teacher: str | None = None,
-             precision: str = "auto", output: str | Path | None = None) -> dict[str, Any]:  # fmt: skip
+def evaluate(
+    run_or_model: str | Path,
+    data: str | Sequence[str],
+    *,
+    seeds: Sequence[int] = PAPER_SEEDS,
+    num_examples: int | None = None,
+    template: str | None = None,
+    max_request_tokens: int | None = None,
+    max_response_tokens: int | None = None,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    no_repeat_ngram_size: int = 0,
+    teacher: str | None = None,
+    precision: str = "auto",
+    output: str | Path | None = None,
+) -> dict[str, Any]:
     """Score a run's student, or any model, on held-out requests, and save scores and predictions.
 
     Settings that are not given are the run's own, or the recipe's defaults for a bare model.
@@ -265,8 +285,9 @@ def evaluate(run_or_model: str | Path, data: str | Sequence[str], *,
     return result
 
 
-def save_evaluation(directory: Path, name: str, result: dict[str, Any],
-                    predictions: Sequence[Prediction]) -> None:  # fmt: skip
+def save_evaluation(
+    directory: Path, name: str, result: dict[str, Any], predictions: Sequence[Prediction]
+) -> None:
     """Write ``NAME.json`` and ``NAME.predictions.jsonl``, the latter first."""
     directory.mkdir(parents=True, exist_ok=True)
     with writing(directory / f".{name}", "evaluation") as temporary:

@@ -12,8 +12,14 @@ from promptkd.models import LanguageModel, compute_dtype, load_model, load_token
 from promptkd.teachers import load_soft_prompt
 
 
-def generate(run: str | Path, request: str, *, input: str = "", seed: int = 0,
-             temperature: float | None = None) -> dict[str, str]:  # fmt: skip
+def generate(
+    run: str | Path,
+    request: str,
+    *,
+    input: str = "",
+    seed: int = 0,
+    temperature: float | None = None,
+) -> dict[str, str]:
     """What each model of a run responds.
 
     Args:
@@ -50,9 +56,12 @@ def generate(run: str | Path, request: str, *, input: str = "", seed: int = 0,
     for author, name, adapter in voices:
         tokenizer = load_tokenizer(name)
         encoder = Encoder(
-            tokenizer, recipe.data.template, recipe.data.max_request_tokens,
-            recipe.data.max_response_tokens, tokenizer.eos_token_id,
-        )  # fmt: skip
+            tokenizer,
+            recipe.data.template,
+            recipe.data.max_request_tokens,
+            recipe.data.max_response_tokens,
+            tokenizer.eos_token_id,
+        )
         module = load_model(name, dtype).to(device)  # pyright: ignore[reportArgumentType]
         model = LanguageModel(module, module.get_input_embeddings().weight.shape[0], dtype)
         soft_prompt = None if adapter is None else load_soft_prompt(adapter).to(device)

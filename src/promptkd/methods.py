@@ -1,31 +1,53 @@
 """Every method, as a composition: who writes x what is minimised x what happens to the teacher.
 
-Read this file as a table. Each function returns a ``Method``; its parameters are the options a
-recipe may set. Equation and section numbers are those of the papers named in the docstrings.
+p is the teacher, q the student. The parameters of each function are the options of a recipe;
+``teacher_options`` are the fields of the teacher's class in ``TEACHERS``. Where a paper and its
+code disagree, the docstring says which one is followed.
+
+    method     who writes                      minimised at each token        teacher
+    sft        the data                        -log q                         none
+    kd         the data                        1/2 -log q + 1/2 KL(p || q)    frozen
+    seqkd      the teacher, once               -log q                         frozen
+    imitkd     data, then more and more q      KL(p || q)                     frozen
+    gkd        q (or the data)                 any divergence                 frozen
+    minillm    q with a share of p             KL(q || p), policy gradient    frozen
+    distillm   the data or q, from a buffer    skewed KL                      frozen
+    distillm2  p and q, one response each      skewed KL, one direction each  frozen
+    akl        the data                        KL(p || q) and KL(q || p)      frozen
+    taid       the data (or q)                 KL(p_t || q)                   walks from q to p
+    opd        q                               log q - log p, sampled token   frozen
+    promptkd   q                               KL(q || p_P)                   soft prompt P learns
 """
 
 import importlib
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any
 
+from promptkd.adapters import LoRA, Prefix
 from promptkd.config import suggest
 from promptkd.errors import UserError
 from promptkd.objectives import (
     CrossEntropy,
     Divergence,
     Objective,
+    PolicyGradient,
+    SampledToken,
     Weighted,
     options_of,
 )
-from promptkd.rollouts import Mixture, Reference, Source, Student, Teacher
+from promptkd.replay import AdaptiveReplay, Repeated
+from promptkd.rollouts import Corpus, Mixture, Reference, Source, Student, Teacher, TeacherMixed
 from promptkd.teachers import (
-    TEACHERS,
     Adaptation,
     Frozen,
+    Interpolated,
     SoftPrompt,
     TeacherSpecification,
+    TextPrompt,
 )
 
 
@@ -54,9 +76,20 @@ class Method:
     teacher: TeacherSpecification | None = None
     adaptation: Adaptation | None = None
 
+    def __post_init__(self) -> None:
+        learns = self.teacher is not None and self.teacher.learns
+        if learns and self.adaptation is None:
+            raise ValueError(f"nothing here moves the teacher {self.teacher!r}; use promptkd.")
+        if self.adaptation is not None and not learns:
+            raise ValueError(f"the teacher {self.teacher!r} has nothing to adapt; use gkd with it.")
+
     @property
     def needs_references(self) -> bool:
         return any(term.rollouts.needs_references for term in self.terms)
+
+    @property
+    def needs_validation(self) -> bool:
+        return any(term.rollouts.needs_validation for term in self.terms)
 
     @property
     def needs_teacher(self) -> bool:
@@ -78,9 +111,7 @@ def kd(kl_share: float = 0.5, rollouts: str = "reference") -> Method:
 
     Source: Hinton et al. 2015; kl_share 0.5 as in MiniLLM's and PromptKD's scripts.
     """
-    return Method(
-        "kd", (Term(source(rollouts), _cross_entropy_and_kl(kl_share)),), teacher=Frozen()
-    )
+    return Method("kd", (Term(source(rollouts), _cross_entropy_and_kl(kl_share)),), Frozen())
 
 
 def seqkd(kl_share: float = 0.0) -> Method:
@@ -91,11 +122,30 @@ def seqkd(kl_share: float = 0.0) -> Method:
 
     Source: Kim and Rush 2016, arXiv:1606.07947.
     """
-    return Method("seqkd", (Term(Teacher(), _cross_entropy_and_kl(kl_share)),), teacher=Frozen())
+    return Method("seqkd", (Term(Teacher(), _cross_entropy_and_kl(kl_share)),), Frozen())
 
 
-def gkd(student_share: float = 1.0, divergence: str = "reverse_kl", beta: float | None = None,
-        skew: float | None = None, teacher: str = "frozen") -> Method:  # fmt: skip
+def imitkd(start_share: float = 0.0, final_share: float = 1.0) -> Method:
+    """Imitation learning: KL(p || q) on the data's text, then more and more on the student's own.
+
+    The student's share of the requests goes linearly from start_share to final_share; the paper
+    lets the data's share fall. DistiLLM's script of this name uses the student's text always, from
+    a buffer: start_share 1 is nearest to it.
+
+    Source: Lin et al. 2020, arXiv:2009.07253.
+    """
+    writer = Mixture(start_share, final_share)
+    return Method("imitkd", (Term(writer, Divergence("forward_kl")),), Frozen())
+
+
+def gkd(
+    student_share: float = 1.0,
+    divergence: str = "reverse_kl",
+    beta: float | None = None,
+    skew: float | None = None,
+    teacher: str = "frozen",
+    teacher_options: dict[str, Any] | None = None,
+) -> Method:
     """Generalised distillation: any divergence, on the student's text with prob. student_share.
 
     The defaults are the row called GKD in PromptKD's tables: student_share 1, reverse KL. The GKD
@@ -105,41 +155,172 @@ def gkd(student_share: float = 1.0, divergence: str = "reverse_kl", beta: float 
     """
     writer = Student() if student_share == 1 else Mixture(student_share)
     objective = Divergence(divergence, options_of(beta=beta, skew=skew))
-    return Method("gkd", (Term(writer, objective),), teacher=teacher_specification(teacher))
+    specification = teacher_specification(teacher, teacher_options)
+    return Method("gkd", (Term(writer, objective),), specification)
 
 
-def promptkd(length: int = 7, init: str = "text", init_text: str = "Suppose you are a student.",
-             regularizer: float = 1.0, rollouts: str = "student",
-             student_share: float | None = None, divergence: str = "reverse_kl",
-             beta: float | None = None, skew: float | None = None,
-             adaptation_divergence: str = "reverse_kl",
-             regularizer_divergence: str = "reverse_kl", teacher: str = "soft_prompt",
-             ) -> Method:  # fmt: skip
+def minillm(
+    teacher_share: float = 0.2, inner_epochs: int = 4, clip: float = 0.2, corpus: str | None = None
+) -> Method:
+    """Reverse KL of whole responses: one step exactly, what comes later by policy gradient.
+
+        L_t = KL(q || p) - min(w A, clip(w) A),  w = q(y_t) / p~(y_t),  A = what comes after t
+        y ~ p~ = share p + (1 - share) q,        A = mean over t' > t of log p(y_t') / q(y_t')
+
+    The responses serve inner_epochs optimizer steps. ``corpus``, a text file with a passage a line,
+    adds the paper's language-modelling loss on plain text, with weight 1.
+
+    The paper is followed. Its code lets A include step t, though the one-step part has it already,
+    discounts by 0.95, doubles, and whitens A over the batch, and adds 1/2 KL(p || q) on the corpus.
+    As in the code, w doesn't weigh the one-step part: given the prefix, w is 1 on average.
+
+    Source: Gu et al. 2023, arXiv:2306.08543, section 2.2.
+    """
+    writer = Repeated(TeacherMixed(teacher_share), inner_epochs)
+    objective = Weighted(((1.0, Divergence("reverse_kl")), (1.0, PolicyGradient(clip))))
+    terms = [Term(writer, objective)]
+    if corpus is not None:
+        terms.append(Term(Corpus(corpus), CrossEntropy()))
+    return Method("minillm", tuple(terms), Frozen())
+
+
+def distillm(
+    divergence: str = "skew_forward_kl",
+    skew: float = 0.1,
+    student_share: float = 0.0,
+    capacity: int = 125,
+) -> Method:
+    """Skewed KL on the data's text or the student's, as the validation loss asks for it.
+
+    student_share is where the adaptive share starts, capacity the buffer's in steps (see
+    ``AdaptiveReplay``). The gradient goes through the student's part of the mixture, as the paper
+    has it, and the first token of a sampled response counts, which the code leaves out.
+
+    Source: Ko et al. 2024, arXiv:2402.03898, Eq. 3 and section 3.2.
+    """
+    objective = Divergence(divergence, options_of(skew=skew))
+    return Method("distillm", (Term(AdaptiveReplay(student_share, capacity), objective),), Frozen())
+
+
+def distillm2(skew: float = 0.1, beta: float = 1.0) -> Method:
+    """Contrastive pairs: (2 - beta)/2 skew forward KL on p's text + beta/2 skew reverse KL on q's.
+
+    The paper's weights are (1 - beta)/2 and beta/2 with a beta that grows; the released code has
+    2 - beta and beta with beta 1 fixed and skew 0.1 fixed, which is followed here, halved as in the
+    paper. The student writes afresh at each step instead of once per epoch, and the mixture of the
+    reverse part carries gradient, as the formula has it; the code detaches it.
+
+    Source: Ko et al. 2025, arXiv:2503.07067, Eq. 5 and section 3.
+    """
+    if not 0 <= beta <= 2:
+        raise ValueError(f"beta is {beta}: the weights (2 - beta)/2 and beta/2 ask for [0, 2].")
+    options = options_of(skew=skew)
+    terms = (
+        Term(Teacher(), Divergence("skew_forward_kl", options), 1 - beta / 2),
+        Term(Student(), Divergence("skew_reverse_kl", options), beta / 2),
+    )
+    return Method("distillm2", terms, Frozen())
+
+
+def akl(head_mass: float = 0.5, rollouts: str = "reference") -> Method:
+    """Forward and reverse KL, weighted by where the student is wrong: in the head or the tail.
+
+    Source: Wu et al. 2024, arXiv:2404.02657; see ``divergences.adaptive_kl`` for its re-uses.
+    """
+    objective = Divergence("adaptive_kl", options_of(head_mass=head_mass))
+    return Method("akl", (Term(source(rollouts), objective),), Frozen())
+
+
+def taid(
+    start: float = 0.4,
+    end: float = 1.0,
+    step_size: float = 5e-4,
+    momentum: float = 0.99,
+    rollouts: str = "reference",
+) -> Method:
+    """KL(p_t || q) to a target that walks from the student to the teacher while t grows.
+
+    With rollouts="student" it is a student-friendly teacher without anything trained in it.
+
+    Source: Shing et al. 2025, arXiv:2501.16937; see ``teachers.Interpolated`` for the rule.
+    """
+    specification = Interpolated(start, end, step_size, momentum)
+    return Method("taid", (Term(source(rollouts), Divergence("forward_kl")),), specification)
+
+
+def opd() -> Method:
+    """On-policy distillation from the sampled token alone; gkd's default in expectation.
+
+    Source: Thinking Machines, on-policy distillation, 2025; see ``objectives.SampledToken``.
+    """
+    return Method("opd", (Term(Student(), SampledToken()),), Frozen())
+
+
+def promptkd(
+    length: int = 7,
+    init: str = "text",
+    init_text: str = "Suppose you are a student.",
+    regularizer: float = 1.0,
+    rollouts: str = "student",
+    student_share: float | None = None,
+    divergence: str = "reverse_kl",
+    beta: float | None = None,
+    skew: float | None = None,
+    adaptation_divergence: str = "reverse_kl",
+    regularizer_divergence: str = "reverse_kl",
+    teacher: str = "soft_prompt",
+    teacher_options: dict[str, Any] | None = None,
+) -> Method:
     """The teacher's soft prompt learns to be understood; the student learns from that teacher.
 
         L_prompt  = KL(p_P || q) + regularizer (K - k)/K KL(p_P || p)     moves P
         L_student = KL(q || p_P)                                          moves q
 
+    teacher="lora" or "prefix" adapts the teacher by other means (Table 9); length and init belong
+    to the soft prompt and the prefix.
+
     Source: Kim, Jang and Yang 2024, arXiv:2402.12842, Eq. 1-4; ablations: appendix D.
     """
-    specification = (
-        SoftPrompt(length, init, init_text)  # pyright: ignore[reportArgumentType]
-        if teacher == "soft_prompt"
-        else teacher_specification(teacher)
-    )
+    front = {"length": length, "init": init, "init_text": init_text}
+    given = front if teacher in ("soft_prompt", "prefix") else {}
+    objective = Divergence(divergence, options_of(beta=beta, skew=skew))
     return Method(
         "promptkd",
-        (
-            Term(
-                source(rollouts, student_share),
-                Divergence(divergence, options_of(beta=beta, skew=skew)),
-            ),
-        ),
-        teacher=specification,
-        adaptation=Adaptation(
+        (Term(source(rollouts, student_share), objective),),
+        teacher_specification(teacher, {**given, **(teacher_options or {})}),
+        Adaptation(
             Divergence(adaptation_divergence), Divergence(regularizer_divergence), regularizer
         ),
     )
+
+
+TEACHERS: dict[str, type[TeacherSpecification]] = {
+    "frozen": Frozen,
+    "text_prompt": TextPrompt,
+    "soft_prompt": SoftPrompt,
+    "lora": LoRA,
+    "prefix": Prefix,
+    "interpolated": Interpolated,
+}
+
+
+def teacher_specification(
+    name: str, options: Mapping[str, Any] | None = None
+) -> TeacherSpecification:
+    """A teacher by name, with the options of its class.
+
+    Raises:
+        ValueError: for an unknown name or option, with the nearest known one.
+    """
+    if name not in TEACHERS:
+        raise ValueError(f"teacher is '{name}'{suggest(name, list(TEACHERS))}")
+    specification: Any = TEACHERS[name]
+    known = [field.name for field in fields(specification)]
+    for option in options or {}:
+        if option not in known:
+            nearest = suggest(option, known) if known else f"; '{name}' has no options"
+            raise ValueError(f"unknown key 'teacher_options.{option}'{nearest}")
+    return specification(**(options or {}))
 
 
 def source(name: str, student_share: float | None = None) -> Source:
@@ -150,12 +331,6 @@ def source(name: str, student_share: float | None = None) -> Source:
     if name not in sources:
         raise ValueError(f"rollouts is '{name}'{suggest(name, [*sources, 'mixture'])}")
     return sources[name]
-
-
-def teacher_specification(name: str) -> TeacherSpecification:
-    if name not in TEACHERS:
-        raise ValueError(f"teacher is '{name}'{suggest(name, list(TEACHERS))}")
-    return TEACHERS[name]()
 
 
 def _cross_entropy_and_kl(kl_share: float) -> Objective:
@@ -169,7 +344,21 @@ def _cross_entropy_and_kl(kl_share: float) -> Objective:
 
 
 METHODS: dict[str, Callable[..., Method]] = {
-    function.__name__: function for function in (sft, kd, seqkd, gkd, promptkd)
+    function.__name__: function
+    for function in (
+        sft,
+        kd,
+        seqkd,
+        imitkd,
+        gkd,
+        minillm,
+        distillm,
+        distillm2,
+        akl,
+        taid,
+        opd,
+        promptkd,
+    )
 }
 
 
@@ -199,10 +388,12 @@ def _method_function(name: str) -> Callable[..., Method]:
             raise UserError(f"unknown method '{name}'{suggest(name, list(METHODS))}")
         return METHODS[name]
     module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:  # the installed command doesn't look there, python -m does
+        sys.path.insert(0, os.getcwd())
     try:
         return getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"method '{name}' cannot be imported: {error}. Write module:function, "
-            "with the module on the Python path."
+            "with the module in the current directory or on the Python path."
         ) from None

@@ -47,8 +47,9 @@ class Head:
             logits = self.softcap * torch.tanh(logits / self.softcap)
         return logits.log_softmax(-1)
 
-    def backward(self, hidden: Float[Tensor, "tokens width"],
-                 gradient: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens width"]:  # fmt: skip
+    def backward(
+        self, hidden: Float[Tensor, "tokens width"], gradient: Float[Tensor, "tokens vocab"]
+    ) -> Float[Tensor, "tokens width"]:
         """Gradient to the hidden states; the weights' own gradient is accumulated in place."""
         with torch.no_grad():
             weight, _ = self.matrix()
@@ -74,7 +75,7 @@ class LanguageModel:
     """A causal language model, split into trunk and head.
 
     Attributes:
-        module: the transformers model, in evaluation mode (dropout is off by default, paper.md 5.2).
+        module: the transformers model, in evaluation mode (dropout is off, paper.md 5.2).
         vocabulary: how many token ids are compared; at most the embedding rows of either model.
         dtype: what its matrices are multiplied in; fp32 weights stay fp32 (master weights).
     """
@@ -102,11 +103,14 @@ class LanguageModel:
             self.dtype,
         )
 
-    def hidden_states(self, tokens: Int[Tensor, "batch time"],
-                      soft_prompt: Float[Tensor, "length width"] | None = None,
-                      attention_mask: Bool[Tensor, "batch time"] | None = None,
-                      past_key_values: Any = None, past_length: int = 0,
-                      ) -> Float[Tensor, "batch time width"]:  # fmt: skip
+    def hidden_states(
+        self,
+        tokens: Int[Tensor, "batch time"],
+        soft_prompt: Float[Tensor, "length width"] | None = None,
+        attention_mask: Bool[Tensor, "batch time"] | None = None,
+        past_key_values: Any = None,
+        past_length: int = 0,
+    ) -> Float[Tensor, "batch time width"]:
         """Last hidden states at the tokens (the soft prompt's own are cut off again).
 
         Without a mask the tokens are taken to be right-padded: causality hides what comes after a
@@ -148,8 +152,9 @@ class LanguageModel:
         return torch.autocast(self.device.type, self.dtype)
 
 
-def select_responses(hidden: Float[Tensor, "batch time width"],
-                     response_mask: Bool[Tensor, "batch time"]) -> Float[Tensor, "tokens width"]:  # fmt: skip
+def select_responses(
+    hidden: Float[Tensor, "batch time width"], response_mask: Bool[Tensor, "batch time"]
+) -> Float[Tensor, "tokens width"]:
     """The states that predict each response token: one position before it. The only shift."""
     return hidden[:, :-1][response_mask[:, 1:]]
 
@@ -218,8 +223,9 @@ def context_length(config: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def check_context(config: Any, request_tokens: int, response_tokens: int, name: str,
-                  front: int = 0) -> None:  # fmt: skip
+def check_context(
+    config: Any, request_tokens: int, response_tokens: int, name: str, front: int = 0
+) -> None:
     """Refuse lengths that the model's positions can't hold.
 
     Raises:
@@ -247,8 +253,9 @@ def first_difference(
     return None
 
 
-def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student: Any,
-                      teacher: Any) -> int:  # fmt: skip
+def shared_vocabulary(
+    student_tokenizer: Any, teacher_tokenizer: Any, student: Any, teacher: Any
+) -> int:
     """How many token ids are compared: the rows both models have, if the token tables are equal.
 
     Raises:
@@ -259,8 +266,8 @@ def shared_vocabulary(student_tokenizer: Any, teacher_tokenizer: Any, student: A
         i, own, other = difference
         raise UserError(
             f"Student and teacher have different tokenizers: token {i} is {own!r} for the student "
-            f"and {other!r} for the teacher. Token-level methods compare them entry by entry. Use a "
-            "teacher with the student's tokenizer, or the method 'seqkd', which needs only text."
+            f"and {other!r} for the teacher. Token-level methods compare them entry by entry. Use "
+            "a teacher with the student's tokenizer, or the method 'seqkd', which needs only text."
         )
     rows = min(m.get_input_embeddings().weight.shape[0] for m in (student, teacher))
     tokens = max(student_tokenizer.get_vocab().values()) + 1
@@ -277,7 +284,7 @@ def same_tokenizer(student_tokenizer: Any, teacher_tokenizer: Any) -> bool:
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether the processor multiplies bf16 matrices itself (emulation is about 10 times slower)."""
+    """Whether the processor multiplies bf16 matrices itself (emulation is 10 times slower)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

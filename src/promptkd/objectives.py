@@ -8,7 +8,7 @@ behind; nothing of size tokens x vocabulary ever exists.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -51,6 +51,7 @@ class TokenView:
         return self.target.gather(-1, self.tokens[:, None])[:, 0]
 
 
+@runtime_checkable
 class Objective(Protocol):
     """Nats per token, from log-probabilities."""
 
@@ -105,6 +106,53 @@ class Divergence:
 
 
 @dataclass(frozen=True)
+class SampledToken:
+    """-(q / q_old) A on the token that was written, A = log p(y_t) - log q_old(y_t).
+
+    Each response serves one update, so q_old is q without its gradient: the value is log q - log p,
+    an unbiased estimate of KL(q || p), and the gradient is -A grad log q. Over y_t ~ q both have
+    the expectation of the full-vocabulary KL(q || p), because E_q[grad log q] = 0; the variance
+    is larger. Only the teacher's log-probability of one token is needed.
+
+    Source: Thinking Machines, on-policy distillation, 2025 (tinker-cookbook, discount 0).
+    """
+
+    needs_teacher: ClassVar[bool] = True
+    annotations: ClassVar[tuple[str, ...]] = ()
+
+    def __call__(self, view: TokenView) -> PerToken:
+        logprobs = view.student_at_tokens
+        advantage = view.target_at_tokens - logprobs.detach()
+        return -(logprobs - logprobs.detach()).exp() * advantage
+
+
+@dataclass(frozen=True)
+class PolicyGradient:
+    """-min(w A, clip(w, 1 - c, 1 + c) A), w = q(y_t) / p~(y_t), A written down with the rollout.
+
+    p~ is what the token was sampled from, so w holds the importance weight of teacher-mixed
+    sampling and the drift of the student since, and their product is clipped, as in MiniLLM's code.
+
+    Source: MiniLLM, arXiv:2306.08543, section 2.2; clipping: Schulman et al. 2017, Eq. 7.
+    """
+
+    clip: float = 0.2
+
+    needs_teacher: ClassVar[bool] = False
+    annotations: ClassVar[tuple[str, ...]] = ("sampling_logprobs", "advantages")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.clip < 1:
+            raise ValueError(f"clip is {self.clip}: ratios are kept within 1 - clip and 1 + clip.")
+
+    def __call__(self, view: TokenView) -> PerToken:
+        advantage = view.annotations["advantages"]
+        ratio = (view.student_at_tokens - view.annotations["sampling_logprobs"]).exp()
+        clipped = ratio.clamp(1 - self.clip, 1 + self.clip)
+        return -torch.minimum(ratio * advantage, clipped * advantage)
+
+
+@dataclass(frozen=True)
 class Weighted:
     """A weighted sum of objectives on the same tokens."""
 
@@ -140,8 +188,12 @@ class States:
 Losses = Callable[[Mapping[str, LogProbs], slice], Mapping[str, PerToken]]
 
 
-def accumulate(states: Mapping[str, States], losses: Losses, weights: Mapping[str, float],
-               chunk_entries: int = CHUNK_ENTRIES) -> dict[str, Tensor]:  # fmt: skip
+def accumulate(
+    states: Mapping[str, States],
+    losses: Losses,
+    weights: Mapping[str, float],
+    chunk_entries: int = CHUNK_ENTRIES,
+) -> dict[str, Tensor]:
     """Evaluate losses chunk by chunk and accumulate their weighted gradients in the models.
 
     Args:

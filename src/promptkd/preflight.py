@@ -19,8 +19,9 @@ from promptkd.rollouts import Rollout, pad
 from promptkd.teachers import Teacher
 
 
-def check_data(method: Method, data: Dataset, validation: Dataset | None, metric: str,
-               has_teacher: bool) -> None:  # fmt: skip
+def check_data(
+    method: Method, data: Dataset, validation: Dataset | None, metric: str, has_teacher: bool
+) -> None:
     """Refuse what the method or the metric can't use.
 
     Raises:
@@ -48,9 +49,15 @@ def check_data(method: Method, data: Dataset, validation: Dataset | None, metric
 
 
 @torch.no_grad()
-def check_models(student: LanguageModel, teacher: Teacher | None, tokenizer: Any,
-                 encoder: Encoder, data: Dataset, names: tuple[str, str], adapts: bool,
-                 say: Callable[[str], None]) -> dict[str, Any]:  # fmt: skip
+def check_models(
+    student: LanguageModel,
+    teacher: Teacher | None,
+    tokenizer: Any,
+    encoder: Encoder,
+    data: Dataset,
+    names: tuple[str, str],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
     """Check the pair on real requests and say what was found.
 
     Raises:
@@ -84,10 +91,10 @@ def check_models(student: LanguageModel, teacher: Teacher | None, tokenizer: Any
         f"vocabulary: token tables equal; student {rows[0]} rows, teacher {rows[1]}: the first "
         f"{student.vocabulary} are compared; teacher mass cut off: at most {outside:.2g}"
     )
-    if adapts or front:
+    if front:
         adapted = select_responses(teacher.hidden_states(batch.tokens), batch.response_mask)
         change = (adapted.float() - states.float()).abs().max().item()
-        if front and change == 0:
+        if change == 0:
             raise UserError(
                 "The soft prompt doesn't change what the teacher says: its hidden states are "
                 "equal with and without it. This architecture ignores inputs_embeds; report it."

@@ -25,10 +25,17 @@ from promptkd.models import LanguageModel, compute_dtype, load_model, load_token
 from promptkd.rollouts import Rollout, reference_rollouts
 
 
-def init_student(teacher: str, num_layers: int, output: str | Path, *,
-                 calibration: str | Sequence[str] | None = None, search: str = "single",
-                 template: str = "alpaca", num_calibration_rows: int = 32,
-                 precision: str = "auto") -> dict[str, Any]:  # fmt: skip
+def init_student(
+    teacher: str,
+    num_layers: int,
+    output: str | Path,
+    *,
+    calibration: str | Sequence[str] | None = None,
+    search: str = "single",
+    template: str = "alpaca",
+    num_calibration_rows: int = 32,
+    precision: str = "auto",
+) -> dict[str, Any]:
     """Write a student with the teacher's tokenizer and ``num_layers`` of its layers.
 
     Args:
@@ -104,8 +111,9 @@ def evenly_spaced(total: int, kept: int) -> list[int]:
     return [round(i * (total - 1) / (kept - 1)) for i in range(kept)]
 
 
-def rank_layers(model: LanguageModel, rollouts: Sequence[Rollout], num_layers: int,
-                search: str) -> tuple[list[int], dict[str, Any]]:  # fmt: skip
+def rank_layers(
+    model: LanguageModel, rollouts: Sequence[Rollout], num_layers: int, search: str
+) -> tuple[list[int], dict[str, Any]]:
     """The layers to keep, and the cross-entropy (nats per token) with and without each."""
     total = len(layers_of(model.module)[1])
     kept = list(range(total))
@@ -172,8 +180,9 @@ def keep_layers(module: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel
     return student.eval()
 
 
-def _calibration_rollouts(tokenizer: Any, template: str, sources: list[str],
-                          num_rows: int) -> list[Rollout]:  # fmt: skip
+def _calibration_rollouts(
+    tokenizer: Any, template: str, sources: list[str], num_rows: int
+) -> list[Rollout]:
     encoder = Encoder(tokenizer, template, 256, 256, tokenizer.eos_token_id)
     data = training_set(read_examples(sources), encoder)
     if not data.has_references:

@@ -5,16 +5,20 @@ once. Sources are frozen; what they must remember lives in a ``state`` dictionar
 the trainer and is saved with every checkpoint.
 """
 
+import math
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from dataclasses import dataclass, field, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
 from promptkd.data import Batch, EncodedExample
+from promptkd.errors import UserError
 
 Tokens = tuple[int, ...]
 
@@ -52,6 +56,7 @@ class Writers:
         progress: k / K, the fraction of training done before this step.
         seed: of the run.
         step: counted from 0.
+        encode: text as the student's tokens, with its tokenizer's own start token.
     """
 
     student: Write
@@ -60,18 +65,28 @@ class Writers:
     progress: float
     seed: int
     step: int
+    encode: Callable[[str], Tokens]
 
     def chance(self, what: str, share: float, index: int = 0) -> bool:
         """A coin that depends on seed, step and example alone, not on ranks or history."""
-        return random.Random(f"{what} {self.seed} {self.step} {index}").random() < share
+        return self._random(what, index).random() < share
+
+    def pick(self, what: str, number: int, index: int = 0) -> int:
+        """A number below ``number``, drawn like ``chance``."""
+        return self._random(what, index).randrange(number)
+
+    def _random(self, what: str, index: int) -> random.Random:
+        return random.Random(f"{what} {self.seed} {self.step} {index}")
 
 
+@runtime_checkable
 class Source(Protocol):
     """Who writes.
 
     Attributes:
         needs_references: whether every row must have a reference response.
         asks_teacher: whether the teacher writes (it then needs an engine).
+        needs_validation: whether ``observe`` steers it, so that validation data must be there.
     """
 
     @property
@@ -79,6 +94,9 @@ class Source(Protocol):
 
     @property
     def asks_teacher(self) -> bool: ...
+
+    @property
+    def needs_validation(self) -> bool: ...
 
     def write(self, batch: Batch, writers: Writers, state: dict[str, Any]) -> list[Rollout]: ...
 
@@ -92,6 +110,7 @@ class Stateless:
 
     needs_references: ClassVar[bool] = False
     asks_teacher: ClassVar[bool] = False
+    needs_validation: ClassVar[bool] = False
 
     def observe(self, validation_loss: float, state: dict[str, Any]) -> None:
         pass
@@ -157,6 +176,97 @@ class Mixture(Stateless):
         ]
 
 
+@dataclass(frozen=True)
+class TeacherMixed(Stateless):
+    """Every token is drawn from p~ = share x teacher + (1 - share) x student.
+
+    Each response is annotated with what a policy gradient needs, in nats, per token:
+
+        sampling_logprobs  log p~(y_t), so that w_t = q(y_t) / p~(y_t)
+        advantages         what follows y_t: the mean over t' > t of log p(y_t') - log q(y_t')
+
+    Source: MiniLLM, arXiv:2306.08543, section 2.2 (teacher-mixed sampling, length normalisation).
+    """
+
+    share: float = 0.2
+
+    asks_teacher: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise ValueError(f"teacher_share is {self.share}: it lies in [0, 1).")
+
+    def write(self, batch: Batch, writers: Writers, state: dict[str, Any]) -> list[Rollout]:
+        return [self._annotate(r) for r in writers.mixed(batch.examples, self.share)]
+
+    def _annotate(self, rollout: Rollout) -> Rollout:
+        student = rollout.annotations["student_logprobs"]
+        teacher = rollout.annotations["teacher_logprobs"]
+        pairs = list(zip(student, teacher, strict=True))
+        mixed = tuple(_log_mixture(own, other, self.share) for own, other in pairs)
+        rewards = [other - own for own, other in pairs]
+        notes = {"sampling_logprobs": mixed, "advantages": length_normalized_returns(rewards)}
+        return replace(rollout, annotations=notes)
+
+
+def length_normalized_returns(rewards: Sequence[float]) -> tuple[float, ...]:
+    """For each token, the mean of the rewards after it; 0 for the last.
+
+    Source: MiniLLM, arXiv:2306.08543, section 2.2, R_{t+1} / (T - t - 1).
+
+    >>> length_normalized_returns([1.0, 2.0, 4.0])
+    (3.0, 4.0, 0.0)
+    """
+    returns, later = [], 0.0
+    for number, reward in enumerate(reversed(rewards)):
+        returns.append(later / number if number else 0.0)
+        later += reward
+    return tuple(reversed(returns))
+
+
+def _log_mixture(student: float, teacher: float, share: float) -> float:
+    if share == 0:
+        return student
+    first, second = math.log1p(-share) + student, math.log(share) + teacher
+    largest = max(first, second)
+    return largest + math.log(math.exp(first - largest) + math.exp(second - largest))
+
+
+@dataclass(frozen=True)
+class Corpus(Stateless):
+    """Plain text, one passage a line: language modelling beside the requests.
+
+    A passage's first token is its request, the rest its response.
+    """
+
+    path: str
+    max_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        if not Path(self.path).is_file():
+            raise ValueError(f"corpus {self.path} does not exist. Name a text file.")
+        if self.max_tokens < 2:
+            raise ValueError(f"max_tokens is {self.max_tokens}: a passage has at least two tokens.")
+
+    def write(self, batch: Batch, writers: Writers, state: dict[str, Any]) -> list[Rollout]:
+        passages, rollouts = _passages(self.path), []
+        for example in batch.examples:
+            text = passages[writers.pick("corpus", len(passages), example.index)]
+            tokens = writers.encode(text)[: self.max_tokens]
+            rollouts.append(Rollout(example.index, tokens[:1], tokens[1:], "corpus"))
+        return rollouts
+
+
+@cache
+def _passages(path: str) -> list[str]:
+    """The lines of at least two words: two words are two tokens to any tokenizer."""
+    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    passages = [line for line in lines if len(line.split()) > 1]
+    if not passages:
+        raise UserError(f"The corpus {path} has no line of two words or more.")
+    return passages
+
+
 def reference_rollouts(examples: Iterable[EncodedExample]) -> list[Rollout]:
     rollouts = []
     for example in examples:
@@ -197,8 +307,9 @@ def pad(rollouts: Sequence[Rollout], device: torch.device, length: int = 0) -> M
     return MicroBatch(tuple(rollouts), tokens.to(device), response_mask.to(device))
 
 
-def split_by_length(rollouts: Sequence[Rollout], micro_batch_tokens: int,
-                    device: torch.device) -> list[MicroBatch]:  # fmt: skip
+def split_by_length(
+    rollouts: Sequence[Rollout], micro_batch_tokens: int, device: torch.device
+) -> list[MicroBatch]:
     """Sort by length and cut where rows x longest would exceed the token budget.
 
     A single rollout longer than the budget gets a micro-batch of its own.

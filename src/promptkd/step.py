@@ -64,11 +64,20 @@ class Learner:
 class Step:
     """Everything that one optimizer step needs, bound together once per run."""
 
-    def __init__(self, method: Method, student: LanguageModel, teacher: Teacher | None,
-                 student_learner: Learner, teacher_learner: Learner | None, *,
-                 micro_batch_tokens: int, max_grad_norm: float, teacher_step: str,
-                 sum_over_ranks: SumOverRanks = lambda tensor: tensor,
-                 chunk_entries: int = CHUNK_ENTRIES):  # fmt: skip
+    def __init__(
+        self,
+        method: Method,
+        student: LanguageModel,
+        teacher: Teacher | None,
+        student_learner: Learner,
+        teacher_learner: Learner | None,
+        *,
+        micro_batch_tokens: int,
+        max_grad_norm: float,
+        teacher_step: str,
+        sum_over_ranks: SumOverRanks = lambda tensor: tensor,
+        chunk_entries: int = CHUNK_ENTRIES,
+    ):
         self.method = method
         self.student = student
         self.teacher = teacher
@@ -80,8 +89,9 @@ class Step:
         self.sum_over_ranks = sum_over_ranks
         self.chunk_entries = chunk_entries
 
-    def __call__(self, rollouts: Sequence[Sequence[Rollout]], step: int,
-                 max_steps: int) -> StepMetrics:  # fmt: skip
+    def __call__(
+        self, rollouts: Sequence[Sequence[Rollout]], step: int, max_steps: int
+    ) -> StepMetrics:
         """Learn from one list of rollouts per term of the method.
 
         Args:
@@ -120,9 +130,10 @@ class Step:
         own = [float(sum(len(r.response_ids) for r in written)) for written in rollouts]
         counts = self.sum_over_ranks(torch.tensor(own, device=device, dtype=torch.float64))
         adapting = sum(
-            count for term, count in zip(terms, counts.tolist(), strict=True)
+            count
+            for term, count in zip(terms, counts.tolist(), strict=True)
             if term.objective.needs_teacher
-        )  # fmt: skip
+        )
         pieces, padded, real = [], 0, 0
         for term, written, count in zip(terms, rollouts, counts.tolist(), strict=True):
             for batch in split_by_length(written, self.micro_batch_tokens, device):
@@ -147,8 +158,17 @@ class Step:
                 select_responses(hidden, batch.response_mask), self.teacher.model.head, learns
             )
 
-    def _evaluate(self, piece: Piece, student: States, step: int, coefficient: float,
-                  metrics: StepMetrics, *, adapt: bool, learn: bool) -> None:  # fmt: skip
+    def _evaluate(
+        self,
+        piece: Piece,
+        student: States,
+        step: int,
+        coefficient: float,
+        metrics: StepMetrics,
+        *,
+        adapt: bool,
+        learn: bool,
+    ) -> None:
         """One pass over the vocabulary: the losses asked for, on the same log-probabilities."""
         objective, adaptation, teacher = piece.term.objective, self.method.adaptation, self.teacher
         adapt = adapt and objective.needs_teacher
@@ -179,9 +199,11 @@ class Step:
                     assert teacher is not None
                     target = teacher.target(heard, logprobs["teacher"].detach())
                 view = TokenView(
-                    logprobs["student"], target, tokens[chunk],
+                    logprobs["student"],
+                    target,
+                    tokens[chunk],
                     {name: values[chunk] for name, values in annotations.items()},
-                )  # fmt: skip
+                )
                 values["student"] = objective(view)
             return values
 
@@ -196,8 +218,14 @@ class Step:
                 raise LossNotFinite(_not_finite(name, step, piece.batch, nats))
             metrics.nats[name] = metrics.nats.get(name, 0.0) + total
 
-    def _update(self, who: str, learner: Learner | None, metrics: StepMetrics,
-                losses: Iterable[str], step: int) -> None:  # fmt: skip
+    def _update(
+        self,
+        who: str,
+        learner: Learner | None,
+        metrics: StepMetrics,
+        losses: Iterable[str],
+        step: int,
+    ) -> None:
         """Sum the gradients over ranks, clip, move, forget."""
         assert learner is not None, f"the {who} has nothing to train"
         for parameter in learner.parameters:

@@ -3,13 +3,14 @@
 A specification (frozen dataclass, part of a method) builds the teacher of a run. Every teacher has
 a plain voice, p(.|x), and an adapted one, p(.|P, x); for those that adapt nothing they are one.
 The soft prompt is ours (PEFT's forward prepends before left pads and drops positions); its files
-are PEFT's, and LoRA and prefix tuning are PEFT's altogether.
+are PEFT's. LoRA and prefix tuning: ``adapters``.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import peft
 import torch
@@ -17,6 +18,7 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from promptkd.config import suggest
 from promptkd.divergences import LogProbs
 from promptkd.errors import UserError
 from promptkd.models import LanguageModel, context_length
@@ -40,20 +42,23 @@ class Adaptation:
         """c_k of ``step`` counted from 0: 1 - 1/K in the first, exactly 0 in the last."""
         return self.regularizer * (max_steps - (step + 1)) / max_steps
 
-    def loss(self, adapted: LogProbs, student: LogProbs, plain: LogProbs | None,
-             coefficient: float) -> Float[Tensor, " tokens"]:  # fmt: skip
+    def loss(
+        self, adapted: LogProbs, student: LogProbs, plain: LogProbs | None, coefficient: float
+    ) -> Float[Tensor, " tokens"]:
         nats = self.towards_student.between(adapted, student)
         if plain is not None:
             nats = nats + coefficient * self.towards_itself.between(adapted, plain)
         return nats
 
 
+@runtime_checkable
 class Teacher(Protocol):
     """A teacher at work.
 
     Attributes:
         model: the frozen language model.
         soft_prompt: the vectors in front of its input, if it has any.
+        has_adapter: whether ``save`` writes one.
     """
 
     @property
@@ -61,6 +66,9 @@ class Teacher(Protocol):
 
     @property
     def soft_prompt(self) -> Tensor | None: ...
+
+    @property
+    def has_adapter(self) -> bool: ...
 
     def parameters(self) -> list[nn.Parameter]:
         """What adaptation trains; empty if nothing."""
@@ -91,7 +99,17 @@ class Teacher(Protocol):
         ...
 
 
+@runtime_checkable
 class TeacherSpecification(Protocol):
+    """What a method says of its teacher.
+
+    Attributes:
+        learns: whether it has parameters, which an ``Adaptation`` must then move.
+    """
+
+    @property
+    def learns(self) -> bool: ...
+
     def build(self, model: LanguageModel, tokenizer: Any) -> Teacher: ...
 
 
@@ -99,6 +117,7 @@ class PlainTeacher:
     """Frozen, and nothing more."""
 
     soft_prompt: Tensor | None = None
+    has_adapter = False
 
     def __init__(self, model: LanguageModel):
         self.model = model
@@ -132,6 +151,8 @@ class PlainTeacher:
 class Frozen:
     """The teacher as it is."""
 
+    learns: ClassVar[bool] = False
+
     def build(self, model: LanguageModel, tokenizer: Any) -> Teacher:
         return PlainTeacher(model)
 
@@ -139,8 +160,11 @@ class Frozen:
 class SoftPromptTeacher:
     """Vectors in front of the teacher's input: the soft prompt, fp32, trained or not."""
 
-    def __init__(self, model: LanguageModel, vectors: Float[Tensor, "length width"],
-                 trainable: bool):  # fmt: skip
+    has_adapter = True
+
+    def __init__(
+        self, model: LanguageModel, vectors: Float[Tensor, "length width"], trainable: bool
+    ):
         self.model = model
         self.soft_prompt = nn.Parameter(vectors.clone().float(), requires_grad=trainable)
 
@@ -200,51 +224,68 @@ def prompt_vectors(model: LanguageModel, token_ids: Sequence[int]) -> Float[Tens
         return model.module.get_input_embeddings()(tokens)[0].float()
 
 
+STARTS = ("text", "padding", "random")
+
+
+def start_tokens(
+    model: LanguageModel, tokenizer: Any, length: int, init: str, init_text: str, seed: int
+) -> list[int]:
+    """``length`` tokens that adaptation starts from.
+
+    Those of ``init_text`` (a longer text is cut, a shorter one repeats), the padding token, or
+    random ones. Special tokens of the tokenizer are left out; PEFT and the authors keep a start
+    token, which costs OPT's prompt its full stop (paper.md, section 7).
+    """
+    context = context_length(model.module.config)
+    if context is not None and length >= context:
+        raise UserError(
+            f"The teacher gets {length} positions in front, its context has {context}: nothing is "
+            "left for the text. Use a smaller length."
+        )
+    if init == "padding":
+        pad = tokenizer.pad_token_id
+        ids = [tokenizer.eos_token_id if pad is None else pad]
+    elif init == "random":
+        generator = torch.Generator().manual_seed(seed)
+        ids = torch.randint(model.vocabulary, (length,), generator=generator).tolist()
+    else:
+        ids = tokenizer(init_text, add_special_tokens=False).input_ids
+    if not ids:
+        raise UserError(f"init_text {init_text!r} has no tokens to start from.")
+    return [ids[position % len(ids)] for position in range(length)]
+
+
+def check_start(length: int, init: str) -> None:
+    """Raises ValueError for a start that can't be."""
+    if length < 1:
+        raise ValueError(
+            f"length is {length}: what is put in front of the teacher has at least one position. "
+            "For a teacher with nothing in front use teacher='frozen'."
+        )
+    if init not in STARTS:
+        raise ValueError(f"init is '{init}'{suggest(init, list(STARTS))}")
+
+
 @dataclass(frozen=True)
 class SoftPrompt:
-    """``length`` trainable vectors in front of the teacher's input.
-
-    They start as the embeddings of ``init_text`` (a longer text is cut, a shorter one repeats), of
-    the padding token, or of random tokens. Special tokens of the tokenizer are left out; PEFT and
-    the authors keep a start token, which costs OPT's prompt its full stop (paper.md, section 7).
+    """``length`` trainable vectors in front of the teacher's input; see ``start_tokens``.
 
     Source: PromptKD, arXiv:2402.12842, section 3; random and padding start: Fig. 4.
     """
 
     length: int = 7
-    init: Literal["text", "padding", "random"] = "text"
+    init: str = "text"
     init_text: str = "Suppose you are a student."
     seed: int = 0
 
+    learns: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise ValueError(
-                f"the soft prompt's length is {self.length}: it needs at least one vector. "
-                "For a teacher without a prompt use teacher='frozen'."
-            )
+        check_start(self.length, self.init)
 
     def build(self, model: LanguageModel, tokenizer: Any) -> Teacher:
-        context = context_length(model.module.config)
-        if context is not None and self.length >= context:
-            raise UserError(
-                f"The soft prompt has {self.length} vectors, the teacher's context "
-                f"{context} positions: nothing is left for the text. Use a shorter prompt."
-            )
-        return SoftPromptTeacher(model, self._start(model, tokenizer), trainable=True)
-
-    def _start(self, model: LanguageModel, tokenizer: Any) -> Tensor:
-        if self.init == "padding":
-            pad = tokenizer.pad_token_id
-            ids = [tokenizer.eos_token_id if pad is None else pad]
-        elif self.init == "random":
-            generator = torch.Generator().manual_seed(self.seed)
-            ids = torch.randint(model.vocabulary, (self.length,), generator=generator).tolist()
-        else:
-            ids = tokenizer(self.init_text, add_special_tokens=False).input_ids
-        if not ids:
-            raise UserError(f"init_text {self.init_text!r} has no tokens to start the prompt from.")
-        repeated = [ids[position % len(ids)] for position in range(self.length)]
-        return prompt_vectors(model, repeated)
+        start = start_tokens(model, tokenizer, self.length, self.init, self.init_text, self.seed)
+        return SoftPromptTeacher(model, prompt_vectors(model, start), trainable=True)
 
 
 @dataclass(frozen=True)
@@ -253,6 +294,8 @@ class TextPrompt:
 
     text: str = "Suppose you are a student."
 
+    learns: ClassVar[bool] = False
+
     def build(self, model: LanguageModel, tokenizer: Any) -> Teacher:
         ids = tokenizer(self.text, add_special_tokens=False).input_ids
         if not ids:
@@ -260,8 +303,73 @@ class TextPrompt:
         return SoftPromptTeacher(model, prompt_vectors(model, ids), trainable=False)
 
 
-TEACHERS: dict[str, type[TeacherSpecification]] = {
-    "frozen": Frozen,
-    "soft_prompt": SoftPrompt,
-    "text_prompt": TextPrompt,
-}
+@dataclass(frozen=True)
+class Interpolated:
+    """The target walks from the student to the teacher: softmax((1 - t) z_student + t z_teacher).
+
+    The student's part carries no gradient. With L the student's loss and k/K the progress,
+
+        rho = (L_before - L) / L_before;  m <- momentum m + (1 - momentum) rho
+        t <- min(end, max(start + (end - start) k/K, t + step_size sigmoid(m) (1 - t)))
+
+    L is the KL, as the paper writes it; the code's cross-entropy differs by the target's entropy,
+    which changes with t and so enters rho.
+
+    Source: TAID, arXiv:2501.16937, Eq. 3-7.
+    """
+
+    start: float = 0.4
+    end: float = 1.0
+    step_size: float = 5e-4
+    momentum: float = 0.99
+
+    learns: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start <= self.end <= 1:
+            raise ValueError(
+                f"the teacher's share goes from {self.start} to {self.end}: "
+                "give 0 <= start <= end <= 1."
+            )
+
+    def build(self, model: LanguageModel, tokenizer: Any) -> Teacher:
+        return InterpolatedTeacher(model, self)
+
+
+class InterpolatedTeacher(PlainTeacher):
+    """A frozen teacher that is heard in part."""
+
+    def __init__(self, model: LanguageModel, rule: Interpolated):
+        self.model = model
+        self.rule = rule
+        self.share = rule.start
+        self.momentum = 0.0
+        self.previous_loss: float | None = None
+
+    def target(self, student: LogProbs, teacher: LogProbs) -> LogProbs:
+        """Log-probabilities serve as logits: softmax doesn't see what is added to all."""
+        if self.share == 1:
+            return teacher
+        return ((1 - self.share) * student + self.share * teacher).log_softmax(-1)
+
+    def observe(self, loss: float, progress: float) -> None:
+        rule = self.rule
+        if self.previous_loss:
+            improvement = (self.previous_loss - loss) / self.previous_loss
+            self.momentum = rule.momentum * self.momentum + (1 - rule.momentum) * improvement
+        self.previous_loss = loss
+        push = rule.step_size * (1 - self.share) / (1 + math.exp(-self.momentum))
+        linear = rule.start + (rule.end - rule.start) * progress
+        self.share = min(rule.end, max(linear, self.share + push))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "share": self.share,
+            "momentum": self.momentum,
+            "previous_loss": self.previous_loss,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.share = state["share"]
+        self.momentum = state["momentum"]
+        self.previous_loss = state["previous_loss"]

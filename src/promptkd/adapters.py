@@ -1,0 +1,204 @@
+"""Teachers that PEFT's adapters move: LoRA and prefix tuning.
+
+Any of them can take the soft prompt's place, and all are saved as PEFT would:
+``PeftModel.from_pretrained(teacher, path)`` is the adapted teacher.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import peft
+import torch
+from jaxtyping import Float, Int
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.pytorch_utils import Conv1D
+
+from promptkd.errors import UserError
+from promptkd.models import LanguageModel
+from promptkd.teachers import PlainTeacher, Teacher, check_start, start_tokens
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """W + alpha / rank B A in the teacher's projections, B = 0 at first.
+
+    Args:
+        target_modules: names of the layers; empty for PEFT's choice for the architecture
+            (GPT-2: the attention's joint projection; OPT and Llama: queries and values).
+        seed: of A.
+
+    Source: Hu et al. 2021, arXiv:2106.09685; rank and alpha: PromptKD, arXiv:2402.12842, Table 9.
+    """
+
+    rank: int = 4
+    alpha: int = 32
+    target_modules: Sequence[str] = ()
+    seed: int = 0
+
+    learns: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"the rank of LoRA is {self.rank}: it is at least 1.")
+
+    def build(self, model: LanguageModel, tokenizer: Any) -> Teacher:
+        transposed = any(isinstance(part, Conv1D) for part in model.module.modules())
+        config = peft.LoraConfig(
+            task_type=peft.TaskType.CAUSAL_LM,
+            r=self.rank,
+            lora_alpha=self.alpha,
+            target_modules=list(self.target_modules) or None,
+            fan_in_fan_out=transposed,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            try:
+                peft.inject_adapter_in_model(config, model.module)
+            except ValueError as error:
+                raise UserError(
+                    f"LoRA does not fit the teacher {type(model.module).__name__}: {error} "
+                    "Name its projections: teacher_options={target_modules: [...]}."
+                ) from None
+        return LoRATeacher(model, config)
+
+
+class LoRATeacher(PlainTeacher):
+    """The adapters are switched on for the adapted voice only; they stay fp32."""
+
+    has_adapter = True
+
+    def __init__(self, model: LanguageModel, config: peft.LoraConfig):
+        self.model = model
+        self.config = config
+        self._layers = [m for m in model.module.modules() if isinstance(m, BaseTunerLayer)]
+        self._trained = [p for n, p in model.module.named_parameters() if "lora_" in n]
+        for parameter in self._trained:
+            parameter.data = parameter.data.float()
+        model.module.eval()
+        self._switch(on=False)
+
+    def _switch(self, on: bool) -> None:
+        for layer in self._layers:
+            layer.enable_adapters(on)
+        for parameter in self._trained:  # switching off also freezes them; backward comes later
+            parameter.requires_grad_(True)
+
+    def parameters(self) -> list[nn.Parameter]:
+        return self._trained
+
+    def hidden_states(self, tokens: Int[Tensor, "batch time"]) -> Tensor:
+        self._switch(on=True)
+        hidden = self.model.hidden_states(tokens)
+        self._switch(on=False)
+        return hidden
+
+    def state_dict(self) -> dict[str, Any]:
+        state = peft.get_peft_model_state_dict(self.model.module)
+        return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        peft.set_peft_model_state_dict(self.model.module, state)
+
+    def save(self, directory: Path, name: str) -> None:
+        state = {f"base_model.model.{key}": value for key, value in self.state_dict().items()}
+        _save(self.config, state, directory, name)
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """``length`` trainable keys and values in front of the text, in every layer of the teacher.
+
+    They start as those of a text's tokens (see ``start_tokens``), so the teacher starts as the one
+    that reads this text first; PEFT starts from random numbers. No reparametrisation.
+
+    Source: Li and Liang 2021, arXiv:2101.00190.
+    """
+
+    length: int = 7
+    init: str = "text"
+    init_text: str = "Suppose you are a student."
+    seed: int = 0
+
+    learns: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_start(self.length, self.init)
+
+    @torch.no_grad()
+    def build(self, model: LanguageModel, tokenizer: Any) -> Teacher:
+        start = start_tokens(model, tokenizer, self.length, self.init, self.init_text, self.seed)
+        cache = DynamicCache()
+        trunk: Any = model.module.base_model
+        trunk(torch.tensor([start], device=model.device), past_key_values=cache, use_cache=True)
+        pairs = [(layer.keys, layer.values) for layer in cache.layers]
+        if len({keys.shape for keys, _ in pairs} | {values.shape for _, values in pairs}) > 1:
+            raise UserError(
+                f"The layers of the teacher {type(model.module).__name__} keep keys and values of "
+                "different shapes, which a prefix can't take. Use teacher=soft_prompt or lora."
+            )
+        stacked = torch.stack([torch.cat(pair) for pair in pairs])
+        return PrefixTeacher(model, stacked)
+
+
+class PrefixTeacher(PlainTeacher):
+    """Keys and values in front of the teacher's text, fp32, in PEFT's order of axes."""
+
+    has_adapter = True
+
+    def __init__(
+        self, model: LanguageModel, keys_values: Float[Tensor, "layers two heads length width"]
+    ):
+        self.model = model
+        layers, _, self.num_heads, self.length, self.width = keys_values.shape
+        self.num_layers = layers
+        flat = keys_values.permute(3, 0, 1, 2, 4).reshape(self.length, -1)
+        self.prefix = nn.Parameter(flat.clone().float())
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [self.prefix]
+
+    def cache(self, batch: int) -> DynamicCache:
+        """The prefix as every row's past."""
+        shape = self.length, self.num_layers, 2, self.num_heads, self.width
+        layers = self.prefix.to(self.model.module.dtype).view(shape).permute(1, 2, 3, 0, 4)
+        cache = DynamicCache(config=self.model.module.config)
+        for index, (keys, values) in enumerate(layers):
+            cache.update(keys.expand(batch, -1, -1, -1), values.expand(batch, -1, -1, -1), index)
+        return cache
+
+    def hidden_states(self, tokens: Int[Tensor, "batch time"]) -> Tensor:
+        return self.model.hidden_states(
+            tokens, past_key_values=self.cache(len(tokens)), past_length=self.length
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"prompt_embeddings": self.prefix.detach().cpu().clone()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        with torch.no_grad():
+            self.prefix.copy_(state["prompt_embeddings"])
+
+    def save(self, directory: Path, name: str) -> None:
+        config = peft.PrefixTuningConfig(
+            task_type=peft.TaskType.CAUSAL_LM,
+            num_virtual_tokens=self.length,
+            token_dim=self.num_heads * self.width,
+            num_attention_heads=self.num_heads,
+            num_layers=self.num_layers,
+            num_transformer_submodules=1,
+        )
+        _save(config, self.state_dict(), directory, name)
+
+
+def _save(config: peft.PeftConfig, state: dict[str, Tensor], directory: Path, name: str) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    config.base_model_name_or_path = name
+    config.inference_mode = True
+    config.save_pretrained(str(directory))
+    tensors = {key: tensor.contiguous() for key, tensor in state.items()}
+    save_file(tensors, directory / "adapter_model.safetensors")

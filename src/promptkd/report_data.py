@@ -1,0 +1,292 @@
+"""What the report knows: the files of runs, read as they are. Imports no torch.
+
+A run that was stopped, was never evaluated or lost its last line is still worth looking at, so
+every file but the recipe may be missing, and what could not be read becomes a note on the page.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from promptkd.errors import UserError
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One NAME.json of ``promptkd evaluate`` with its predictions.
+
+    Attributes:
+        name: the data's.
+        record: what NAME.json holds.
+        predictions: lines of NAME.predictions.jsonl, one per request and seed.
+    """
+
+    name: str
+    record: Row
+    predictions: tuple[Row, ...]
+
+    @property
+    def protocol(self) -> str:
+        """Equal exactly for evaluations whose scores may be compared: same rows, same decoding."""
+        rows = sorted(
+            {(p["index"], json.dumps(p["references"] or p["request"])) for p in self.predictions}
+        )
+        settings = [
+            self.record.get(key)
+            for key in ("decoding", "seeds", "num_examples", "template", "max_request_tokens")
+        ]
+        text = json.dumps([rows or self.name, settings], sort_keys=True)
+        return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+
+    def by_example(self, score: str) -> dict[int, float] | None:
+        """Mean over seeds of one score per request; None if any response lacks it."""
+        collected: dict[int, list[float]] = {}
+        for prediction in self.predictions:
+            value = prediction.get(score)
+            if value is None:
+                return None
+            collected.setdefault(prediction["index"], []).append(float(value))
+        return {i: sum(values) / len(values) for i, values in sorted(collected.items())}
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory.
+
+    Attributes:
+        label: short and unique among the runs of a report.
+        steps: lines of metrics.jsonl about training steps.
+        validations: its lines about evaluations: {"step": ..., "evaluation": {score: value}}.
+        judgements: what judge/NAME.json hold, by NAME.
+        notes: sentences about what could not be read or is not there yet.
+    """
+
+    path: Path
+    label: str
+    recipe: Row
+    environment: Row = field(default_factory=dict)
+    steps: tuple[Row, ...] = ()
+    validations: tuple[Row, ...] = ()
+    samples: tuple[Row, ...] = ()
+    summary: Row | None = None
+    evaluations: tuple[Evaluation, ...] = ()
+    exposure_bias: Row | None = None
+    prompt_analysis: Row | None = None
+    judgements: dict[str, Row] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def method(self) -> str:
+        return str(self.recipe.get("method", {}).get("name", "unknown method"))
+
+    @property
+    def kept_step(self) -> int | None:
+        """The step whose student was kept: the best validation, else the last one."""
+        best = (self.summary or {}).get("best")
+        if best:
+            return best["step"]
+        return self.steps[-1]["step"] if self.steps else None
+
+
+@dataclass(frozen=True)
+class Model:
+    """Who is compared: the student of a run, the start of one, a teacher, or something else.
+
+    Attributes:
+        role: "run", "start", "teacher" or "other".
+    """
+
+    label: str
+    role: str
+    evaluation: Evaluation
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Models that answered the same requests under the same settings."""
+
+    name: str
+    models: tuple[Model, ...]
+
+    @property
+    def record(self) -> Row:
+        return self.models[0].evaluation.record
+
+    def of_role(self, role: str) -> list[Model]:
+        return [model for model in self.models if model.role == role]
+
+
+def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[Evaluation]]:
+    """Read run directories, and directories that hold only evaluations (of a teacher, say).
+
+    Raises:
+        UserError: if a path is neither, or none is a run.
+    """
+    run_paths, loose = [], []
+    for path in paths:
+        if (path / "recipe.yaml").is_file():
+            run_paths.append(path)
+            continue
+        found = list(_evaluations(path)) if path.is_dir() else []
+        if not found:
+            raise UserError(
+                f"{path} is neither a run (no recipe.yaml) nor a directory of scores. "
+                "Name directories made by promptkd train or promptkd evaluate."
+            )
+        loose += found
+    if not run_paths:
+        raise UserError("A report needs a run, but only scores were named. Add a run's directory.")
+    labels = _labels(run_paths)
+    return [read_run(p, label) for p, label in zip(run_paths, labels, strict=True)], loose
+
+
+def read_run(path: Path, label: str) -> Run:
+    """Read what there is of one run.
+
+    Raises:
+        UserError: if recipe.yaml isn't one.
+    """
+    try:
+        recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}/recipe.yaml is not valid YAML: {error}") from None
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path}/recipe.yaml holds no keys, so {path} is not a run of promptkd.")
+    notes: list[str] = []
+    rows = read_lines(path / "metrics.jsonl", notes)
+    steps = {row["step"]: row for row in rows if "loss" in row}
+    validations = {row["step"]: row for row in rows if "evaluation" in row}
+    summary = read_json(path / "summary.json", notes)
+    planned = (recipe.get("optimization") or {}).get("max_steps")
+    if summary is None:
+        of = f" of {planned}" if planned else ""
+        notes.append(f"{label} is not finished: it stands at step {max(steps, default=0)}{of}.")
+    judgements = {
+        file.stem: content
+        for file in sorted((path / "judge").glob("*.json"))
+        if (content := read_json(file, notes)) is not None
+    }
+    return Run(
+        path=path,
+        label=label,
+        recipe=recipe,
+        environment=read_json(path / "environment.json", notes) or {},
+        steps=tuple(steps[step] for step in sorted(steps)),
+        validations=tuple(validations[step] for step in sorted(validations)),
+        samples=tuple(read_lines(path / "samples.jsonl", notes)),
+        summary=summary,
+        evaluations=tuple(_evaluations(path / "evaluation", notes)),
+        exposure_bias=read_json(path / "exposure_bias.json", notes),
+        prompt_analysis=read_json(path / "prompt_analysis.json", notes),
+        judgements=judgements,
+        notes=tuple(notes),
+    )
+
+
+def read_lines(path: Path, notes: list[str]) -> list[Row]:
+    """JSON lines up to the first damaged one, which a killed process may leave; noted."""
+    if not path.exists():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    for number, line in enumerate(lines, start=1):
+        if not line:
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict):
+            notes.append(f"{path}: line {number} is damaged; only what is before it is shown.")
+            break
+        rows.append(row)
+    return rows
+
+
+def read_json(path: Path, notes: list[str]) -> Row | None:
+    """A JSON object, or None with a note if it is damaged, without one if it doesn't exist."""
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except json.JSONDecodeError:
+        content = None
+    if not isinstance(content, dict):
+        notes.append(f"{path} is damaged and not shown.")
+        return None
+    return content
+
+
+def data_sets(runs: Sequence[Run], loose: Iterable[Evaluation] = ()) -> list[DataSet]:
+    """Group all evaluations by protocol and name who was evaluated.
+
+    An evaluation below a run's ``evaluation/`` whose model is another one (its teacher, its start)
+    counts for that model. Where a model was evaluated twice under one protocol, the first counts.
+    """
+    groups: dict[str, list[Model]] = {}
+    owned = [(run, evaluation) for run in runs for evaluation in run.evaluations]
+    for run, evaluation in [*owned, *((None, evaluation) for evaluation in loose)]:
+        label, role = _who(str(evaluation.record.get("model", "")), runs, run)
+        models = groups.setdefault(evaluation.protocol, [])
+        if not any((model.label, model.role) == (label, role) for model in models):
+            models.append(Model(label, role, evaluation))
+    order = {"run": 0, "start": 1, "other": 2, "teacher": 3}
+    labels = [run.label for run in runs]
+
+    def position(model: Model) -> tuple[int, int]:
+        return order[model.role], labels.index(model.label) if model.role == "run" else 0
+
+    sets = [
+        DataSet(models[0].evaluation.name, tuple(sorted(models, key=position)))
+        for models in groups.values()
+    ]
+    return [s for s in sets if s.of_role("run")] + [s for s in sets if not s.of_role("run")]
+
+
+def _who(model: str, runs: Sequence[Run], owner: Run | None) -> tuple[str, str]:
+    def same(other: Any) -> bool:
+        return bool(other) and (
+            model == str(other) or Path(model).resolve() == Path(str(other)).resolve()
+        )
+
+    for run in runs:
+        if same(run.path) or same(run.path / "student") or same(run.recipe.get("output")):
+            return run.label, "run"
+    roles = {
+        role: {str((run.recipe.get(key) or {}).get("model", "")) for run in runs} - {""}
+        for role, key in (("teacher", "teacher"), ("start", "student"))
+    }
+    for role, models in roles.items():
+        if any(same(other) for other in models):
+            return (role if len(models) == 1 else f"{role} {Path(model).name}"), role
+    if owner is not None and Path(model).name == owner.path.resolve().name:
+        return owner.label, "run"  # the directory was moved after its evaluation
+    return Path(model).name or "unnamed model", "other"
+
+
+def _evaluations(directory: Path, notes: list[str] | None = None) -> Iterable[Evaluation]:
+    notes = [] if notes is None else notes
+    for path in sorted(directory.rglob("*.json")):
+        record = read_json(path, notes)
+        if record is None or not isinstance(record.get("scores"), dict):
+            continue
+        if "decoding" not in record:
+            continue
+        lines = path.with_name(f"{path.stem}.predictions.jsonl")
+        yield Evaluation(path.stem, record, tuple(read_lines(lines, notes)))
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """Directory names, with as many parents as it takes to tell them apart."""
+    parts = [path.resolve().parts for path in paths]
+    depth = 1
+    while depth < max(map(len, parts)) and len({p[-depth:] for p in parts}) < len(set(parts)):
+        depth += 1
+    return ["/".join(p[-depth:]).lstrip("/") for p in parts]
