@@ -128,9 +128,10 @@ def _step(path: Path) -> int:
 
 def _damage(path: Path) -> str | None:
     try:
-        digests = dict(json.loads((path / "manifest.json").read_text()))
-        digests["progress.json"]
-    except (OSError, ValueError, TypeError, KeyError):
+        digests = json.loads((path / "manifest.json").read_text())
+    except (OSError, ValueError):
+        digests = None
+    if not isinstance(digests, dict) or "progress.json" not in digests:
         return "its manifest.json is missing or broken"
     for name, digest in digests.items():
         if not (path / name).is_file():

@@ -94,6 +94,11 @@ class Run:
             return best["step"]
         return self.steps[-1]["step"] if self.steps else None
 
+    def is_at(self, model: str) -> bool:
+        """Whether a model's name means this run's student."""
+        places = (self.path, self.path / "student", self.recipe.get("output"))
+        return any(_same_place(model, place) for place in places if place)
+
 
 @dataclass(frozen=True)
 class Model:
@@ -251,24 +256,23 @@ def data_sets(runs: Sequence[Run], loose: Iterable[Evaluation] = ()) -> list[Dat
 
 
 def _who(model: str, runs: Sequence[Run], owner: Run | None) -> tuple[str, str]:
-    def same(other: Any) -> bool:
-        return bool(other) and (
-            model == str(other) or Path(model).resolve() == Path(str(other)).resolve()
-        )
-
     for run in runs:
-        if same(run.path) or same(run.path / "student") or same(run.recipe.get("output")):
+        if run.is_at(model):
             return run.label, "run"
     roles = {
         role: {str((run.recipe.get(key) or {}).get("model", "")) for run in runs} - {""}
         for role, key in (("teacher", "teacher"), ("start", "student"))
     }
     for role, models in roles.items():
-        if any(same(other) for other in models):
+        if any(_same_place(model, other) for other in models):
             return (role if len(models) == 1 else f"{role} {Path(model).name}"), role
     if owner is not None and Path(model).name == owner.path.resolve().name:
         return owner.label, "run"  # the directory was moved after its evaluation
     return Path(model).name or "unnamed model", "other"
+
+
+def _same_place(model: str, other: str | Path) -> bool:
+    return model == str(other) or Path(model).resolve() == Path(other).resolve()
 
 
 def _evaluations(directory: Path, notes: list[str] | None = None) -> Iterable[Evaluation]:

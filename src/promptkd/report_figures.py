@@ -29,7 +29,7 @@ VARIABLES = {
     MUTED: "var(--muted)",
     GRID: "var(--grid)",
 }
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "promptkd",
     "font.family": "sans-serif",
@@ -190,7 +190,7 @@ def histograms(
             colour = SERIES[slot] if slot >= 0 else INK
             dash = DASHES[slot % len(DASHES)] if slot >= 0 else (0, (1.2, 1.2))
             axes.stairs(shares, edges, color=colour, linestyle=dash, linewidth=1.5, label=label)
-            if slot >= 0:
+            if len(groups) == 1:
                 axes.stairs(shares, edges, color=colour, alpha=0.12, fill=True)
         axes.set_ylim(bottom=0)
         axes.set_xlabel(x_label)
@@ -267,6 +267,8 @@ def _figure(
             canvas.legend(
                 handles, [_literal(t) for t in labels], loc="outside lower left", ncols=columns
             )
+        canvas.draw_without_rendering()
+        canvas.set_layout_engine("none")  # laid out once, for both files
         drawn = io.StringIO()
         canvas.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
         canvas.savefig(directory / f"{name}.png", dpi=200, facecolor="white")

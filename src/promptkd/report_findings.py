@@ -12,6 +12,7 @@ from promptkd.metrics import paired_bootstrap
 from promptkd.report_data import DataSet, Model, Run
 
 RANKED = ("rouge_l", "exact_match")  # per request, and more is better
+ENDED_LESS = 20  # percentage points that are worth a warning
 SCORE_NAMES = {
     "rouge_l": "ROUGE-L",
     "exact_match": "Exact match, %",
@@ -99,17 +100,36 @@ def distance(run: Run, sets: Sequence[DataSet]) -> Distance | None:
             values = [_mean(m, "reverse_kl_to_teacher") for m in (start[0], own[0])]
             if None not in values:
                 return Distance(values[0], values[1], f"on {describe(data)}")
+    change = validation_change(run, "reverse_kl_to_teacher")
+    if change is None:
+        return None
+    return Distance(*change, "on the validation data, one response per request, no interval")
+
+
+def validation_change(run: Run, score: str) -> tuple[float, float] | None:
+    """A score at the first validation and at that of the kept step; None if not both exist."""
     measured = {
-        row["step"]: row["evaluation"]["reverse_kl_to_teacher"]
+        row["step"]: row["evaluation"][score]
         for row in run.validations
-        if row["evaluation"].get("reverse_kl_to_teacher") is not None
+        if row["evaluation"].get(score) is not None
     }
     if len(measured) < 2:
         return None
     kept = run.kept_step if run.kept_step in measured else max(measured)
-    first = min(measured)
-    where = f"on the validation data, step {first} against step {kept}, one response per request"
-    return Distance(measured[first], measured[kept], where)
+    return measured[min(measured)], measured[kept]
+
+
+def warnings(run: Run) -> list[str]:
+    """What a closer student may hide: it doesn't end any more, or its responses changed length."""
+    found = []
+    ended = validation_change(run, "ended")
+    if ended and ended[0] - ended[1] >= ENDED_LESS:
+        shares = f"{ended[0]:.0f}% before, {ended[1]:.0f}% now"
+        found.append(f"fewer of its responses end by themselves ({shares})")
+    length = validation_change(run, "num_tokens")
+    if length and length[0] and length[1] and not 0.5 < length[1] / length[0] < 2:
+        found.append(f"its responses went from {length[0]:.0f} to {length[1]:.0f} tokens")
+    return found
 
 
 def cost(run: Run) -> Cost | None:
@@ -173,8 +193,19 @@ def leading_run(runs: Sequence[Run], sets: Sequence[DataSet]) -> Run:
 def answer(runs: Sequence[Run], sets: Sequence[DataSet]) -> list[str]:
     """What came of it, in one to three sentences."""
     if len(runs) == 1:
-        return [_closeness(runs[0], sets), *_score_sentences(runs[0], sets)]
-    return [*_ranking(runs, sets), _closest(runs, sets)]
+        head = _closeness(runs[0], sets)
+        warned = warnings(runs[0])
+        if warned:
+            head = f"{head[:-1]}, but {_listed(warned)}."
+        return [head, *_score_sentences(runs[0], sets)]
+    ranking = _ranking(runs, sets)
+    if ranking:
+        return [*ranking, _closest(runs, sets)]
+    return [
+        _closest(runs, sets),
+        "Nothing yet tells the scores of the runs apart: evaluate them on the same requests with "
+        "the same seeds.",
+    ]
 
 
 def comparison_words(c: Comparison, unit: str = "") -> str:
@@ -219,7 +250,13 @@ def _score_sentences(run: Run, sets: Sequence[DataSet]) -> list[str]:
             if (found := compare(own, model, "rouge_l"))
         ]
         return ["; ".join([sentence, *against]) + "."]
-    return []
+    change = validation_change(run, "rouge_l")
+    if change is None:
+        return []
+    return [
+        f"On the validation data its ROUGE-L went from {change[0]:.1f} to {change[1]:.1f}, "
+        "measured once and without an interval."
+    ]
 
 
 def _ranking(runs: Sequence[Run], sets: Sequence[DataSet]) -> list[str]:
@@ -243,10 +280,7 @@ def _ranking(runs: Sequence[Run], sets: Sequence[DataSet]) -> list[str]:
             head = f"{leader.label} scores best of {len(models)} runs."
         gaps = "; ".join(f"against {c.second} {comparison_words(c)}" for c in found)
         return [head, f"ROUGE-L {_mean(leader, 'rouge_l'):.1f} for {leader.label} {where}: {gaps}."]
-    return [
-        f"{len(runs)} runs, and nothing yet that tells their scores apart: evaluate them on the "
-        "same requests with the same seeds."
-    ]
+    return []
 
 
 def _closest(runs: Sequence[Run], sets: Sequence[DataSet]) -> str:

@@ -26,6 +26,7 @@ from promptkd.report_findings import (
     leading_run,
     plain,
     size_share,
+    warnings,
 )
 from promptkd.report_prompt import PromptFindings, prompt_findings
 from promptkd.report_responses import embedded, response_sets
@@ -137,8 +138,8 @@ def _rests_on(runs: Sequence[Run], sets: Sequence[DataSet]) -> list[str]:
     said = []
     if sets and sets[0].of_role("run"):
         said.append(f"Scores: {describe(sets[0])}; {decoding_words(sets[0].record)}.")
-    found = {d.where for run in runs if (d := distance(run, sets))}
-    said += [f"Distance: KL(student ‖ teacher) on the student's responses, {w}." for w in found]
+    found = dict.fromkeys(d.where for run in runs if (d := distance(run, sets)))
+    said += [f"Distance: KL(student ‖ teacher), each on its own responses, {w}." for w in found]
     return said
 
 
@@ -240,11 +241,24 @@ def _notes(runs: Sequence[Run], sets: Sequence[DataSet]) -> list[str]:
         empty = sum(row.get("num_empty", 0) for row in run.steps)
         if empty:
             notes.append(f"{run.label}: the student wrote {empty:,} empty responses in training.")
-    if len(runs) > 1 and len({(r.recipe.get("student") or {}).get("model") for r in runs}) > 1:
-        notes.append("The runs started from different students.")
+    if len(runs) > 1:
+        notes += [f"{run.label}: {warning}." for run in runs for warning in warnings(run)]
+        notes += _starts(runs)
     if any(len(data.record["seeds"]) == 1 for data in sets):
         notes.append("Some scores come from a single decoding seed.")
     return notes
+
+
+def _starts(runs: Sequence[Run]) -> list[str]:
+    """Where runs compared with each other did not begin alike."""
+    starts = {run.label: str((run.recipe.get("student") or {}).get("model")) for run in runs}
+    notes = [
+        f"{run.label} starts with the student of {other.label}."
+        for run in runs
+        for other in runs
+        if other.is_at(starts[run.label])
+    ]
+    return notes or ["The runs start with different students."] * (len(set(starts.values())) > 1)
 
 
 def _sections(runs: Sequence[Run], sets: Sequence[DataSet], figures: Path) -> list[Section]:

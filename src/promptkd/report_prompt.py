@@ -169,7 +169,7 @@ def _vector_table(analysis: Row, number: int) -> Table | None:
         (
             Cell(str(vector["position"] + 1)),
             Cell(_token(vector["initial_token"])),
-            Cell("  ".join(_token(near) for near in vector["nearest_by_cosine"])),
+            Cell("\u2002".join(_token(near) for near in vector["nearest_by_cosine"])),
             Cell(digits(vector["moved"])),
             Cell(f"{digits(100 * vector['moved_share'])}%")
             if vector.get("moved_share") is not None

@@ -185,8 +185,9 @@
       const difference = get("other").value === "" ? null : gain(item);
       let heading = "Row " + item.row;
       if (difference !== null) {
-        const sign = difference < 0 ? "\u2212" : "+";
-        heading += ", ROUGE-L " + sign + Math.abs(difference).toFixed(1) + " against " +
+        const size = Math.abs(difference).toFixed(1);
+        const sign = Number(size) === 0 ? "\u00b1" : difference < 0 ? "\u2212" : "+";
+        heading += ", ROUGE-L " + sign + size + " against " +
           current.models[Number(get("other").value)].label;
       }
       entry.append(element("p", "row", heading), textBlock("request", item.request, words));

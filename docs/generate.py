@@ -1,0 +1,162 @@
+"""Write the generated parts of README.md and docs/ anew, from the code itself (``make docs``).
+
+A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end of NAME -->``;
+tests/test_docs.py fails when one of them is not what this script would write.
+"""
+
+import ast
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.main import get_command
+
+from promptkd.cli import app
+from promptkd.methods import METHODS, Method
+from promptkd.objectives import Divergence, Weighted
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "promptkd"
+PAGES = ("README.md", "docs/methods.md", "docs/cli.md", "docs/architecture.md")
+
+
+def methods_table() -> str:
+    """One row per method, read off the composition that its defaults give."""
+    lines = [
+        "| method | responses written by | minimised at each token | teacher |",
+        "|---|---|---|---|",
+    ]
+    for name, function in METHODS.items():
+        method = function()
+        writers = dict.fromkeys(describe(term.rollouts) for term in method.terms)
+        objectives = dict.fromkeys(describe_term(term) for term in method.terms)
+        cells = [f"`{name}`", "; ".join(writers), "; ".join(objectives), teacher_of(method)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def method_pages() -> str:
+    """Every method with its docstring and its options."""
+    parts = []
+    for name, function in METHODS.items():
+        options = [str(option) for option in inspect.signature(function).parameters.values()]
+        lines = [f"{name}({', '.join(options)})"]
+        if len(lines[0]) > 90:
+            lines = [f"{name}(", *(f"    {option}," for option in options), ")"]
+        code = "\n".join(lines).replace("'", '"')
+        text = as_markdown(inspect.getdoc(function) or "")
+        parts.append(f"### {name}\n\n```\n{code}\n```\n\n{text}")
+    return "\n\n".join(parts)
+
+
+def as_markdown(docstring: str) -> str:
+    """Indented formulas become code blocks; the rest is Markdown already."""
+    text = docstring.replace("``", "`")
+    return re.sub(
+        r"(?m)((?:^ {4,}\S.*\n?)+)", lambda m: f"```\n{inspect.cleandoc(m[1])}\n```\n", text
+    )
+
+
+def describe(part: Any) -> str:
+    """A part in words: its name, and its fields where they are not the defaults."""
+    if isinstance(part, Divergence):
+        return " ".join([f"`{part.name}`", *(f"{key} {value}" for key, value in part.options)])
+    if isinstance(part, Weighted):
+        return " + ".join(f"{weight:g} {describe(objective)}" for weight, objective in part.parts)
+    options = []
+    for field in dataclasses.fields(part):
+        value = getattr(part, field.name)
+        if value == field.default:
+            continue
+        shown = describe(value) if dataclasses.is_dataclass(value) else f"{value}"
+        options.append(f"{field.name} {shown}")
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(part).__name__).lower()
+    return f"{words} ({', '.join(options)})" if options else words
+
+
+def describe_term(term: Any) -> str:
+    weight = "" if term.weight == 1 else f"{term.weight:g} × "
+    return weight + describe(term.objective)
+
+
+def teacher_of(method: Method) -> str:
+    if method.teacher is None:
+        return "–"
+    words, adaptation = describe(method.teacher), method.adaptation
+    if adaptation is None:
+        return words
+    towards, back = describe(adaptation.towards_student), describe(adaptation.towards_itself)
+    return f"{words}, moved by {towards} to the student and {back} to itself"
+
+
+def commands() -> str:
+    """Every command with the first sentence of its help."""
+    group: Any = get_command(app)
+    width = max(len(name) for name in group.commands)
+    rows = [
+        f"promptkd {name:{width}}  {(command.help or '').strip().splitlines()[0]}"
+        for name, command in group.commands.items()
+    ]
+    return "```\n" + "\n".join(rows) + "\n```"
+
+
+def command_pages() -> str:
+    """The whole --help of every command."""
+    group: Any = get_command(app)
+    parts = []
+    for name, command in group.commands.items():
+        context = typer.Context(command, info_name=f"promptkd {name}", terminal_width=90)
+        parts.append(f"## promptkd {name}\n\n```\n{command.get_help(context).strip()}\n```")
+    return "\n\n".join(parts)
+
+
+def all_files() -> str:
+    """The package's files, each with the first line of its docstring."""
+    return file_tree(PACKAGE.glob("*.py"))
+
+
+def main_files() -> str:
+    """The same without the parts of a part: report.py, but not report_tables.py."""
+    names = {path.stem for path in PACKAGE.glob("*.py")}
+    paths = PACKAGE.glob("*.py")
+    return file_tree(p for p in paths if p.stem.partition("_")[0] not in names - {p.stem})
+
+
+def file_tree(paths: Iterable[Path]) -> str:
+    rows = []
+    for path in sorted(paths):
+        if path.stem.startswith("__"):
+            continue
+        text = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0]
+        rows.append(f"  {path.name:20} {text.replace('``', '')}")
+    return "```\nsrc/promptkd/\n" + "\n".join(rows) + "\n```"
+
+
+PARTS: dict[str, Callable[[], str]] = {
+    "methods table": methods_table,
+    "methods": method_pages,
+    "commands": commands,
+    "command line": command_pages,
+    "files": main_files,
+    "all files": all_files,
+}
+
+
+def fill(page: str) -> str:
+    """The page with every generated part as the code has it now."""
+    for name, write in PARTS.items():
+        start, end = f"<!-- generated: {name} -->\n", f"<!-- end of {name} -->"
+        if start in page:
+            before, _, rest = page.partition(start)
+            page = before + start + write() + "\n" + end + rest.partition(end)[2]
+    return page
+
+
+if __name__ == "__main__":
+    for name in PAGES:
+        path = ROOT / name
+        path.write_text(fill(path.read_text()))

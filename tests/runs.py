@@ -1,0 +1,192 @@
+"""Real processes that run the command line, and what they leave behind.
+
+Processes are forked from a server that has imported the library and run nothing, so starting one
+takes no time; each may be stopped for good at a chosen moment, by ``kill -9`` on itself.
+"""
+
+import hashlib
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import socket
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import load_file
+
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(
+    [
+        "promptkd.api",
+        "promptkd.cli",
+        "promptkd.model_card",
+        "transformers.models.llama.modeling_llama",
+        "transformers.models.auto.tokenization_auto",
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When a process dies: at the ``occurrence``-th audit event whose arguments hold ``text``.
+
+    ``Moment("os.rename", ".writing-step-000004")`` is just before that rename.
+    """
+
+    event: str
+    text: str
+    occurrence: int = 1
+
+
+@dataclass(frozen=True)
+class Outcome:
+    status: int
+    stdout: str
+    stderr: str
+
+
+class Command:
+    """``promptkd`` with its arguments, running in a process of its own.
+
+    Args:
+        arguments: those of the command line.
+        directory: where its standard output and error go.
+        environment: additional variables.
+        dies_at: the moment at which it is killed.
+        largest_file: bytes that any file may have, as on a full disk.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        directory: Path,
+        environment: Mapping[str, str] | None = None,
+        dies_at: Moment | None = None,
+        largest_file: int | None = None,
+    ):
+        directory.mkdir(parents=True, exist_ok=True)
+        self.directory = directory
+        whole = dict(os.environ) | dict(environment or {})
+        self.process = _SERVER.Process(
+            target=_run, args=(list(arguments), directory, whole, dies_at, largest_file)
+        )
+        self.process.start()
+
+    def kill(self) -> None:
+        assert self.process.pid is not None
+        os.kill(self.process.pid, signal.SIGKILL)
+
+    def wait(self, seconds: float = 60) -> Outcome:
+        self.process.join(seconds)
+        assert self.process.exitcode is not None, "the process hangs"
+        return Outcome(
+            self.process.exitcode,
+            (self.directory / "stdout").read_text(),
+            (self.directory / "stderr").read_text(),
+        )
+
+
+def run(arguments: Sequence[str], directory: Path, **options: Any) -> Outcome:
+    return Command(arguments, directory, **options).wait()
+
+
+def run_on_ranks(arguments: Sequence[str], directory: Path, num_ranks: int) -> list[Outcome]:
+    """The same command on several processes that talk over gloo on the loopback device."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    common = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(num_ranks),
+        "LOCAL_WORLD_SIZE": str(num_ranks),
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
+    commands = [
+        Command(arguments, directory / f"rank-{rank['RANK']}", common | rank) for rank in ranks
+    ]
+    return [command.wait() for command in commands]
+
+
+def write_recipe(directory: Path, recipe: Mapping[str, Any], name: str = "recipe.yaml") -> str:
+    path = directory / name
+    path.write_text(yaml.safe_dump(dict(recipe)))
+    return str(path)
+
+
+def result(run_directory: Path) -> dict[str, Any]:
+    """All that a run is for, comparable bit by bit; durations are left out."""
+    found: dict[str, Any] = {}
+    for name in ("student/model", "teacher_adapter/adapter_model"):
+        path = run_directory / f"{name}.safetensors"
+        if path.exists():
+            found[name] = {key: t.numpy().tobytes() for key, t in load_file(path).items()}
+    for name in ("metrics", "samples"):
+        path = run_directory / f"{name}.jsonl"
+        if path.exists():
+            found[name] = json_lines(path)
+    found["summary"] = json.loads((run_directory / "summary.json").read_text())
+    return found
+
+
+def json_lines(path: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
+    return [{k: v for k, v in row.items() if not k.startswith("seconds_")} for row in rows]
+
+
+def everything(directory: Path) -> dict[str, tuple[str, int]]:
+    """Digest and time of change (nanoseconds) of every file below a directory."""
+    return {
+        str(path.relative_to(directory)): (
+            hashlib.sha256(path.read_bytes()).hexdigest(),
+            path.stat().st_mtime_ns,
+        )
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def _run(
+    arguments: list[str],
+    directory: Path,
+    environment: dict[str, str],
+    dies_at: Moment | None,
+    largest_file: int | None,
+) -> None:
+    os.environ.update(environment)
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        file = os.open(directory / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        os.dup2(file, descriptor)
+    sys.stdout = os.fdopen(1, "w", buffering=1)
+    sys.stderr = os.fdopen(2, "w", buffering=1)
+    import torch
+
+    from promptkd.cli import main
+
+    torch.set_num_threads(1)
+    if largest_file is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+    if dies_at is not None:
+        sys.addaudithook(_killer(dies_at))
+    main(arguments)
+
+
+def _killer(moment: Moment) -> Any:
+    num_seen = 0
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal num_seen
+        if event == moment.event and any(moment.text in str(a) for a in arguments):
+            num_seen += 1
+            if num_seen == moment.occurrence:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    return hook

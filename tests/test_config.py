@@ -1,0 +1,233 @@
+"""A recipe is checked when read: an unknown key gets a suggestion, a wrong value a reason."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+import tiny
+from promptkd.config import Recipe, load_recipe, recipe_from_dict
+from promptkd.errors import UserError
+from promptkd.methods import METHODS, build_method
+
+
+def write(directory: Path, **overrides) -> Path:
+    path = directory / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tiny.recipe(directory, **overrides)))
+    return path
+
+
+def value(recipe: Recipe, dotted: str):
+    found = recipe.to_dict()
+    for part in dotted.split("."):
+        found = found[part]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "expected"),
+    [
+        ("optimization.learning_rate=5e-5", "optimization.learning_rate", 5e-5),
+        ("optimization.learning_rate=3", "optimization.learning_rate", 3.0),
+        ("seed=7", "seed", 7),
+        ("output=runs/a=b", "output", "runs/a=b"),
+        ("data.train=[a.jsonl, b.jsonl]", "data.train", ["a.jsonl", "b.jsonl"]),
+        ("data.validation=v.jsonl", "data.validation", ["v.jsonl"]),
+        ("tracking=[tensorboard]", "tracking", ["tensorboard"]),
+        ("optimization.gradient_checkpointing=true", "optimization.gradient_checkpointing", True),
+        ("method.length=3", "method.length", 3),
+        ("method.regularizer=1e-1", "method.regularizer", 0.1),
+        ("evaluation={every_steps: 5}", "evaluation.every_steps", 5),
+    ],
+)
+def test_an_override_sets_one_key_to_a_yaml_value(tmp_path, override, key, expected):
+    plain = load_recipe(write(tmp_path))
+    found = load_recipe(write(tmp_path), [override])
+
+    assert value(found, key) == expected
+    assert type(value(found, key)) is type(expected)
+    assert key == "seed" or found.seed == plain.seed
+
+
+def test_an_override_may_add_a_section_that_the_file_lacks(tmp_path):
+    recipe = load_recipe(write(tmp_path), ["sampling.top_k=5", "sampling.temperature=0"])
+
+    assert (recipe.sampling.top_k, recipe.sampling.temperature) == (5, 0.0)
+
+
+def test_numbers_without_a_decimal_point_are_numbers_in_the_file_too(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    raw = yaml.safe_dump(tiny.recipe(tmp_path, method={"name": "promptkd", "regularizer": "X"}))
+    path.write_text(raw.replace("regularizer: X", "regularizer: 1e-1"))
+
+    assert load_recipe(path).method.options == {"regularizer": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("override", "suggestion"),
+    [
+        (
+            "optimization.learning_rat=1",
+            "'optimization.learning_rat'; did you mean 'learning_rate'",
+        ),
+        ("optimization.lr=1", "'optimization.lr'; did you mean 'learning_rate'"),
+        ("lr=1", "'lr'; did you mean 'learning_rate'"),
+        ("lmbda=0.5", "'lmbda'; did you mean 'student_share'"),
+        ("batch_size=8", "'batch_size'; did you mean 'global_batch_size'"),
+        ("max_new_tokens=8", "'max_new_tokens'; did you mean 'max_response_tokens'"),
+        ("data.max_prompt_length=8", "'data.max_prompt_length'; did you mean 'max_request_tokens'"),
+        ("eval_steps=8", "'eval_steps'; did you mean 'evaluation.every_steps'"),
+        ("outptu=x", "'outptu'; did you mean 'output'"),
+        ("teacher.modle=x", "'teacher.modle'; did you mean 'model'"),
+        ("checkpoints.zzz=1", "'checkpoints.zzz'; known: every_steps, keep"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_the_nearest_known_one(tmp_path, override, suggestion):
+    with pytest.raises(UserError) as refusal:
+        load_recipe(write(tmp_path), [override])
+    assert f"unknown key {suggestion}" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "suggestion"),
+    [
+        ("gkd", "lmbda", "student_share"),
+        ("promptkd", "lenght", "length"),
+        ("kd", "kl_shar", "kl_share"),
+    ],
+)
+def test_an_unknown_method_option_is_refused_with_the_nearest_one(name, option, suggestion):
+    with pytest.raises(UserError, match=f"'method.{option}'; did you mean '{suggestion}'"):
+        build_method(name, **{option: 1})
+
+
+def test_an_unknown_method_is_refused_with_the_nearest_one():
+    with pytest.raises(UserError, match="unknown method 'promtkd'; did you mean 'promptkd'"):
+        build_method("promtkd")
+
+
+@pytest.mark.parametrize(
+    ("override", "complaint"),
+    [
+        ("optimization.learning_rate=-1", "'optimization.learning_rate' is -1: "),
+        ("optimization.learning_rate=fast", "'optimization.learning_rate' is 'fast': "),
+        ("optimization.epochs=2", "max_steps is 3 and epochs is 2.0: give exactly one"),
+        ("optimization.max_steps=null", "max_steps is None and epochs is None: give exactly one"),
+        ("optimization.optimizer=adam", "'optimization.optimizer' is 'adam': "),
+        ("sampling.top_p=0", "'sampling.top_p' is 0: "),
+        ("data.max_request_tokens=0", "'data.max_request_tokens' is 0: "),
+        ("precision=fp8", "'precision' is 'fp8': "),
+        ("student=gpt2", "'student' is 'gpt2': "),
+        ("output=null", "'output' is None: "),
+        ("seed", "Override 'seed' has no '='"),
+        ("output.name=x", "'output' is a value, not a section"),
+        ("seed=[1,", "Override 'seed=[1,' is not valid YAML"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_key(tmp_path, override, complaint):
+    with pytest.raises(UserError) as refusal:
+        load_recipe(write(tmp_path), [override])
+    assert complaint in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [
+        (b"seed: [1,", "is not valid YAML"),
+        (b"", "holds no keys"),
+        (b"- seed", "holds no keys"),
+        (b"\xff\xfe\x00", "is not text"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_by_name(tmp_path, content, complaint):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+
+    with pytest.raises(UserError, match=rf"recipe\.yaml {complaint}"):
+        load_recipe(path)
+
+
+def test_a_missing_recipe_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"none\.yaml: No such file"):
+        load_recipe(tmp_path / "none.yaml")
+    with pytest.raises(UserError, match="Is a directory"):
+        load_recipe(tmp_path)
+
+
+def test_every_fault_of_a_recipe_is_named_at_once():
+    with pytest.raises(UserError) as refusal:
+        recipe_from_dict({"student": {"model": "a"}, "optimization": {"max_steps": 1}, "sed": 1})
+    assert str(refusal.value).splitlines() == [
+        "'data' is missing from the recipe.",
+        "'output' is missing from the recipe.",
+        "unknown key 'sed'; did you mean 'seed'?",
+    ]
+
+
+def test_the_defaults_are_those_of_the_published_gpt2_base_run(tmp_path):
+    raw = {
+        "student": {"model": "s"},
+        "data": {"train": "t.jsonl"},
+        "optimization": {"max_steps": 1},
+        "output": "o",
+    }
+    recipe = recipe_from_dict(raw)
+
+    assert recipe.method.name == "promptkd"
+    assert (recipe.data.max_request_tokens, recipe.data.max_response_tokens) == (256, 256)
+    assert recipe.data.template == "alpaca"
+    assert recipe.optimization.learning_rate == recipe.optimization.teacher_learning_rate == 5e-5
+    assert (recipe.optimization.weight_decay, recipe.optimization.max_grad_norm) == (0.01, 1.0)
+    assert recipe.optimization.teacher_step == "before_student"
+    assert (recipe.sampling.temperature, recipe.sampling.top_p, recipe.sampling.top_k) == (1, 1, 0)
+    assert recipe.evaluation.metric == "rouge_l"
+    specification = build_method("promptkd").teacher
+    assert (specification.length, specification.init_text) == (7, "Suppose you are a student.")
+
+
+def test_a_recipe_is_read_back_from_its_own_yaml_unchanged(tmp_path):
+    recipe = load_recipe(write(tmp_path), ["method.length=3", "optimization.learning_rate=1e-7"])
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+
+    assert load_recipe(tmp_path / "again.yaml") == recipe
+
+
+def test_a_recipe_cannot_be_changed_after_it_was_read(tmp_path):
+    with pytest.raises(ValidationError, match="frozen"):
+        load_recipe(write(tmp_path)).seed = 1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_can_be_named_with_its_defaults_alone(name):
+    assert build_method(name).name == name
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "complaint"),
+    [
+        ("kd", {"kl_share": 2.0}, "kl_share is 2.0: a share lies in"),
+        ("gkd", {"student_share": -0.5}, "student_share is -0.5: a probability lies in"),
+        ("promptkd", {"rollouts": "studnet"}, "rollouts is 'studnet'; did you mean 'student'"),
+        ("promptkd", {"teacher": "softprompt"}, "'softprompt'; did you mean 'soft_prompt'"),
+        ("promptkd", {"length": 0}, "length is 0: "),
+        ("nowhere:mine", {}, "cannot be imported"),
+        ("platform:node", {}, "returned str, not a promptkd Method"),
+    ],
+)
+def test_a_method_option_out_of_range_is_refused(name, options, complaint):
+    with pytest.raises(UserError, match=complaint):
+        build_method(name, **options)
+
+
+def test_reading_a_recipe_and_the_command_line_imports_no_torch():
+    code = (
+        "import sys, promptkd, promptkd.config, promptkd.cli\n"
+        "heavy = {'torch', 'transformers', 'peft', 'accelerate', 'numpy', 'datasets'}\n"
+        "print(sorted(heavy & set(sys.modules)))\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+    assert (result.stdout.strip(), result.stderr) == ("[]", "")

@@ -1,0 +1,264 @@
+"""What the documentation says is so."""
+
+import ast
+import dataclasses
+import doctest
+import importlib
+import importlib.util
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+from typer.main import get_command
+
+import promptkd as pk
+from promptkd.cli import app
+from promptkd.config import Recipe, recipe_from_dict
+from promptkd.methods import METHODS, build_method
+from tiny import save_pair, write_data
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *(p for p in ROOT.glob("docs/*.md") if p.name != "log.md")])
+MAP = (ROOT / "docs" / "paper-map.md").read_text()
+DOCTESTED = sorted(
+    path.stem for path in (ROOT / "src" / "promptkd").glob("*.py") if ">>>" in path.read_text()
+)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"(?ms)^```{language}\n(.*?)^```$", page.read_text())
+
+
+def load(path: Path) -> Any:
+    specification = importlib.util.spec_from_file_location(path.stem, path)
+    assert specification is not None
+    assert specification.loader is not None
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    return module
+
+
+def resolve(dotted: str) -> Any:
+    """The object that ``promptkd.module.name`` stands for."""
+    package, module, *names = dotted.split(".")
+    value: Any = importlib.import_module(f"{package}.{module}")
+    for name in names:
+        value = getattr(value, name)
+    return value
+
+
+def leaves(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Dotted keys and values of nested sections."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        deeper = leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else None
+        found |= {f"{prefix}{key}": value} if deeper is None else deeper
+    return found
+
+
+def recipe_defaults(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, Any]:
+    """Dotted keys of the recipe with their defaults; ``...`` where a value is required."""
+    found: dict[str, Any] = {}
+    for key, field in model.model_fields.items():
+        options = getattr(field.annotation, "__args__", (field.annotation,))
+        section = next(
+            (o for o in options if inspect.isclass(o) and issubclass(o, BaseModel)), None
+        )
+        if section is not None:
+            found |= recipe_defaults(section, f"{prefix}{key}.")
+        else:
+            found[prefix + key] = ... if field.is_required() else field.default
+    return found
+
+
+# -- generated parts
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_generated_parts_are_what_the_code_says(page):
+    assert load(ROOT / "docs" / "generate.py").fill(page.read_text()) == page.read_text(), (
+        f"{page.name} is stale: run 'make docs'"
+    )
+
+
+def test_the_methods_table_of_the_readme_names_every_method():
+    table = (ROOT / "README.md").read_text().partition("| method |")[2].partition("\n\n")[0]
+    assert re.findall(r"(?m)^\| `(\w+)` \|", table) == list(METHODS)
+
+
+# -- what users copy
+
+
+def test_every_recipe_in_the_documentation_is_valid():
+    recipes = [block for page in PAGES for block in blocks(page, "yaml")]
+    assert len(recipes) >= 3
+    for block in recipes:
+        recipe = recipe_from_dict(yaml.safe_load(block))
+        build_method(recipe.method.name, **recipe.method.options)
+
+
+def test_the_recipe_page_has_every_key_with_its_default():
+    (block,) = blocks(ROOT / "docs" / "recipe.md", "yaml")
+    written = leaves(yaml.safe_load(block))
+    free = {line.split(":")[0].strip() for line in block.splitlines() if "# example" in line}
+    expected = recipe_defaults()
+    assert written.keys() == expected.keys()
+    for key, default in expected.items():
+        if default is not ... and key.rpartition(".")[2] not in free:
+            value = tuple(written[key]) if isinstance(written[key], list) else written[key]
+            assert value == default, key
+
+
+def test_the_readmes_quickstart_runs(tmp_path, monkeypatch):
+    (block,) = blocks(ROOT / "README.md", "python")
+    longer = {"max_position_embeddings": 600}
+    _, teacher = save_pair(tmp_path, "llama", student_options=longer, teacher_options=longer)
+    write_data(tmp_path / "train.jsonl", 3)
+    write_data(tmp_path / "test.jsonl", 2)
+    monkeypatch.chdir(tmp_path)
+    written = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(teacher))
+    assert str(teacher) in written
+    names: dict[str, Any] = {}
+    exec(written.replace("(teacher, 20,", "(teacher, 2,"), names)
+    assert names["run"] == Path("runs/promptkd")
+    assert (tmp_path / "runs" / "promptkd" / "student" / "model.safetensors").is_file()
+    assert (tmp_path / "runs" / "promptkd" / "teacher_adapter" / "adapter_config.json").is_file()
+    assert len(names["result"]["scores"]["rouge_l"]["by_seed"]) == 5
+
+
+def test_the_method_of_ones_own_is_a_method_that_a_recipe_can_name(tmp_path, monkeypatch):
+    page = ROOT / "docs" / "methods.md"
+    (block,) = blocks(page, "python")
+    (tmp_path / "my_method.py").write_text(block)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "method.name=my_method:anchored method.anchor=0.2" in page.read_text()
+    method = build_method("my_method:anchored", anchor=0.2)
+    assert [term.weight for term in method.terms] == [1.0, 0.2]
+    assert method.needs_references
+    assert sum(bool(line.strip()) for line in block.partition("\n\n\n")[2].splitlines()) < 10
+
+
+def test_every_command_that_the_documentation_names_exists():
+    commands = set(get_command(app).commands)  # pyright: ignore[reportAttributeAccessIssue]
+    options = {"recipe.yaml"}
+    for page in PAGES:
+        named = set(re.findall(r"(?m)(?:^|`)promptkd ([a-z-]+)", page.read_text())) - options
+        assert named <= commands, page.name
+
+
+def test_the_help_lists_every_command_with_a_sentence():
+    done = subprocess.run(
+        [sys.executable, "-m", "promptkd", "--help"], capture_output=True, text=True, check=True
+    )
+    for name, command in get_command(app).commands.items():  # pyright: ignore[reportAttributeAccessIssue]
+        assert re.search(rf"(?m)^\s+{name}\s+\S", done.stdout), name
+        assert command.help, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_link_to_a_file_leads_somewhere(page):
+    for target in re.findall(r"\[[^\]]*\]\(([^)#:*]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
+
+
+def test_make_knows_every_target_that_the_documentation_names():
+    targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text()))
+    for page in PAGES:
+        assert set(re.findall(r"(?m)(?:^|`)make ([a-z-]+)", page.read_text())) <= targets, page.name
+
+
+# -- the paper map
+
+
+def test_every_symbol_of_the_paper_map_exists():
+    symbols = set(re.findall(r"`(promptkd\.[\w.]+)`", MAP))
+    assert len(symbols) > 10
+    for symbol in symbols:
+        assert resolve(symbol) is not None
+
+
+def test_every_test_of_the_paper_map_exists():
+    named = set(re.findall(r"`(tests/\w+\.py)::(\w+)`", MAP))
+    assert len(named) > 10
+    for path, name in named:
+        tree = ast.parse((ROOT / path).read_text())
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+        assert name in functions, f"{path}::{name}"
+
+
+def test_every_key_of_the_paper_map_exists():
+    sections = "optimization|data|sampling|method|evaluation|checkpoints"
+    keys = set(re.findall(rf"`((?:{sections})\.\w+)", MAP))
+    assert len(keys) > 8
+    options = {f"method.{name}" for name in inspect.signature(METHODS["promptkd"]).parameters}
+    assert keys <= recipe_defaults().keys() | options
+
+
+# -- docstrings
+
+
+def test_every_public_name_has_a_docstring():
+    for name in pk.__all__:
+        assert inspect.getdoc(getattr(pk, name)), name
+    for name, method in METHODS.items():
+        assert inspect.getdoc(method), name
+
+
+def test_every_module_says_what_it_is():
+    for path in (ROOT / "src" / "promptkd").glob("*.py"):
+        if path.name != "__main__.py":
+            assert ast.get_docstring(ast.parse(path.read_text())), path.name
+
+
+@pytest.mark.parametrize("name", DOCTESTED)
+def test_the_examples_in_docstrings_are_right(name):
+    result = doctest.testmod(importlib.import_module(f"promptkd.{name}"))
+    assert result.attempted > 0
+    assert result.failed == 0
+
+
+def test_the_mathematics_has_examples():
+    assert {"divergences", "metrics", "pruning", "schedules"} <= set(DOCTESTED)
+
+
+# -- size
+
+
+def test_no_file_is_longer_than_one_can_read_at_a_time():
+    assert len((ROOT / "README.md").read_text().splitlines()) < 150
+    assert len((ROOT / "CONTRIBUTING.md").read_text().splitlines()) < 100
+    long = {
+        str(path.relative_to(ROOT)): count
+        for folder in ("src", "examples", "docs")
+        for path in (ROOT / folder).rglob("*.py")
+        if (count := len(path.read_text().splitlines())) > 400
+    }
+    assert not long
+
+
+def test_every_field_of_the_metrics_page_is_written_by_the_trainer():
+    page = (ROOT / "docs" / "run-directory.md").read_text()
+    table = page.partition("| field | meaning |")[2].partition("\n\n")[0]
+    fields = set(re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^\| (.*?) \|", table))))
+    source = (ROOT / "src" / "promptkd" / "trainer.py").read_text()
+    assert len(fields) > 10
+    for name in fields:
+        assert f'"{name}"' in source or name.startswith("gradient_norm_"), name
+
+
+def test_the_parts_of_the_methods_page_exist():
+    page = (ROOT / "docs" / "methods.md").read_text().partition("| axis |")[2].partition("\n\n")[0]
+    for row in page.splitlines()[2:]:
+        _, parts, modules = (cell for cell in row.strip("| ").split(" | "))
+        homes = [
+            importlib.import_module(name) for name in re.findall(r"`(promptkd\.\w+)`", modules)
+        ]
+        for name in re.findall(r"`([A-Z]\w+)", parts):
+            (home,) = (home for home in homes if name in vars(home))
+            assert dataclasses.is_dataclass(getattr(home, name)), name

