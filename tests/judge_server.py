@@ -7,8 +7,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from promptkd.judge import judge
 
 
 @dataclass(frozen=True)
@@ -135,3 +138,28 @@ class JudgeServer:
         traceback: TracebackType | None,
     ) -> None:
         self.stop()
+
+
+def write_predictions(run: Path, worth: dict[int, list[int]], reference: list[int]) -> Path:
+    """Predictions by seed that say what they are worth, with references that do too."""
+    rows = [
+        {
+            "index": index,
+            "seed": seed,
+            "request": f"request {index}",
+            "response": f"worth {value}",
+            "references": [f"worth {reference[index]}"],
+        }
+        for seed, values in worth.items()
+        for index, value in enumerate(values)
+    ]
+    (run / "evaluation").mkdir(parents=True)
+    path = run / "evaluation" / "test.predictions.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def ask(run: Path, server: JudgeServer, **options: Any) -> dict[str, Any]:
+    """Judge the predictions of ``write_predictions``."""
+    defaults = {"model": "grader", "max_retries": 1}
+    return judge(run, "test.jsonl", base_url=server.base_url, **(defaults | options))

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import promptkd as pk
 import tiny
 from promptkd.cli import main
+from promptkd.config import recipe_from_dict
 from promptkd.errors import UserError
 from promptkd.methods import build_method
 from promptkd.objectives import TokenView
@@ -34,25 +35,17 @@ def rows(output):
 
 
 def test_the_example_trains_from_the_command_line_as_it_does_from_python(there, tmp_path):
-    student, teacher = tiny.save_pair(tmp_path)
-    data = tiny.write_data(tmp_path / "train.jsonl")
+    student, _ = tiny.save_pair(tmp_path)
+    tiny.write_data(tmp_path / "train.jsonl")
     raw = tiny.recipe(tmp_path, output=str(tmp_path / "by_command"))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(raw))
     overrides = ["method.name=custom_method:confident", "method.anchor=0.2", "method.length=3"]
-    main_arguments = ["train", str(recipe), *overrides]
     with pytest.raises(SystemExit) as exit_status:
-        main(main_arguments)
+        main(["train", str(recipe), *overrides])
     assert exit_status.value.code == 0
-    run = pk.distill(
-        student,
-        teacher,
-        [str(data)],
-        method=there.confident(length=3, anchor=0.2),
-        output=tmp_path / "by_python",
-        **{key: raw[key] for key in ("optimization", "precision")},
-        data={key: value for key, value in raw["data"].items() if key != "train"},
-    )
+    raw |= {"output": str(tmp_path / "by_python"), "method": {"name": "confident"}}
+    run = pk.train(recipe_from_dict(raw), there.confident(length=3, anchor=0.2))
     commanded, called = rows(tmp_path / "by_command"), rows(run)
     assert [row["loss"] for row in commanded] == [row["loss"] for row in called]
     assert all(math.isfinite(row["loss"]) for row in called)
@@ -99,7 +92,7 @@ def test_a_module_is_found_in_the_current_directory(tmp_path, monkeypatch):
     [
         ("no_such_module:mine", "cannot be imported: No module named 'no_such_module'"),
         ("custom_method:no_such_function", "has no attribute 'no_such_function'"),
-        ("math:prod", "missing a required argument|prod"),
+        ("math:prod", r"method .math:prod.: prod\(\) missing"),
         ("custom_method:ConfidentReverseKL", "returned ConfidentReverseKL, not a promptkd Method"),
     ],
 )

@@ -10,9 +10,16 @@ Names are imported when used, so that ``import promptkd`` and the command line a
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from promptkd.errors import UserError
+
+if TYPE_CHECKING:
+    from promptkd import divergences, methods, objectives, rollouts, teachers
+    from promptkd.api import distill, train
+    from promptkd.evaluation import evaluate
+    from promptkd.methods import Method, Term
+    from promptkd.pruning import init_student
 
 _HOMES = {
     "distill": "promptkd.api",

@@ -7,7 +7,7 @@ Any of them can take the soft prompt's place, and all are saved as PEFT would:
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import peft
 import torch
@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from promptkd.errors import UserError
@@ -40,31 +40,46 @@ class LoRA:
     target_modules: Sequence[str] = ()
     seed: int = 0
 
-    learns: ClassVar[bool] = True
+    learns = True
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"the rank of LoRA is {self.rank}: it is at least 1.")
 
     def build(self, model: LanguageModel, tokenizer: Any) -> Teacher:
-        transposed = any(isinstance(part, Conv1D) for part in model.module.modules())
-        config = peft.LoraConfig(
-            task_type=peft.TaskType.CAUSAL_LM,
-            r=self.rank,
-            lora_alpha=self.alpha,
-            target_modules=list(self.target_modules) or None,
-            fan_in_fan_out=transposed,
-        )
-        with torch.random.fork_rng():
-            torch.manual_seed(self.seed)
-            try:
-                peft.inject_adapter_in_model(config, model.module)
-            except ValueError as error:
-                raise UserError(
-                    f"LoRA does not fit the teacher {type(model.module).__name__}: {error} "
-                    "Name its projections: teacher_options={target_modules: [...]}."
-                ) from None
+        config = add_lora(model.module, self.rank, self.alpha, self.target_modules, self.seed)
         return LoRATeacher(model, config)
+
+
+def add_lora(
+    module: PreTrainedModel, rank: int, alpha: int, target_modules: Sequence[str], seed: int
+) -> peft.LoraConfig:
+    """Put fp32 adapters into a model, in place; everything else in it is frozen.
+
+    Raises:
+        UserError: if the model has no such layers, or PEFT doesn't know its architecture.
+    """
+    config = peft.LoraConfig(
+        task_type=peft.TaskType.CAUSAL_LM,
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=list(target_modules) or None,
+        fan_in_fan_out=any(isinstance(part, Conv1D) for part in module.modules()),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        try:
+            peft.inject_adapter_in_model(config, module)
+        except ValueError as error:
+            raise UserError(
+                f"LoRA does not fit {type(module).__name__}: {error} Name the layers that it has "
+                "in target_modules."
+            ) from None
+    for name, parameter in module.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
+    module.eval()
+    return config
 
 
 class LoRATeacher(PlainTeacher):
@@ -77,9 +92,6 @@ class LoRATeacher(PlainTeacher):
         self.config = config
         self._layers = [m for m in model.module.modules() if isinstance(m, BaseTunerLayer)]
         self._trained = [p for n, p in model.module.named_parameters() if "lora_" in n]
-        for parameter in self._trained:
-            parameter.data = parameter.data.float()
-        model.module.eval()
         self._switch(on=False)
 
     def _switch(self, on: bool) -> None:
@@ -124,7 +136,7 @@ class Prefix:
     init_text: str = "Suppose you are a student."
     seed: int = 0
 
-    learns: ClassVar[bool] = True
+    learns = True
 
     def __post_init__(self) -> None:
         check_start(self.length, self.init)
@@ -132,7 +144,7 @@ class Prefix:
     @torch.no_grad()
     def build(self, model: LanguageModel, tokenizer: Any) -> Teacher:
         start = start_tokens(model, tokenizer, self.length, self.init, self.init_text, self.seed)
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         trunk: Any = model.module.base_model
         trunk(torch.tensor([start], device=model.device), past_key_values=cache, use_cache=True)
         pairs = [(layer.keys, layer.values) for layer in cache.layers]

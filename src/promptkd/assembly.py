@@ -23,6 +23,7 @@ from promptkd.methods import Method
 from promptkd.models import (
     LanguageModel,
     compute_dtype,
+    embedding_rows,
     load_model,
     load_tokenizer,
     native_bf16,
@@ -104,12 +105,12 @@ def assemble(
     module: Any = load_model(recipe.student.model, torch.float32)
     if recipe.optimization.gradient_checkpointing:
         _checkpoint_gradients(module)
-    vocabulary = module.get_input_embeddings().weight.shape[0]
+    vocabulary = embedding_rows(module)
     plain_teacher, teacher, teacher_tokenizer, comparable = None, None, None, False
     if recipe.teacher and (method.needs_teacher or validation):
         teacher_tokenizer = load_tokenizer(recipe.teacher.model)
         teacher_module: Any = load_model(recipe.teacher.model, dtype)
-        rows = teacher_module.get_input_embeddings().weight.shape[0]
+        rows = embedding_rows(teacher_module)
         comparable = same_tokenizer(tokenizer, teacher_tokenizer)
         if method.compares_tokens or comparable:
             vocabulary = rows = shared_vocabulary(

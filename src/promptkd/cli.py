@@ -135,6 +135,52 @@ def generate(
     typer.echo(f"run: {run}")
 
 
+@app.command("exposure-bias")
+def exposure_bias(
+    run: Annotated[Path, typer.Argument(help="a finished run's directory")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="requests; the run's validation data if not given")
+    ] = None,
+) -> None:
+    """R(l), E(l) and ExAccErr(l) of the student against the plain teacher."""
+    from promptkd.exposure_bias import exposure_bias as measure
+
+    result = measure(run, data)
+    last = len(result["steps"]) - 1
+    typer.echo(
+        f"at {result['steps'][last]} tokens: R {result['student_gap'][last]:.3f} nats, "
+        f"E {result['teacher_gap'][last]:.3f} nats, ExAccErr {result['excess'][last]:.1f} %"
+    )
+    typer.echo(f"curves: {run / 'exposure_bias.json'}")
+
+
+@app.command()
+def judge(
+    run: Annotated[Path, typer.Argument(help="a run's directory")],
+    data: Annotated[str, typer.Option(help="held-out requests")],
+    base_url: Annotated[str, typer.Option(help="of an OpenAI-compatible endpoint")],
+    model: Annotated[str, typer.Option(help="the judge's name there")],
+) -> None:
+    """Let a language model compare the student's responses with the references."""
+    from promptkd.judge import judge as run_judge
+
+    run_judge(run, data, base_url=base_url, model=model)
+    typer.echo(f"verdicts: {run / 'judge'}")
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(help="runs, and directories of other models' scores")
+    ],
+    output: Annotated[Path | None, typer.Option(help="a single run's own by default")] = None,
+) -> None:
+    """One self-contained page that says what came of a run, or compares several."""
+    from promptkd.report import report as write
+
+    typer.echo(f"report: {write(runs, output)}")
+
+
 @app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="directory of the demonstration")] = Path(

@@ -7,7 +7,7 @@ Keys follow Hugging Face's names where one exists. Defaults are those of PromptK
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -156,9 +156,10 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     raw = _read_yaml(text, f"Recipe {path}")
     if not isinstance(raw, dict):
         raise UserError(f"Recipe {path} holds no keys. A recipe is a mapping; see recipes/.")
+    keys = cast(dict[str, Any], raw)
     for override in overrides:
-        _apply_override(raw, override)
-    return recipe_from_dict(raw)
+        _apply_override(keys, override)
+    return recipe_from_dict(keys)
 
 
 def recipe_from_dict(raw: dict[str, Any]) -> Recipe:
@@ -189,12 +190,12 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
     if not equals:
         raise UserError(f"Override '{override}' has no '='. Write key=value, as in seed=1.")
     parts = key.split(".")
-    node = raw
+    node: Any = raw
     for part in parts[:-1]:
-        child = node.setdefault(part, {})
+        child: Any = node.setdefault(part, {})
         if not isinstance(child, dict):
             raise UserError(f"Override '{override}': '{part}' is a value, not a section.")
-        node = child
+        node = cast(Any, child)
     node[parts[-1]] = _read_yaml(value, f"Override '{override}'")
 
 
@@ -202,7 +203,7 @@ class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers: 5e-5 is one, which YAML 1.1 reads as a text."""
 
 
-_Loader.add_implicit_resolver(
+_Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
 

@@ -82,7 +82,8 @@ class TransformersEngine:
         self._model = model
         self._working_copy: LanguageModel | None = None
         if model.dtype != model.module.dtype:
-            module = copy.deepcopy(model.module).to(model.dtype).requires_grad_(False)
+            module: Any = copy.deepcopy(model.module)
+            module.to(model.dtype).requires_grad_(False)
             self._working_copy = LanguageModel(module, model.vocabulary, model.dtype)
 
     @torch.no_grad()

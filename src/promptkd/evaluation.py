@@ -22,6 +22,7 @@ from promptkd.models import (
     LanguageModel,
     check_context,
     compute_dtype,
+    embedding_rows,
     load_model,
     load_tokenizer,
     select_responses,
@@ -239,7 +240,7 @@ def evaluate(
     )
     examples = read_examples(sources)[:num_examples]
     dataset = evaluation_set(examples, encoder)
-    vocabulary, teacher_model = module.get_input_embeddings().weight.shape[0], None
+    vocabulary, teacher_model = embedding_rows(module), None
     if teacher:
         teacher_module = load_model(teacher, dtype).to(device)  # pyright: ignore[reportArgumentType]
         shared = shared_vocabulary(tokenizer, load_tokenizer(teacher), module, teacher_module)

@@ -8,7 +8,14 @@ from promptkd.config import load_recipe
 from promptkd.data import Encoder, Example
 from promptkd.engines import Decoding, TransformersEngine
 from promptkd.errors import UserError
-from promptkd.models import LanguageModel, compute_dtype, load_model, load_tokenizer, stop_ids
+from promptkd.models import (
+    LanguageModel,
+    compute_dtype,
+    embedding_rows,
+    load_model,
+    load_tokenizer,
+    stop_ids,
+)
 from promptkd.teachers import load_soft_prompt
 
 
@@ -63,7 +70,7 @@ def generate(
             tokenizer.eos_token_id,
         )
         module = load_model(name, dtype).to(device)  # pyright: ignore[reportArgumentType]
-        model = LanguageModel(module, module.get_input_embeddings().weight.shape[0], dtype)
+        model = LanguageModel(module, embedding_rows(module), dtype)
         soft_prompt = None if adapter is None else load_soft_prompt(adapter).to(device)
         engine = TransformersEngine(model, stop_ids(tokenizer, module))
         ids = encoder.request_ids(Example(request, input))

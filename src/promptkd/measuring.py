@@ -20,6 +20,7 @@ from promptkd.models import (
     LanguageModel,
     check_context,
     compute_dtype,
+    embedding_rows,
     load_model,
     load_tokenizer,
     select_responses,
@@ -124,7 +125,7 @@ def load_for_measuring(name: str, precision: str) -> LanguageModel:
     dtype = compute_dtype(precision, device)
     module: Any = load_model(name, dtype)
     module.to(device).requires_grad_(False)
-    return LanguageModel(module, module.get_input_embeddings().weight.shape[0], dtype)
+    return LanguageModel(module, embedding_rows(module), dtype)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

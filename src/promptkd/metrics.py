@@ -18,7 +18,9 @@ from rouge_score import tokenize
 
 class _RememberingStemmer(porter.PorterStemmer):
     @lru_cache(maxsize=200_000)  # noqa: B019 - one stemmer per process
-    def stem(self, word: str, to_lowercase: bool = True) -> str:
+    def stem(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, word: str, to_lowercase: bool = True
+    ) -> str:
         return super().stem(word, to_lowercase)
 
 

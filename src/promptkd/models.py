@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -172,12 +173,13 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     arguments = _location(name)
     try:
         model = AutoModelForCausalLM.from_pretrained(**arguments, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(_no_model(name, error)) from None
     if "gguf_file" in arguments:  # a quantised config would be saved with the model otherwise
-        config = model.config
+        config: Any = model.config
         del config.quantization_config
-        plain = type(model)(config).to(dtype)
+        plain: Any = type(model)(config)
+        plain.to(dtype)
         plain.load_state_dict(model.state_dict())
         plain.generation_config = model.generation_config
         model = plain
@@ -269,7 +271,7 @@ def shared_vocabulary(
             f"and {other!r} for the teacher. Token-level methods compare them entry by entry. Use "
             "a teacher with the student's tokenizer, or the method 'seqkd', which needs only text."
         )
-    rows = min(m.get_input_embeddings().weight.shape[0] for m in (student, teacher))
+    rows = min(embedding_rows(module) for module in (student, teacher))
     tokens = max(student_tokenizer.get_vocab().values()) + 1
     if rows < tokens:
         raise UserError(
@@ -315,6 +317,12 @@ def check_head(model: LanguageModel, name: str) -> None:
             f"layer differ from its own by {worst:.3g} nats. This architecture does something "
             "after its output layer that promptkd doesn't know; please report it."
         )
+
+
+def embedding_rows(module: PreTrainedModel) -> int:
+    """How many token ids the model can read; at least as many as its tokenizer has."""
+    table: Any = module.get_input_embeddings()
+    return table.weight.shape[0]
 
 
 def num_parameters(module: nn.Module) -> int:

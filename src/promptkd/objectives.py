@@ -8,7 +8,7 @@ behind; nothing of size tokens x vocabulary ever exists.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
@@ -68,8 +68,8 @@ class Objective(Protocol):
 class CrossEntropy:
     """-log q(y_t): the response is taken as the truth."""
 
-    needs_teacher: ClassVar[bool] = False
-    annotations: ClassVar[tuple[str, ...]] = ()
+    needs_teacher = False
+    annotations = ()
 
     def __call__(self, view: TokenView) -> PerToken:
         return -view.student_at_tokens
@@ -87,8 +87,8 @@ class Divergence:
     name: str
     options: tuple[tuple[str, float], ...] = ()
 
-    needs_teacher: ClassVar[bool] = True
-    annotations: ClassVar[tuple[str, ...]] = ()
+    needs_teacher = True
+    annotations = ()
 
     def __post_init__(self) -> None:
         if self.name not in DIVERGENCES:
@@ -117,8 +117,8 @@ class SampledToken:
     Source: Thinking Machines, on-policy distillation, 2025 (tinker-cookbook, discount 0).
     """
 
-    needs_teacher: ClassVar[bool] = True
-    annotations: ClassVar[tuple[str, ...]] = ()
+    needs_teacher = True
+    annotations = ()
 
     def __call__(self, view: TokenView) -> PerToken:
         logprobs = view.student_at_tokens
@@ -138,8 +138,8 @@ class PolicyGradient:
 
     clip: float = 0.2
 
-    needs_teacher: ClassVar[bool] = False
-    annotations: ClassVar[tuple[str, ...]] = ("sampling_logprobs", "advantages")
+    needs_teacher = False
+    annotations = ("sampling_logprobs", "advantages")
 
     def __post_init__(self) -> None:
         if not 0 < self.clip < 1:

@@ -12,6 +12,7 @@ from promptkd.models import (
     LanguageModel,
     check_context,
     check_head,
+    embedding_rows,
     select_responses,
     stop_ids,
 )
@@ -80,7 +81,7 @@ def check_models(
     )
     hidden = teacher.plain_hidden_states(batch.tokens)
     states = select_responses(hidden, batch.response_mask)
-    rows = [m.module.get_input_embeddings().weight.shape[0] for m in (student, teacher.model)]
+    rows = [embedding_rows(m.module) for m in (student, teacher.model)]
     whole = LanguageModel(teacher.model.module, rows[1], teacher.model.dtype)
     logprobs = whole.head.logprobs(whole.head.logits(states))
     outside = 0.0

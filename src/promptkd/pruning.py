@@ -21,7 +21,7 @@ from promptkd.checkpoints import writing
 from promptkd.data import Encoder, read_examples, training_set
 from promptkd.errors import UserError
 from promptkd.evaluation import nats_per_token
-from promptkd.models import LanguageModel, compute_dtype, load_model, load_tokenizer
+from promptkd.models import LanguageModel, compute_dtype, embedding_rows, load_model, load_tokenizer
 from promptkd.rollouts import Rollout, reference_rollouts
 
 
@@ -71,7 +71,7 @@ def init_student(
     else:
         sources = [calibration] if isinstance(calibration, str) else list(calibration)
         rollouts = _calibration_rollouts(tokenizer, template, sources, num_calibration_rows)
-        model = LanguageModel(module, module.get_input_embeddings().weight.shape[0], dtype)
+        model = LanguageModel(module, embedding_rows(module), dtype)
         kept, measured = rank_layers(model, rollouts, num_layers, search)
         record |= {"search": search, "calibration": sources, **measured}
     record["kept"] = kept

@@ -5,7 +5,7 @@ What they keep lies in their ``state`` as lists and numbers, because checkpoints
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from promptkd.data import Batch
 from promptkd.rollouts import Rollout, Source, Writers, reference_rollouts
@@ -77,9 +77,9 @@ class AdaptiveReplay:
     loss_rise: float = 0.1
     share_rise: float = 0.1
 
-    needs_references: ClassVar[bool] = True
-    asks_teacher: ClassVar[bool] = False
-    needs_validation: ClassVar[bool] = True
+    needs_references = True
+    asks_teacher = False
+    needs_validation = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.start_share <= 1:

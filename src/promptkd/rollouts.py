@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -108,9 +108,9 @@ class Source(Protocol):
 class Stateless:
     """A source that remembers nothing."""
 
-    needs_references: ClassVar[bool] = False
-    asks_teacher: ClassVar[bool] = False
-    needs_validation: ClassVar[bool] = False
+    needs_references = False
+    asks_teacher = False
+    needs_validation = False
 
     def observe(self, validation_loss: float, state: dict[str, Any]) -> None:
         pass
@@ -120,7 +120,7 @@ class Stateless:
 class Reference(Stateless):
     """The data's own responses."""
 
-    needs_references: ClassVar[bool] = True
+    needs_references = True
 
     def write(self, batch: Batch, writers: Writers, state: dict[str, Any]) -> list[Rollout]:
         return reference_rollouts(batch.examples)
@@ -138,7 +138,7 @@ class Student(Stateless):
 class Teacher(Stateless):
     """The plain teacher, off-line: each request is answered once and the answer is kept."""
 
-    asks_teacher: ClassVar[bool] = True
+    asks_teacher = True
 
     def write(self, batch: Batch, writers: Writers, state: dict[str, Any]) -> list[Rollout]:
         return writers.teacher(batch.examples)
@@ -154,7 +154,7 @@ class Mixture(Stateless):
     student_share: float
     final_share: float | None = None
 
-    needs_references: ClassVar[bool] = True
+    needs_references = True
 
     def __post_init__(self) -> None:
         for share in (self.student_share, self.final_share):
@@ -190,7 +190,7 @@ class TeacherMixed(Stateless):
 
     share: float = 0.2
 
-    asks_teacher: ClassVar[bool] = True
+    asks_teacher = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.share < 1:

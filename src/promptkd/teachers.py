@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import peft
 import torch
@@ -151,7 +151,7 @@ class PlainTeacher:
 class Frozen:
     """The teacher as it is."""
 
-    learns: ClassVar[bool] = False
+    learns = False
 
     def build(self, model: LanguageModel, tokenizer: Any) -> Teacher:
         return PlainTeacher(model)
@@ -278,7 +278,7 @@ class SoftPrompt:
     init_text: str = "Suppose you are a student."
     seed: int = 0
 
-    learns: ClassVar[bool] = True
+    learns = True
 
     def __post_init__(self) -> None:
         check_start(self.length, self.init)
@@ -294,7 +294,7 @@ class TextPrompt:
 
     text: str = "Suppose you are a student."
 
-    learns: ClassVar[bool] = False
+    learns = False
 
     def build(self, model: LanguageModel, tokenizer: Any) -> Teacher:
         ids = tokenizer(self.text, add_special_tokens=False).input_ids
@@ -323,7 +323,7 @@ class Interpolated:
     step_size: float = 5e-4
     momentum: float = 0.99
 
-    learns: ClassVar[bool] = False
+    learns = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.start <= self.end <= 1:
