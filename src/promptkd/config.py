@@ -36,6 +36,11 @@ FAMILIAR_NAMES = {
 }
 
 
+Tracker = Literal[
+    "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
+]
+
+
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -130,7 +135,7 @@ class Recipe(Section):
     )
     evaluation: EvaluationSection = EvaluationSection()
     checkpoints: CheckpointSection = CheckpointSection()
-    tracking: tuple[str, ...] = ()
+    tracking: tuple[Tracker, ...] = Field(default=(), description="accelerate's trackers")
     seed: int = 0
     output: str
 

@@ -46,11 +46,14 @@ class Trainer:
         self.recipe = recipe
         self.method = method
         self.directory = RunDirectory(recipe, method)
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
-            log_with=list(recipe.tracking) or None,
-            project_dir=str(self.directory.path / "tracking"),
-        )
+        try:
+            self.accelerator = Accelerator(
+                cpu=not torch.cuda.is_available(),
+                log_with=list(recipe.tracking) or None,
+                project_dir=str(self.directory.path / "tracking"),
+            )
+        except ValueError as error:
+            raise UserError(f"tracking is {list(recipe.tracking)}: {error}") from None
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
         self.best: dict[str, Any] = {}
