@@ -115,6 +115,14 @@ def run_on_ranks(arguments: Sequence[str], directory: Path, num_ranks: int) -> l
     return [command.wait() for command in commands]
 
 
+def train(raw: Mapping[str, Any]) -> Path:
+    """Run a raw recipe in this process; returns the run directory."""
+    from promptkd.api import train as run_recipe
+    from promptkd.config import recipe_from_dict
+
+    return run_recipe(recipe_from_dict(dict(raw)))
+
+
 def write_recipe(directory: Path, recipe: Mapping[str, Any], name: str = "recipe.yaml") -> str:
     path = directory / name
     path.write_text(yaml.safe_dump(dict(recipe)))

@@ -92,7 +92,7 @@ def test_a_module_is_found_in_the_current_directory(tmp_path, monkeypatch):
     [
         ("no_such_module:mine", "cannot be imported: No module named 'no_such_module'"),
         ("custom_method:no_such_function", "has no attribute 'no_such_function'"),
-        ("math:prod", r"method .math:prod.: prod\(\) missing"),
+        ("math:prod", r"method 'math:prod': prod\(\)"),
         ("custom_method:ConfidentReverseKL", "returned ConfidentReverseKL, not a promptkd Method"),
     ],
 )

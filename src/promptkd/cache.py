@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from promptkd.errors import UserError
+
 
 def cache_directory() -> Path:
     """``PROMPTKD_CACHE``, or ``~/.cache/promptkd``."""
@@ -27,35 +29,43 @@ def fingerprint(module: nn.Module) -> str:
 
 
 class ResponseCache:
-    """Texts by (author, request, decoding, seed); several processes may use it at once."""
+    """Texts by (author, request, decoding, seed); several processes may use it at once.
+
+    Raises:
+        UserError: from every method, if the file is damaged or the disk is full.
+    """
 
     def __init__(self, author: str):
         self.author = author
         directory = cache_directory()
         directory.mkdir(parents=True, exist_ok=True)
-        self._database = sqlite3.connect(directory / "responses.sqlite", timeout=60)
-        with self._database:
-            self._database.execute(
-                "CREATE TABLE IF NOT EXISTS responses (key TEXT PRIMARY KEY, text TEXT, ended INT)"
-            )
+        self._path = directory / "responses.sqlite"
+        self._database = sqlite3.connect(self._path, timeout=60)
+        self._execute(
+            "CREATE TABLE IF NOT EXISTS responses (key TEXT PRIMARY KEY, text TEXT, ended INT)"
+        )
 
     def key(self, request_ids: Sequence[int], decoding: dict[str, Any], seed: int) -> str:
         content = json.dumps([self.author, list(request_ids), decoding, seed], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def __contains__(self, key: str) -> bool:
-        row = self._database.execute("SELECT 1 FROM responses WHERE key = ?", (key,)).fetchone()
-        return row is not None
+        return bool(self._execute("SELECT 1 FROM responses WHERE key = ?", key))
 
     def get(self, key: str) -> tuple[str, bool]:
         """The text, and whether its author ended it."""
-        row = self._database.execute(
-            "SELECT text, ended FROM responses WHERE key = ?", (key,)
-        ).fetchone()
-        return row[0], bool(row[1])
+        ((text, ended),) = self._execute("SELECT text, ended FROM responses WHERE key = ?", key)
+        return text, bool(ended)
 
     def put(self, key: str, text: str, ended: bool) -> None:
-        with self._database:
-            self._database.execute(
-                "INSERT OR REPLACE INTO responses VALUES (?, ?, ?)", (key, text, int(ended))
-            )
+        self._execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?)", key, text, int(ended))
+
+    def _execute(self, statement: str, *values: str | int) -> list[Any]:
+        try:
+            with self._database:
+                return self._database.execute(statement, values).fetchall()
+        except sqlite3.DatabaseError as error:
+            raise UserError(
+                f"The response cache {self._path}: {error}. Free some space if the disk is full, "
+                "or remove the file; its responses are then written again."
+            ) from None

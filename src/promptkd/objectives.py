@@ -18,7 +18,7 @@ from promptkd.divergences import DIVERGENCES, LogProbs, PerToken
 from promptkd.models import Head
 
 CHUNK_ENTRIES = 8_000_000
-"""Logits per chunk and model (32 MB in fp32); measured in benchmarks/loss_memory.py."""
+"""Logits per chunk and model (32 MB in fp32); see benchmarks/loss_memory.py."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,106 @@
+"""Teacher responses are found again by what they depend on, and by nothing less."""
+
+import sqlite3
+from pathlib import Path
+
+import pytest
+import torch
+
+import runs
+import tiny
+from promptkd.cache import ResponseCache, cache_directory, fingerprint
+from promptkd.engines import Decoding
+from promptkd.errors import UserError
+
+DECODING = Decoding(8).to_dict()
+
+
+def test_what_was_put_is_found_by_a_later_process_too():
+    first = ResponseCache("teacher")
+    key = first.key((5, 6), DECODING, seed=0)
+    assert key not in first
+    first.put(key, "Wörter\n\u2028 and more", ended=False)
+
+    later = ResponseCache("teacher")
+    assert later.key((5, 6), DECODING, seed=0) == key
+    assert key in later
+    assert later.get(key) == ("Wörter\n\u2028 and more", False)
+
+
+def test_a_response_depends_on_author_request_decoding_and_seed():
+    cache = ResponseCache("teacher")
+    keys = {
+        cache.key((5, 6), DECODING, seed=0),
+        ResponseCache("another").key((5, 6), DECODING, seed=0),
+        cache.key((56,), DECODING, seed=0),
+        cache.key((5, 6), Decoding(8, temperature=0.5).to_dict(), seed=0),
+        cache.key((5, 6), Decoding(9).to_dict(), seed=0),
+        cache.key((5, 6), DECODING, seed=1),
+    }
+    assert len(keys) == 6
+
+
+def test_the_cache_lies_where_the_environment_says(monkeypatch, tmp_path):
+    monkeypatch.setenv("PROMPTKD_CACHE", str(tmp_path / "here" / "deep"))
+    ResponseCache("teacher")
+    assert (tmp_path / "here" / "deep" / "responses.sqlite").is_file()
+
+    monkeypatch.delenv("PROMPTKD_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_directory() == tmp_path / ".cache" / "promptkd"
+
+
+def test_two_caches_may_write_at_the_same_time():
+    first, second = ResponseCache("teacher"), ResponseCache("teacher")
+    for i in range(20):
+        (first, second)[i % 2].put(str(i), f"text {i}", ended=True)
+    assert [first.get(str(i)) for i in range(20)] == [(f"text {i}", True) for i in range(20)]
+
+
+def test_a_damaged_cache_is_named_with_its_remedy(cache):
+    (cache / "responses.sqlite").write_bytes(b"no database, but long enough to look" * 100)
+    with pytest.raises(UserError, match=r"responses\.sqlite: file is not a database.* remove the"):
+        ResponseCache("teacher")
+
+
+def test_a_fingerprint_is_the_weights_and_not_where_they_lie():
+    model = tiny.model("llama", seed=3)
+    mark = fingerprint(model)
+
+    assert fingerprint(tiny.model("llama", seed=3)) == mark
+    assert fingerprint(tiny.model("llama", seed=4)) != mark
+    assert fingerprint(tiny.model("llama", seed=3, num_layers=3)) != mark
+    with torch.no_grad():
+        model.model.norm.weight[5] += 1e-3
+    assert fingerprint(model) != mark
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("pair")
+    tiny.save_pair(directory)
+    tiny.write_data(directory / "train.jsonl", 4)
+    return directory
+
+
+def test_seqkd_asks_the_teacher_once_per_request_and_never_again(pair, tmp_path, cache):
+    def train(name: str, **changes) -> dict:
+        raw = tiny.recipe(pair, method={"name": "seqkd"}, output=str(tmp_path / name)) | changes
+        raw["data"] |= {"max_response_tokens": 6}
+        runs.train(raw)
+        return runs.result(tmp_path / name)
+
+    def num_kept() -> int:
+        with sqlite3.connect(cache / "responses.sqlite") as database:
+            return database.execute("SELECT COUNT(*) FROM responses").fetchone()[0]
+
+    first = train("first")
+    assert num_kept() == 4
+    with sqlite3.connect(cache / "responses.sqlite") as database:
+        written = database.execute("SELECT MIN(rowid), MAX(rowid) FROM responses").fetchone()
+    assert train("second") == first
+    with sqlite3.connect(cache / "responses.sqlite") as database:
+        again = database.execute("SELECT MIN(rowid), MAX(rowid) FROM responses").fetchone()
+    assert (num_kept(), again) == (4, written)
+    assert train("other-seed", seed=1) != first
+    assert num_kept() == 8

@@ -1,0 +1,156 @@
+"""Every command says what it did and where, or what is wrong, in one sentence."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import runs
+import tiny
+from promptkd.cli import app, main
+
+COMMANDS = (
+    "init-student",
+    "train",
+    "evaluate",
+    "exposure-bias",
+    "judge",
+    "report",
+    "generate",
+    "demo",
+)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("finished")
+    tiny.save_pair(directory)
+    tiny.write_data(directory / "train.jsonl", 6)
+    raw = tiny.recipe(directory, optimization={"max_steps": 1}, data={"max_response_tokens": 6})
+    return runs.train(raw)
+
+
+@pytest.fixture
+def command(capfd):
+    def run(*arguments: object, status: int = 0) -> str:
+        with pytest.raises(SystemExit) as end:
+            main([str(argument) for argument in arguments])
+        captured = capfd.readouterr()
+        assert end.value.code == status, captured.err
+        assert "Traceback" not in captured.err
+        return captured.err if status else captured.out
+
+    return run
+
+
+def test_help_names_every_command(command):
+    text = command("--help")
+    assert all(name in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_every_command_says_what_it_does(command, name):
+    text = command(name, "--help")
+    registered = {c.name or c.callback.__name__: c.callback for c in app.registered_commands}
+    assert registered[name].__doc__.splitlines()[0].split(";")[0] in " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("trian",), "No such command 'trian'"),
+        (("train",), "Missing argument 'RECIPE'"),
+        (("evaluate", "m", "--data", "d", "--tempreature", "1"), "--tempreature"),
+        (("init-student", "--teacher", "t", "--layers", "x", "--output", "o"), "'x' is not a"),
+    ],
+)
+def test_a_wrong_command_or_flag_is_refused_with_status_2(command, arguments, complaint):
+    assert complaint in command(*arguments, status=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("train", "none.yaml"), "Recipe none.yaml: No such file or directory"),
+        (("evaluate", "/nowhere/run", "--data", "d.jsonl"), "/nowhere/run is not a model"),
+        (("generate", "/nowhere/run", "Why?"), "/nowhere/run is not a finished run"),
+        (("exposure-bias", "/nowhere/run"), "/nowhere/run is not a finished run"),
+        (
+            ("init-student", "--teacher", "/nowhere/t", "--layers", 1, "--output", "/nowhere/o"),
+            "/nowhere/t is not a model",
+        ),
+        (
+            ("init-student", "--teacher=t", "--layers=1", "--output=o", "--search=best"),
+            "--search is 'best'; known: single, greedy",
+        ),
+    ],
+)
+def test_what_is_not_there_is_refused_with_status_1(command, arguments, complaint):
+    assert f"promptkd: {complaint}" in command(*arguments, status=1)
+
+
+def test_an_output_below_a_file_is_refused(command, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    tiny.model("llama", num_layers=3).save_pretrained(tmp_path / "teacher")
+    tiny.tokenizer().save_pretrained(tmp_path / "teacher")
+    options = ("--teacher", tmp_path / "teacher", "--layers", 1)
+    text = command("init-student", *options, "--output", tmp_path / "file" / "s", status=1)
+    assert f"promptkd: {tmp_path}/file/s: Not a directory" in text
+
+
+def test_train_ends_with_the_place_of_its_run(command, finished, tmp_path):
+    recipe = finished / "recipe.yaml"
+    text = command("train", recipe, f"output={tmp_path / 'run'}", "optimization.max_steps=2")
+
+    assert text.splitlines()[-1] == f"run: {tmp_path / 'run'}"
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["steps"] == 2
+
+
+def test_evaluate_takes_several_seeds_and_files_after_one_flag(command, finished, tmp_path):
+    first = tiny.write_data(tmp_path / "first.jsonl", 3)
+    second = tiny.write_data(tmp_path / "second.jsonl", 2)
+    text = command("evaluate", finished, "--data", first, second, "--seeds", 1, 2)
+
+    assert f"{first}: 3 examples, seeds [1, 2]" in text
+    assert f"{second}: 2 examples, seeds [1, 2]" in text
+    assert "rouge_l" in text
+    assert text.splitlines()[-1] == f"scores: {finished / 'evaluation'}"
+    for name in ("first", "second"):
+        scores = json.loads((finished / "evaluation" / f"{name}.json").read_text())
+        assert scores["seeds"] == [1, 2]
+
+
+def test_generate_shows_teacher_adapted_teacher_and_student(command, finished):
+    text = command("generate", finished, "say 3", "--temperature", 0)
+    authors = [line[4:] for line in text.splitlines() if line.startswith("--- ")]
+
+    assert authors == ["teacher", "adapted teacher", "student"]
+    assert text == command("generate", finished, "say 3", "--temperature", 0, "--seed", 9)
+
+
+def test_init_student_says_what_it_dropped_and_where_the_student_is(command, tmp_path):
+    tiny.model("llama", num_layers=4).save_pretrained(tmp_path / "teacher")
+    tiny.tokenizer().save_pretrained(tmp_path / "teacher")
+    data = tiny.write_data(tmp_path / "d.jsonl", 4)
+    text = command(
+        *("init-student", "--teacher", tmp_path / "teacher", "--layers", 3),
+        *("--output", tmp_path / "s", "--calibration", data, "--template", "none"),
+    )
+
+    record = json.loads((tmp_path / "s" / "pruning.json").read_text())
+    assert f"layers dropped: {record['dropped']} (single)" in text
+    assert f"teacher {record['loss_whole']:.3f}, student {record['loss_pruned']:.3f}" in text
+    assert text.splitlines()[-1] == f"student: {tmp_path / 's'}"
+
+
+def test_the_module_can_be_run_as_a_program():
+    result = subprocess.run(
+        [sys.executable, "-m", "promptkd", "train", "none.yaml"], capture_output=True, text=True
+    )
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == (
+        "promptkd: Recipe none.yaml: No such file or directory. Name an existing YAML file.\n"
+    )

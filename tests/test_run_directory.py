@@ -1,0 +1,165 @@
+"""A run directory holds what docs/design.md promises, and knows whose it is."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import runs
+import tiny
+from promptkd.config import load_recipe, recipe_from_dict
+from promptkd.errors import UserError
+from promptkd.methods import build_method
+from promptkd.run_directory import RunDirectory, differences
+from promptkd.tracking import JsonLines
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    """A run of promptkd with validation, and its raw recipe."""
+    directory = tmp_path_factory.mktemp("finished")
+    tiny.save_pair(directory)
+    tiny.write_data(directory / "train.jsonl")
+    tiny.write_data(directory / "valid.jsonl", 5)
+    raw = tiny.recipe(
+        directory,
+        data={"validation": str(directory / "valid.jsonl"), "max_response_tokens": 6},
+        optimization={"max_steps": 4},
+        evaluation={"every_steps": 2, "metric": "reverse_kl_to_teacher"},
+        checkpoints={"every_steps": 2, "keep": 1},
+    )
+    return runs.train(raw), raw
+
+
+def test_a_finished_run_holds_every_promised_file_and_nothing_half_written(finished):
+    run, _ = finished
+    found = {str(path.relative_to(run)) for path in run.rglob("*") if path.is_file()}
+
+    assert {
+        "recipe.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "summary.json",
+        "checkpoints/step-000004/manifest.json",
+        "student/model.safetensors",
+        "student/config.json",
+        "student/tokenizer.json",
+        "student/README.md",
+        "teacher_adapter/adapter_config.json",
+        "teacher_adapter/adapter_model.safetensors",
+    } <= found
+    assert not [name for name in found if name.startswith(".") or "partial" in name]
+
+
+def test_the_student_loads_with_transformers_and_the_adapter_with_peft(finished):
+    run, raw = finished
+    student = AutoModelForCausalLM.from_pretrained(run / "student")
+    teacher = AutoModelForCausalLM.from_pretrained(raw["teacher"]["model"])
+    adapted = PeftModel.from_pretrained(teacher, str(run / "teacher_adapter"))
+
+    saved = load_file(run / "student" / "model.safetensors")
+    assert saved.keys() <= student.state_dict().keys()
+    assert AutoTokenizer.from_pretrained(run / "student").get_vocab() == (
+        tiny.tokenizer().get_vocab()
+    )
+    assert adapted.peft_config["default"].num_virtual_tokens == 7
+    assert adapted.peft_config["default"].base_model_name_or_path == raw["teacher"]["model"]
+
+
+def test_the_recorded_recipe_is_the_resolved_one(finished):
+    run, raw = finished
+
+    assert load_recipe(run / "recipe.yaml") == recipe_from_dict(raw)
+
+
+def test_the_environment_says_what_ran_where(finished):
+    run, raw = finished
+    record = json.loads((run / "environment.json").read_text())
+
+    assert record["identity"]["method"] == repr(build_method("promptkd"))
+    assert record["identity"]["recipe"]["seed"] == 0
+    environment = record["environment"]
+    assert {"promptkd", "torch", "transformers"} <= environment["packages"].keys()
+    assert {"python", "platform", "processor", "threads", "device", "commit"} <= environment.keys()
+
+
+def test_there_is_one_line_per_step_and_one_per_evaluation(finished):
+    run, _ = finished
+    rows = runs.json_lines(run / "metrics.jsonl")
+
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    assert [row["step"] for row in rows if "evaluation" in row] == [0, 2, 4]
+    step = rows[1]
+    assert step["student_share"] == 1
+    assert step["num_tokens"] == 4 * step["response_length"]
+    assert {"kl_teacher_student", "kl_teacher_plain", "gradient_norm_student"} <= step.keys()
+
+
+def test_samples_can_be_read_beside_their_references(finished):
+    run, _ = finished
+    rows = runs.json_lines(run / "samples.jsonl")
+
+    assert [row["step"] for row in rows] == [0] * 4 + [2] * 4 + [4] * 4
+    assert rows[0]["request"] == "say 0"
+    assert rows[0]["references"] == ["it is 0!"]
+
+
+def test_the_summary_names_the_best_evaluation_and_the_card_repeats_it(finished):
+    run, _ = finished
+    best = json.loads((run / "summary.json").read_text())["best"]
+    by_step = {
+        row["step"]: row["evaluation"]
+        for row in runs.json_lines(run / "metrics.jsonl")
+        if "evaluation" in row
+    }
+
+    measured = {step: scores["reverse_kl_to_teacher"] for step, scores in by_step.items() if step}
+    assert best["step"] == min(measured, key=lambda step: measured[step])
+    assert best["scores"] == by_step[best["step"]]
+    card = (run / "student" / "README.md").read_text()
+    assert f"| reverse_kl_to_teacher | {best['value']:.4g} |" in card
+    assert f"this is step {best['step']}" in card
+
+
+def test_the_output_and_the_trackers_may_change_but_nothing_else(finished):
+    run, raw = finished
+    method = build_method("promptkd")
+    RunDirectory(recipe_from_dict(raw | {"tracking": ["tensorboard"]}), method)
+
+    with pytest.raises(UserError, match=r"different recipe \(seed 0 -> 1\)"):
+        RunDirectory(recipe_from_dict(raw | {"seed": 1}), method)
+    with pytest.raises(UserError, match="different recipe"):
+        RunDirectory(recipe_from_dict(raw), build_method("promptkd", length=3))
+
+
+def test_differences_are_named_by_their_dotted_keys():
+    recorded = {"recipe": {"seed": 0, "data": {"train": ["a"]}}, "method": "m"}
+    own = {"recipe": {"seed": 0, "data": {"train": ["b"], "template": "chat"}}, "method": "m"}
+
+    assert differences(recorded, recorded) == []
+    assert differences(recorded, own) == [
+        "data.template None -> 'chat'",
+        "data.train ['a'] -> ['b']",
+    ]
+
+
+def test_rewinding_forgets_later_lines_and_an_unfinished_one(tmp_path):
+    lines = JsonLines(tmp_path / "metrics.jsonl")
+    lines.rewind(3)
+    assert not lines.path.exists()
+    lines.append({"step": step, "text": "ü\u2028"} for step in (0, 1, 2, 2, 3))
+    with open(lines.path, "a", encoding="utf-8") as file:
+        file.write('{"step": 4, "lo')
+    lines.rewind(2)
+
+    assert [row["step"] for row in lines.read()] == [0, 1, 2, 2]
+    assert lines.read()[0]["text"] == "ü\u2028"
+    lines.append([{"step": 3}])
+    assert [row["step"] for row in lines.read()] == [0, 1, 2, 2, 3]
+    lines.rewind(-1)
+    assert lines.path.read_text() == ""
