@@ -78,7 +78,7 @@ def test_the_recorded_recipe_is_the_resolved_one(finished):
 
 
 def test_the_environment_says_what_ran_where(finished):
-    run, raw = finished
+    run, _raw = finished
     record = json.loads((run / "environment.json").read_text())
 
     assert record["identity"]["method"] == repr(build_method("promptkd"))
@@ -127,7 +127,7 @@ def test_the_summary_names_the_best_evaluation_and_the_card_repeats_it(finished)
 
 
 def test_the_output_and_the_trackers_may_change_but_nothing_else(finished):
-    run, raw = finished
+    _run, raw = finished
     method = build_method("promptkd")
     RunDirectory(recipe_from_dict(raw | {"tracking": ["tensorboard"]}), method)
 
