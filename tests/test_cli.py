@@ -63,7 +63,10 @@ def test_the_help_of_every_command_says_what_it_does(command, name):
         (("trian",), "No such command 'trian'"),
         (("train",), "Missing argument 'recipe'"),
         (("evaluate", "m", "--data", "d", "--tempreature", "1"), "--tempreature"),
-        (("init-student", "--teacher", "t", "--layers", "x", "--output", "o"), "Invalid value for '--layers'"),
+        (
+            ("init-student", "--teacher", "t", "--layers", "x", "--output", "o"),
+            "Invalid value for '--layers'",
+        ),
     ],
 )
 def test_a_wrong_command_or_flag_is_refused_with_status_2(command, arguments, complaint):
