@@ -146,10 +146,11 @@ def exposure_bias(
     from promptkd.exposure_bias import exposure_bias as measure
 
     result = measure(run, data)
-    last = len(result["steps"]) - 1
+    excess = result["excess"][-1]
+    shown = "undefined (E is 0)" if excess is None else f"{excess:.1f} %"
     typer.echo(
-        f"at {result['steps'][last]} tokens: R {result['student_gap'][last]:.3f} nats, "
-        f"E {result['teacher_gap'][last]:.3f} nats, ExAccErr {result['excess'][last]:.1f} %"
+        f"at {result['steps'][-1]} tokens: R {result['student_gap'][-1]:.3f} nats, "
+        f"E {result['teacher_gap'][-1]:.3f} nats, ExAccErr {shown}"
     )
     typer.echo(f"curves: {run / 'exposure_bias.json'}")
 
