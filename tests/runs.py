@@ -96,8 +96,13 @@ def run(arguments: Sequence[str], directory: Path, **options: Any) -> Outcome:
     return Command(arguments, directory, **options).wait()
 
 
-def run_on_ranks(arguments: Sequence[str], directory: Path, num_ranks: int) -> list[Outcome]:
-    """The same command on several processes that talk over gloo on the loopback device."""
+def run_on_ranks(
+    arguments: Sequence[str], directory: Path, num_ranks: int, dies_at: Moment | None = None
+) -> list[Outcome]:
+    """The same command on several processes that talk over gloo on the loopback device.
+
+    Rank 0 is the one that dies.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -110,7 +115,13 @@ def run_on_ranks(arguments: Sequence[str], directory: Path, num_ranks: int) -> l
     }
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
     commands = [
-        Command(arguments, directory / f"rank-{rank['RANK']}", common | rank) for rank in ranks
+        Command(
+            arguments,
+            directory / f"rank-{rank['RANK']}",
+            common | rank,
+            dies_at if rank["RANK"] == "0" else None,
+        )
+        for rank in ranks
     ]
     return [command.wait() for command in commands]
 

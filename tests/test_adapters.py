@@ -7,7 +7,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import tiny
-from promptkd.adapters import LoRA, Prefix
+from promptkd.adapters import LoRA, Prefix, load_prefix
 from promptkd.errors import UserError
 from promptkd.models import LanguageModel
 from promptkd.teachers import SoftPrompt, TextPrompt
@@ -173,3 +173,11 @@ def test_a_prefix_starts_as_the_teacher_that_reads_the_text_first(architecture):
 def test_a_front_that_leaves_no_room_for_text_is_refused(specification):
     with pytest.raises(UserError, match="its context has 512"):
         specification.build(frozen("llama"), tiny.tokenizer())
+
+
+def test_a_saved_prefix_is_read_back_as_it_was(tmp_path):
+    teacher = Prefix(length=5).build(frozen("llama"), tiny.tokenizer())
+    disturb(teacher)
+    teacher.save(tmp_path, "teacher")
+    again = load_prefix(frozen("llama"), tmp_path)
+    assert torch.equal(again.hidden_states(TOKENS), teacher.hidden_states(TOKENS))

@@ -1,8 +1,9 @@
 """What can't work ends in one clear sentence on stderr and exit status 1; nothing is lost."""
 
+import importlib.util
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ import runs
 import tiny
 from promptkd.checkpoints import load_latest, saved_checkpoints
 from promptkd.cli import main
+from promptkd.config import Tracker
 
 
 @pytest.fixture(scope="module")
@@ -158,6 +160,11 @@ def test_an_unknown_recipe_key(refusal):
 
 def test_an_unknown_tracker(refusal):
     assert "tensorbord" in refusal(tracking=["tensorbord"])
+
+
+def test_a_tracker_that_is_not_installed(refusal):
+    absent = next(name for name in get_args(Tracker) if importlib.util.find_spec(name) is None)
+    assert f"tracking asks for {absent}, which is not installed" in refusal(tracking=[absent])
 
 
 def test_an_output_that_is_not_a_run(refusal, tmp_path):

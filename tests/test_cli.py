@@ -63,6 +63,8 @@ def test_the_help_of_every_command_says_what_it_does(command, name):
         (("trian",), "No such command 'trian'"),
         (("train",), "Missing argument 'recipe'"),
         (("evaluate", "m", "--data", "d", "--tempreature", "1"), "--tempreature"),
+        (("evaluate", "m", "--data", "d", "--num-examples", "0"), "'--num-examples'"),
+        (("evaluate", "m", "--data", "d", "--seeds", "1", "-2"), "-2"),
         (
             ("init-student", "--teacher", "t", "--layers", "x", "--output", "o"),
             "Invalid value for '--layers'",
@@ -77,7 +79,7 @@ def test_a_wrong_command_or_flag_is_refused_with_status_2(command, arguments, co
     ("arguments", "complaint"),
     [
         (("train", "none.yaml"), "Recipe none.yaml: No such file or directory"),
-        (("evaluate", "/nowhere/run", "--data", "d.jsonl"), "/nowhere/run is not a model"),
+        (("evaluate", "/nowhere/run", "--data", "d.jsonl"), "/nowhere/run is not a "),
         (("generate", "/nowhere/run", "Why?"), "/nowhere/run is not a finished run"),
         (("exposure-bias", "/nowhere/run"), "/nowhere/run is not a finished run"),
         (

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 from peft import PeftModel
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing import event_accumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import runs
@@ -135,6 +136,20 @@ def test_the_output_and_the_trackers_may_change_but_nothing_else(finished):
         RunDirectory(recipe_from_dict(raw | {"seed": 1}), method)
     with pytest.raises(UserError, match="different recipe"):
         RunDirectory(recipe_from_dict(raw), build_method("promptkd", length=3))
+
+
+def test_a_tracker_is_told_the_same_numbers(finished, tmp_path):
+    run, raw = finished
+    tracked = runs.train(raw | {"tracking": ["tensorboard"], "output": str(tmp_path / "run")})
+    (events,) = (tmp_path / "run" / "tracking").rglob("events.*")
+    accumulator = event_accumulator.EventAccumulator(str(events.parent)).Reload()
+
+    rows = runs.json_lines(run / "metrics.jsonl")
+    assert runs.json_lines(tracked / "metrics.jsonl") == rows
+    for name in ("loss", "kl_teacher_student"):
+        told = [(event.step, event.value) for event in accumulator.Scalars(name)]
+        assert told == [(row["step"], pytest.approx(row[name])) for row in rows if name in row]
+    assert [event.step for event in accumulator.Scalars("eval_rouge_l")] == [0, 2, 4]
 
 
 def test_differences_are_named_by_their_dotted_keys():

@@ -13,7 +13,7 @@ import peft
 import torch
 from jaxtyping import Float, Int
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -166,9 +166,8 @@ class PrefixTeacher(PlainTeacher):
         self, model: LanguageModel, keys_values: Float[Tensor, "layers two heads length width"]
     ):
         self.model = model
-        layers, _, self.num_heads, self.length, self.width = keys_values.shape
-        self.num_layers = layers
-        flat = keys_values.permute(3, 0, 1, 2, 4).reshape(self.length, -1)
+        self.num_layers, _, self.num_heads, self.front_length, self.width = keys_values.shape
+        flat = keys_values.permute(3, 0, 1, 2, 4).reshape(self.front_length, -1)
         self.prefix = nn.Parameter(flat.clone().float())
 
     def parameters(self) -> list[nn.Parameter]:
@@ -176,7 +175,7 @@ class PrefixTeacher(PlainTeacher):
 
     def cache(self, batch: int) -> DynamicCache:
         """The prefix as every row's past."""
-        shape = self.length, self.num_layers, 2, self.num_heads, self.width
+        shape = self.front_length, self.num_layers, 2, self.num_heads, self.width
         layers = self.prefix.to(self.model.module.dtype).view(shape).permute(1, 2, 3, 0, 4)
         cache = DynamicCache(config=self.model.module.config)
         for index, (keys, values) in enumerate(layers):
@@ -185,7 +184,7 @@ class PrefixTeacher(PlainTeacher):
 
     def hidden_states(self, tokens: Int[Tensor, "batch time"]) -> Tensor:
         return self.model.hidden_states(
-            tokens, past_key_values=self.cache(len(tokens)), past_length=self.length
+            tokens, past_key_values=self.cache(len(tokens)), past_length=self.front_length
         )
 
     def state_dict(self) -> dict[str, Any]:
@@ -198,13 +197,21 @@ class PrefixTeacher(PlainTeacher):
     def save(self, directory: Path, name: str) -> None:
         config = peft.PrefixTuningConfig(
             task_type=peft.TaskType.CAUSAL_LM,
-            num_virtual_tokens=self.length,
+            num_virtual_tokens=self.front_length,
             token_dim=self.num_heads * self.width,
             num_attention_heads=self.num_heads,
             num_layers=self.num_layers,
             num_transformer_submodules=1,
         )
         _save(config, self.state_dict(), directory, name)
+
+
+def load_prefix(model: LanguageModel, directory: Path) -> PrefixTeacher:
+    """The prefix teacher that was saved in ``directory``."""
+    config: Any = peft.PeftConfig.from_pretrained(str(directory))
+    flat = load_file(directory / "adapter_model.safetensors")["prompt_embeddings"]
+    shape = len(flat), config.num_layers, 2, config.num_attention_heads, -1
+    return PrefixTeacher(model, flat.view(shape).permute(1, 2, 3, 0, 4).to(model.device))
 
 
 def _save(config: peft.PeftConfig, state: dict[str, Tensor], directory: Path, name: str) -> None:

@@ -29,7 +29,7 @@ def init_student(
     ] = None,
     search: Annotated[str, typer.Option(help="single | greedy (better, slower)")] = "single",
     template: Annotated[str, typer.Option(help="as data.template in a recipe")] = "alpaca",
-    rows: Annotated[int, typer.Option(help="calibration rows used")] = 32,
+    rows: Annotated[int, typer.Option(min=1, help="calibration rows used")] = 32,
 ) -> None:
     """Make a student out of the teacher by dropping the layers that matter least."""
     if search not in ("single", "greedy"):
@@ -72,15 +72,15 @@ def train(
 def evaluate(
     model: Annotated[str, typer.Argument(help="a run's directory, or any model")],
     data: Annotated[list[str], typer.Option(help="held-out requests, one file or several")],
-    seeds: Annotated[list[int] | None, typer.Option(help="decoding seeds")] = None,
+    seeds: Annotated[list[int] | None, typer.Option(min=0, help="decoding seeds")] = None,
     output: Annotated[Path | None, typer.Option(help="directory for the scores")] = None,
-    num_examples: Annotated[int | None, typer.Option(help="only the first ones")] = None,
+    num_examples: Annotated[int | None, typer.Option(min=1, help="only the first ones")] = None,
     template: Annotated[str | None, typer.Option(help="alpaca | chat | none | a file")] = None,
-    max_request_tokens: Annotated[int | None, typer.Option()] = None,
-    max_response_tokens: Annotated[int | None, typer.Option()] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
-    top_p: Annotated[float | None, typer.Option()] = None,
-    top_k: Annotated[int | None, typer.Option()] = None,
+    max_request_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    max_response_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    top_k: Annotated[int | None, typer.Option(min=0)] = None,
     no_repeat_ngram_size: Annotated[int, typer.Option(help="6 as the authors' test script")] = 0,
     teacher: Annotated[str | None, typer.Option(help="also measure KL(student || teacher)")] = None,
 ) -> None:
@@ -122,8 +122,8 @@ def generate(
     run: Annotated[Path, typer.Argument(help="a finished run's directory")],
     request: Annotated[str, typer.Argument(help="the instruction")],
     input: Annotated[str, typer.Option(help="its context")] = "",
-    seed: Annotated[int, typer.Option()] = 0,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy")] = None,
 ) -> None:
     """Teacher, adapted teacher and student side by side on one request."""
     from promptkd.generation import generate as respond

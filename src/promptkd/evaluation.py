@@ -25,6 +25,7 @@ from promptkd.models import (
     embedding_rows,
     load_model,
     load_tokenizer,
+    same_tokenizer,
     select_responses,
     shared_vocabulary,
     stop_ids,
@@ -182,7 +183,7 @@ def evaluate(
     top_k: int | None = None,
     no_repeat_ngram_size: int = 0,
     teacher: str | None = None,
-    precision: str = "auto",
+    precision: str | None = None,
     output: str | Path | None = None,
 ) -> dict[str, Any]:
     """Score a run's student, or any model, on held-out requests, and save scores and predictions.
@@ -196,7 +197,7 @@ def evaluate(
         num_examples: only the first ones.
         no_repeat_ngram_size: 6 reproduces the authors' test script, 0 blocks nothing.
         teacher: also measure KL(student || teacher) on the student's responses, in nats per token;
-            a run's own teacher if not given, "" for none.
+            a run's own teacher if not given and its tokenizer is the student's, "" for none.
         output: directory; ``RUN/evaluation`` by default, needed for a bare model.
 
     Returns:
@@ -211,12 +212,15 @@ def evaluate(
     defaults = load_recipe(run / "recipe.yaml") if is_run else None
     if is_run and not (run / "student").is_dir():
         raise UserError(f"{run} has no student/ yet: let its training finish first.")
-    if teacher is None:
-        teacher = defaults.teacher.model if defaults and defaults.teacher else ""
+    if output is None and not is_run:
+        raise UserError(f"{run} is not a run, so scores need a place: give --output DIR.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = compute_dtype(precision, device)
+    dtype = compute_dtype(precision or (defaults.precision if defaults else "auto"), device)
     name = str(run_or_model)
     tokenizer = load_tokenizer(name)
+    if teacher is None and defaults and defaults.teacher:
+        own = defaults.teacher.model
+        teacher = own if same_tokenizer(tokenizer, load_tokenizer(own)) else ""
     module = load_model(name, dtype).to(device)  # pyright: ignore[reportArgumentType]
     stop = stop_ids(tokenizer, module)
 
@@ -278,11 +282,8 @@ def evaluate(
         "dtype": str(dtype).removeprefix("torch."),
         "scores": scores,
     }
-    if output is None:
-        if not is_run:
-            raise UserError(f"{name} is not a run, so scores need a place: give --output DIR.")
-        output = run / "evaluation"
-    save_evaluation(Path(output), Path(sources[0].replace("*", "all")).stem, result, predictions)
+    output = Path(output) if output is not None else run / "evaluation"
+    save_evaluation(output, Path(sources[0].replace("*", "all")).stem, result, predictions)
     return result
 
 

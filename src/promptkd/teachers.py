@@ -58,6 +58,7 @@ class Teacher(Protocol):
     Attributes:
         model: the frozen language model.
         soft_prompt: the vectors in front of its input, if it has any.
+        front_length: how many positions are in front of its text.
         has_adapter: whether ``save`` writes one.
     """
 
@@ -66,6 +67,9 @@ class Teacher(Protocol):
 
     @property
     def soft_prompt(self) -> Tensor | None: ...
+
+    @property
+    def front_length(self) -> int: ...
 
     @property
     def has_adapter(self) -> bool: ...
@@ -117,6 +121,7 @@ class PlainTeacher:
     """Frozen, and nothing more."""
 
     soft_prompt: Tensor | None = None
+    front_length: int = 0
     has_adapter = False
 
     def __init__(self, model: LanguageModel):
@@ -167,6 +172,7 @@ class SoftPromptTeacher:
     ):
         self.model = model
         self.soft_prompt = nn.Parameter(vectors.clone().float(), requires_grad=trainable)
+        self.front_length = len(vectors)
 
     def parameters(self) -> list[nn.Parameter]:
         return [self.soft_prompt] if self.soft_prompt.requires_grad else []

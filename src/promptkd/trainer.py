@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
@@ -46,14 +47,17 @@ class Trainer:
         self.recipe = recipe
         self.method = method
         self.directory = RunDirectory(recipe, method)
-        try:
-            self.accelerator = Accelerator(
-                cpu=not torch.cuda.is_available(),
-                log_with=list(recipe.tracking) or None,
-                project_dir=str(self.directory.path / "tracking"),
+        missing = set(recipe.tracking) - {str(tracker) for tracker in get_available_trackers()}
+        if missing:
+            raise UserError(
+                f"tracking asks for {', '.join(sorted(missing))}, which is not installed. "
+                f"Run: pip install {' '.join(sorted(missing))}"
             )
-        except ValueError as error:
-            raise UserError(f"tracking is {list(recipe.tracking)}: {error}") from None
+        self.accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(),
+            log_with=list(recipe.tracking) or None,
+            project_dir=str(self.directory.path / "tracking"),
+        )
         self.device = self.accelerator.device
         self.is_main = self.accelerator.is_main_process
         self.best: dict[str, Any] = {}
@@ -264,6 +268,9 @@ class Trainer:
 
     def _save_checkpoint(self) -> None:
         step, teacher = self.parts.step, self.parts.teacher
+        sources = [self.source_states]  # of every rank: each keeps what it wrote itself
+        if self.accelerator.num_processes > 1:
+            sources = gather_object(sources)
         if self.is_main:
             tensors: dict[str, Any] = {
                 "student": self.parts.student.module.state_dict(),
@@ -273,7 +280,7 @@ class Trainer:
                 tensors["teacher"] = teacher.state_dict()
             if step.teacher_learner:
                 tensors["teacher_optimizer"] = step.teacher_learner.optimizer.state_dict()
-            progress = {"best": self.best, "sources": self.source_states}
+            progress = {"best": self.best, "sources": sources}
             self.directory.save_checkpoint(Checkpoint(self.step_number, tensors, progress))
         self.accelerator.wait_for_everyone()
 
@@ -292,12 +299,24 @@ class Trainer:
             if step.teacher_learner:
                 step.teacher_learner.optimizer.load_state_dict(saved.tensors["teacher_optimizer"])
             self.best = saved.progress["best"]
-            self.source_states = saved.progress["sources"]
+            self.source_states = self._own_sources(saved.progress["sources"])
             self.step_number = saved.step
             self.say(f"resuming {self.directory.path} after step {saved.step}")
         self.accelerator.wait_for_everyone()
         if self.is_main:
             self.directory.rewind(saved.step if saved else -1)
+
+    def _own_sources(self, sources: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+        """This rank's share of what the sources remembered."""
+        num_ranks = self.accelerator.num_processes
+        if len(sources) == num_ranks:
+            return sources[self.accelerator.process_index]
+        if not any(state for states in sources for state in states):
+            return self.source_states
+        raise UserError(
+            f"{self.directory.path} was trained by {len(sources)} processes, each of which kept "
+            f"responses of its own; now there are {num_ranks}. Start {len(sources)} again."
+        )
 
     def _finish(self) -> None:
         if not self.best:

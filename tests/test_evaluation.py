@@ -1,0 +1,227 @@
+"""A score carries its data, decoding, seeds and counts; validation and test decode alike."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import runs
+import tiny
+from promptkd.data import Encoder, Example, evaluation_set, read_examples
+from promptkd.engines import Decoding, TransformersEngine
+from promptkd.errors import UserError
+from promptkd.evaluation import evaluate, nats_per_token, predict, score, summarise
+from promptkd.metrics import bootstrap_interval, exact_match, rouge_l
+from promptkd.models import LanguageModel
+from promptkd.rollouts import Rollout
+from promptkd.trainer import VALIDATION_SEED
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    directory = tmp_path_factory.mktemp("finished")
+    tiny.save_pair(directory)
+    tiny.write_data(directory / "train.jsonl")
+    tiny.write_data(directory / "valid.jsonl", 7)
+    raw = tiny.recipe(
+        directory,
+        data={
+            "validation": str(directory / "valid.jsonl"),
+            "max_request_tokens": 7,
+            "max_response_tokens": 10,
+        },
+        sampling={"temperature": 0.7, "top_k": 40},
+        optimization={"max_steps": 2},
+        evaluation={"every_steps": 1, "num_examples": 5, "metric": "reverse_kl_to_teacher"},
+    )
+    return runs.train(raw), raw
+
+
+@pytest.fixture(scope="module")
+def evaluated(finished, tmp_path_factory) -> tuple[dict[str, Any], Path]:
+    run, raw = finished
+    output = tmp_path_factory.mktemp("scores")
+    return evaluate(run, raw["data"]["validation"], seeds=(3, 4), output=output), output
+
+
+def predictions(output: Path, name: str = "valid") -> list[dict[str, Any]]:
+    return runs.json_lines(output / f"{name}.predictions.jsonl")
+
+
+def test_scores_carry_all_that_is_needed_to_rerun_them(finished, evaluated):
+    run, raw = finished
+    result, output = evaluated
+
+    assert json.loads((output / "valid.json").read_text()) == result
+    assert result["model"] == str(run)
+    assert result["teacher"] == raw["teacher"]["model"]
+    assert result["data"] == [raw["data"]["validation"]]
+    assert (result["num_examples"], result["num_cut_requests"]) == (7, 2)
+    assert (result["template"], result["max_request_tokens"]) == ("none", 7)
+    assert result["decoding"] == Decoding(10, temperature=0.7, top_p=1.0, top_k=40).to_dict()
+    assert result["seeds"] == [3, 4]
+    for name in ("rouge_l", "exact_match", "num_tokens", "ended", "reverse_kl_to_teacher"):
+        assert len(result["scores"][name]["by_seed"]) == 2
+    low, high = result["scores"]["rouge_l"]["interval_95"]
+    assert low <= result["scores"]["rouge_l"]["mean"] <= high
+
+
+def test_saved_predictions_scored_again_give_the_saved_scores(evaluated):
+    result, output = evaluated
+    rows = predictions(output)
+    assert [(row["seed"], row["index"]) for row in rows] == [
+        (seed, index) for seed in (3, 4) for index in range(7)
+    ]
+
+    for name, metric in (("rouge_l", rouge_l), ("exact_match", exact_match)):
+        again = [metric(row["response"], row["references"]) for row in rows]
+        assert again == [row[name] for row in rows]
+        by_seed = [sum(again[:7]) / 7, sum(again[7:]) / 7]
+        assert result["scores"][name]["by_seed"] == pytest.approx(by_seed)
+        assert result["scores"][name]["mean"] == pytest.approx(sum(by_seed) / 2)
+        by_example = [(a + b) / 2 for a, b in zip(again[:7], again[7:], strict=True)]
+        interval = bootstrap_interval(by_example)
+        assert result["scores"][name]["interval_95"] == pytest.approx(list(interval))
+    mean_length = sum(row["num_tokens"] for row in rows) / 14
+    assert result["scores"]["num_tokens"]["mean"] == pytest.approx(mean_length)
+
+
+def test_the_same_seed_gives_the_same_predictions_in_any_company(finished, evaluated, tmp_path):
+    run, raw = finished
+    _, output = evaluated
+    data = raw["data"]["validation"]
+    evaluate(run, data, seeds=(4,), output=tmp_path / "alone", teacher="")
+    evaluate(run, data, seeds=(4,), num_examples=2, output=tmp_path / "few", teacher="")
+
+    of_seed_4 = [row for row in predictions(output) if row["seed"] == 4]
+    assert predictions(tmp_path / "alone") == of_seed_4
+    assert predictions(tmp_path / "few") == of_seed_4[:2]
+    of_seed_3 = [row["response"] for row in predictions(output) if row["seed"] == 3]
+    assert of_seed_3 != [row["response"] for row in of_seed_4]
+
+
+def test_predictions_do_not_depend_on_the_batch():
+    encoder = Encoder(tiny.tokenizer(), "none", 24, 10, tiny.EOS)
+    examples = [Example("say " + "?" * (i % 6), responses=("it",)) for i in range(9)]
+    data = evaluation_set(examples, encoder)
+    engine = TransformersEngine(LanguageModel(tiny.model("gpt2"), tiny.ROWS), (tiny.EOS,))
+    whole = predict(engine, data, Decoding(10), seed=5)
+
+    seeds = [(5, example.index) for example in data.examples]
+    requests = [example.request_ids for example in data.examples]
+    one_by_one = engine.write(requests, seeds, Decoding(10), max_batch_tokens=1)
+    assert [rollout.response_ids for rollout in whole] == [r.token_ids for r in one_by_one]
+
+
+def test_validation_in_training_is_evaluation_of_the_same_student(finished, tmp_path):
+    run, raw = finished
+    best = json.loads((run / "summary.json").read_text())["best"]
+    result = evaluate(
+        run,
+        raw["data"]["validation"],
+        seeds=(VALIDATION_SEED,),
+        num_examples=raw["evaluation"]["num_examples"],
+        output=tmp_path,
+    )
+
+    found = {name: value["mean"] for name, value in result["scores"].items()}
+    found["validation_loss"] = found.pop("cross_entropy")
+    assert found == pytest.approx(best["scores"], rel=1e-6)
+    samples = [s for s in runs.json_lines(run / "samples.jsonl") if s["step"] == best["step"]]
+    rows = predictions(tmp_path)[: len(samples)]
+    assert [{**row, "step": best["step"]} for row in rows] == samples
+
+
+def test_a_bare_model_is_asked_with_the_defaults_and_needs_a_place(finished, tmp_path):
+    _, raw = finished
+    model, data = raw["student"]["model"], raw["data"]["validation"]
+    result = evaluate(
+        model, data, seeds=(1,), num_examples=1, max_response_tokens=4, output=tmp_path
+    )
+
+    assert result["decoding"] == Decoding(4).to_dict()
+    assert (result["template"], result["max_request_tokens"]) == ("alpaca", 256)
+    assert result["teacher"] is None
+    assert "reverse_kl_to_teacher" not in result["scores"]
+    with pytest.raises(UserError, match="give --output DIR"):
+        evaluate(model, data, seeds=(1,), num_examples=1, max_response_tokens=4)
+
+
+def test_a_run_whose_teacher_has_another_tokenizer_is_scored_without_it(tmp_path):
+    tiny.save_pair(tmp_path)
+    teacher = tiny.tokenizer()
+    teacher.add_tokens(["say"])
+    teacher.save_pretrained(tmp_path / "teacher")
+    data = str(tiny.write_data(tmp_path / "train.jsonl", 4))
+    raw = tiny.recipe(tmp_path, method={"name": "seqkd"}, optimization={"max_steps": 1})
+    result = evaluate(runs.train(raw), data, seeds=(1,), num_examples=2)
+
+    assert result["teacher"] is None
+    assert {"rouge_l", "cross_entropy"} <= result["scores"].keys()
+
+
+def test_requests_alone_are_answered_but_not_compared(finished, tmp_path):
+    run, _ = finished
+    data = tiny.write_data(tmp_path / "d.jsonl", 3, with_output=False)
+    result = evaluate(run, str(data), seeds=(1,), output=tmp_path)
+
+    assert result["scores"].keys() == {"num_tokens", "ended", "reverse_kl_to_teacher"}
+    assert predictions(tmp_path, "d")[0]["rouge_l"] is None
+
+
+def test_a_run_without_a_student_is_refused(finished, tmp_path):
+    run, raw = finished
+    (tmp_path / "recipe.yaml").write_text((run / "recipe.yaml").read_text())
+    with pytest.raises(UserError, match="has no student/ yet"):
+        evaluate(tmp_path, raw["data"]["validation"])
+
+
+def test_an_empty_response_scores_zero_and_has_one_token():
+    encoder = Encoder(tiny.tokenizer(), "none", 24, 10, tiny.EOS)
+    data = evaluation_set([Example("say", responses=("it is",))], encoder)
+    silent = [Rollout(0, data.examples[0].request_ids, (tiny.EOS,), "student")]
+    (prediction,) = score(silent, data, encoder.tokenizer, (tiny.EOS,), seed=0)
+
+    assert (prediction.response, prediction.num_tokens, prediction.ended) == ("", 1, True)
+    assert (prediction.rouge_l, prediction.exact_match) == (0, 0)
+    scores = summarise([prediction])
+    assert scores["ended"]["mean"] == 100
+    assert scores["rouge_l"] == {
+        "mean": 0,
+        "deviation_over_seeds": 0,
+        "interval_95": [0, 0],
+        "by_seed": [0],
+    }
+
+
+def test_nats_per_token_are_sums_over_every_response_token():
+    student = LanguageModel(tiny.model("llama", seed=1), tiny.ROWS)
+    teacher = LanguageModel(tiny.model("llama", seed=2), tiny.ROWS)
+    written = [Rollout(0, (5, 6, 7), (8, 9, 0), "student"), Rollout(1, (5,), (11, 0), "student")]
+    cross_entropy, reverse_kl = 0.0, 0.0
+    with torch.no_grad():
+        for rollout in written:
+            ids = torch.tensor([rollout.request_ids + rollout.response_ids])
+            own, other = (m.module(ids).logits[0].log_softmax(-1) for m in (student, teacher))
+            for position in range(len(rollout.request_ids), rollout.num_tokens):
+                q, p = own[position - 1], other[position - 1]
+                cross_entropy -= q[ids[0, position]].item()
+                reverse_kl += (q.exp() * (q - p)).sum().item()
+
+    for budget in (1, 1000):
+        sums = nats_per_token(written, student, teacher, budget)
+        assert sums["num_tokens"] == 5
+        assert sums["cross_entropy"] == pytest.approx(cross_entropy, rel=1e-5)
+        assert sums["reverse_kl"] == pytest.approx(reverse_kl, rel=1e-5)
+
+
+def test_the_deviation_is_over_seeds_and_the_interval_over_examples(evaluated):
+    result, output = evaluated
+    first, second = result["scores"]["num_tokens"]["by_seed"]
+    deviation = result["scores"]["num_tokens"]["deviation_over_seeds"]
+
+    assert deviation == pytest.approx(abs(first - second) / math.sqrt(2))
+    assert len(read_examples(result["data"])) == len({r["index"] for r in predictions(output)})

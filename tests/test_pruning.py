@@ -1,0 +1,192 @@
+"""A pruned student is its teacher with layers skipped, and the right ones are."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import tiny
+from promptkd.engines import Decoding, TransformersEngine
+from promptkd.errors import UserError
+from promptkd.models import LanguageModel, check_head
+from promptkd.pruning import (
+    evenly_spaced,
+    init_student,
+    keep_layers,
+    layers_of,
+    only_layers,
+    rank_layers,
+)
+from promptkd.rollouts import Rollout
+
+TOKENS = torch.arange(2, 42).reshape(2, 20)
+
+
+def save(directory: Path, module) -> str:
+    module.save_pretrained(directory)
+    tiny.tokenizer().save_pretrained(directory)
+    return str(directory)
+
+
+def silence(layer: torch.nn.Module) -> None:
+    """Zero what the layer adds to the residual stream: the outputs of attention and MLP."""
+    with torch.no_grad():
+        layer.self_attn.o_proj.weight.zero_()
+        layer.mlp.down_proj.weight.zero_()
+
+
+def own_text(teacher: PreTrainedModel, requests: list[tuple[int, ...]]) -> list[Rollout]:
+    """What the teacher itself says, greedily: every layer that matters is needed for it."""
+    engine = TransformersEngine(LanguageModel(teacher, tiny.ROWS), (tiny.EOS,))
+    seeds = [(0, index) for index in range(len(requests))]
+    responses = engine.write(requests, seeds, Decoding(12, temperature=0.0))
+    return [
+        Rollout(index, request, response.token_ids, "teacher")
+        for index, (request, response) in enumerate(zip(requests, responses, strict=True))
+    ]
+
+
+REQUESTS = [tuple(range(start, start + 5)) for start in range(2, 82, 10)]
+
+
+@pytest.mark.parametrize("total", [2, 3, 7, 30])
+def test_evenly_spaced_layers_are_distinct_sorted_and_hold_both_ends(total):
+    for kept in range(2, total):
+        layers = evenly_spaced(total, kept)
+        assert (layers[0], layers[-1], len(set(layers))) == (0, total - 1, kept)
+        assert layers == sorted(layers)
+        gaps = [b - a for a, b in itertools.pairwise(layers)]
+        assert max(gaps) - min(gaps) <= 1
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_the_pruned_model_is_the_teacher_with_layers_skipped(architecture):
+    teacher = tiny.model(architecture, num_layers=4)
+    whole = teacher(TOKENS).logits
+    kept = [0, 3]
+    with torch.no_grad():
+        student = keep_layers(teacher, kept)
+        _, layers = layers_of(teacher)
+
+        def skip(module, arguments, keywords, output):
+            hidden = arguments[0] if arguments else keywords["hidden_states"]
+            return hidden if not isinstance(output, tuple) else (hidden, *output[1:])
+
+        hooks = [
+            layers[i].register_forward_hook(skip, with_kwargs=True)
+            for i in range(4)
+            if i not in kept
+        ]
+        expected = teacher(TOKENS).logits
+        for hook in hooks:
+            hook.remove()
+        assert torch.allclose(student(TOKENS).logits, expected, atol=1e-5)
+        assert not torch.allclose(expected, whole, atol=1e-2)
+        assert torch.equal(teacher(TOKENS).logits, whole)
+    assert student.config.num_hidden_layers == len(layers_of(student)[1]) == 2
+    check_head(LanguageModel(student, tiny.ROWS), "student")
+
+
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_running_with_some_layers_equals_the_pruned_model_and_is_undone(architecture):
+    teacher = tiny.model(architecture, num_layers=4)
+    model = LanguageModel(teacher, tiny.ROWS)
+    config = teacher.config.to_dict()
+    with torch.no_grad():
+        whole = model.hidden_states(TOKENS)
+        with only_layers(teacher, [1, 2]):
+            some = model.hidden_states(TOKENS)
+        pruned = LanguageModel(keep_layers(teacher, [1, 2]), tiny.ROWS).hidden_states(TOKENS)
+        assert torch.allclose(some, pruned, atol=1e-5)
+        assert torch.equal(model.hidden_states(TOKENS), whole)
+    assert teacher.config.to_dict() == config
+
+
+@pytest.mark.parametrize("search", ["single", "greedy"])
+@pytest.mark.parametrize("idle", [1, 2])
+def test_the_layer_that_does_nothing_is_the_one_that_goes(search, idle):
+    teacher = tiny.model("llama", num_layers=4)
+    silence(layers_of(teacher)[1][idle])
+    kept, measured = rank_layers(
+        LanguageModel(teacher, tiny.ROWS), own_text(teacher, REQUESTS), 3, search
+    )
+
+    assert kept == [layer for layer in range(4) if layer != idle]
+    assert measured["loss_without"][0][str(idle)] == pytest.approx(measured["loss_whole"])
+    assert measured["loss_pruned"] == pytest.approx(measured["loss_whole"])
+
+
+def test_greedy_search_measures_again_after_every_layer_it_drops():
+    teacher = tiny.model("llama", num_layers=4)
+    model = LanguageModel(teacher, tiny.ROWS)
+    _, measured = rank_layers(model, own_text(teacher, REQUESTS), 2, "greedy")
+    first, second = measured["loss_without"]
+    dropped = min(first, key=lambda layer: first[layer])
+
+    assert (len(first), len(second)) == (4, 3)
+    assert dropped not in second
+    assert measured["loss_pruned"] == pytest.approx(min(second.values()))
+    _, of_single = rank_layers(model, own_text(teacher, REQUESTS), 2, "single")
+    assert of_single["loss_without"] == [pytest.approx(first)]
+
+
+def test_without_calibration_layers_are_evenly_spaced_and_the_output_loads(tmp_path):
+    teacher = tiny.model("qwen2", num_layers=5)
+    record = init_student(save(tmp_path / "teacher", teacher), 3, tmp_path / "student")
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+
+    assert (record["search"], record["kept"], record["dropped"]) == ("uniform", [0, 2, 4], [1, 3])
+    with torch.no_grad():
+        assert torch.equal(student(TOKENS).logits, keep_layers(teacher, [0, 2, 4])(TOKENS).logits)
+    assert student.dtype == torch.float32
+    own, other = (AutoTokenizer.from_pretrained(tmp_path / n) for n in ("student", "teacher"))
+    assert own.get_vocab() == other.get_vocab()
+    assert json.loads((tmp_path / "student" / "pruning.json").read_text()) == record
+
+
+def test_with_calibration_the_idle_layer_is_dropped_and_the_losses_are_recorded(tmp_path):
+    teacher = tiny.model("llama", num_layers=4)
+    silence(layers_of(teacher)[1][2])
+    tokenizer = tiny.tokenizer()
+    texts = [
+        (tokenizer.decode(rollout.request_ids), tokenizer.decode(rollout.response_ids))
+        for rollout in own_text(teacher, REQUESTS)
+    ]
+    rows = [json.dumps({"request": request, "response": text}) + "\n" for request, text in texts]
+    data = str(tmp_path / "d.jsonl")
+    Path(data).write_text("".join(rows))
+    record = init_student(
+        save(tmp_path / "teacher", teacher),
+        3,
+        tmp_path / "student",
+        calibration=data,
+        template="none",
+    )
+
+    assert (record["search"], record["dropped"]) == ("single", [2])
+    assert record["calibration"] == [data]
+    assert record["loss_pruned"] == pytest.approx(record["loss_whole"])
+
+
+@pytest.mark.parametrize("num_layers", [0, 4, 5])
+def test_a_number_of_layers_that_makes_no_student_is_refused(tmp_path, num_layers):
+    teacher = save(tmp_path / "teacher", tiny.model("gpt2", num_layers=4))
+    with pytest.raises(UserError, match="the teacher has 4 layers, so a student keeps 1 to 3"):
+        init_student(teacher, num_layers, tmp_path / "student")
+    assert not (tmp_path / "student").exists()
+
+
+def test_an_output_that_holds_something_is_refused(tmp_path):
+    teacher = save(tmp_path / "teacher", tiny.model("gpt2", num_layers=3))
+    with pytest.raises(UserError, match="teacher exists and is not empty"):
+        init_student(teacher, 2, teacher)
+
+
+def test_calibration_rows_without_a_response_are_refused(tmp_path):
+    teacher = save(tmp_path / "teacher", tiny.model("gpt2", num_layers=3))
+    data = str(tiny.write_data(tmp_path / "d.jsonl", with_output=False))
+    with pytest.raises(UserError, match=r"d\.jsonl has rows without a reference response"):
+        init_student(teacher, 2, tmp_path / "student", calibration=data, template="none")

@@ -1,0 +1,151 @@
+"""Two processes give the numbers of one, and write as if they were one."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+from torch.testing import assert_close
+
+import runs
+import tiny
+
+MAX_STEPS = 3
+METHODS = {
+    "sft": {"name": "sft"},
+    "gkd": {"name": "gkd", "student_share": 0.0, "divergence": "forward_kl"},
+    "promptkd": {"name": "promptkd", "rollouts": "reference"},
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("pair")
+    tiny.save_pair(directory)
+    tiny.write_data(directory / "train.jsonl")
+    tiny.write_data(directory / "valid.jsonl", 3)
+    return directory
+
+
+def recipe(pair: Path, method: dict[str, Any], output: Path, **optimization: Any) -> dict[str, Any]:
+    """Batches of five are shared out unevenly; SGD hides no wrong scale."""
+    raw = tiny.recipe(
+        pair,
+        method=method,
+        data={"validation": str(pair / "valid.jsonl"), "max_response_tokens": 8},
+        evaluation={"every_steps": 0, "metric": "validation_loss"},
+        checkpoints={"every_steps": 1},
+        output=str(output),
+    )
+    raw["optimization"] |= {
+        "max_steps": MAX_STEPS,
+        "optimizer": "sgd",
+        "global_batch_size": 5,
+        "micro_batch_tokens": 40,
+        "learning_rate": 0.1,
+        "teacher_learning_rate": 0.1,
+    }
+    raw["optimization"] |= optimization
+    return raw
+
+
+def on_two_ranks(raw: dict[str, Any], place: Path) -> None:
+    place.mkdir(exist_ok=True)
+    outcomes = runs.run_on_ranks(["train", runs.write_recipe(place, raw)], place, 2)
+    assert [outcome.status for outcome in outcomes] == [0, 0], outcomes[0].stderr
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Weights, adapter, losses and scores, to the last float digits."""
+    weights = ["student/model.safetensors"]
+    if (first / "teacher_adapter").exists():
+        weights.append("teacher_adapter/adapter_model.safetensors")
+    for name in weights:
+        assert_close(load_file(first / name), load_file(second / name), rtol=1e-5, atol=1e-6)
+    mine, other = (runs.json_lines(run / "metrics.jsonl") for run in (first, second))
+    assert len(mine) == len(other)
+    for row, same in zip(mine, other, strict=True):
+        for key in row.keys() - {"padding_share", "evaluation"}:
+            assert row[key] == pytest.approx(same[key], rel=1e-5), (row["step"], key)
+        assert row.get("evaluation", {}) == pytest.approx(same.get("evaluation", {}), rel=1e-5)
+    samples = [runs.json_lines(run / "samples.jsonl") for run in (first, second)]
+    assert samples[0] == samples[1]
+
+
+def test_a_launch_with_accelerate_equals_one_process(pair, tmp_path):
+    runs.train(recipe(pair, METHODS["promptkd"], tmp_path / "one"))
+    path = runs.write_recipe(tmp_path, recipe(pair, METHODS["promptkd"], tmp_path / "two"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
+    options = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
+    place = ("--main_process_ip", "127.0.0.1", "--main_process_port", port)
+    result = subprocess.run(
+        [sys.executable, *launch, *options, *place, "-m", "promptkd", "train", path],
+        env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+
+    assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert result.stdout.count(f"finished: {tmp_path / 'two'}") == 1
+
+
+@pytest.mark.parametrize("name", ["sft", "gkd"])
+def test_two_ranks_equal_one(pair, tmp_path, name):
+    runs.train(recipe(pair, METHODS[name], tmp_path / "one"))
+    on_two_ranks(recipe(pair, METHODS[name], tmp_path / "two"), tmp_path / "processes")
+
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_the_student_writes_the_same_on_two_ranks_as_on_one(pair, tmp_path):
+    method = {"name": "promptkd"}
+    runs.train(recipe(pair, method, tmp_path / "one", max_steps=1))
+    on_two_ranks(recipe(pair, method, tmp_path / "two", max_steps=1), tmp_path / "processes")
+
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+def test_only_the_main_process_writes(pair, tmp_path):
+    on_two_ranks(recipe(pair, METHODS["sft"], tmp_path / "run"), tmp_path / "processes")
+    rows = runs.json_lines(tmp_path / "run" / "metrics.jsonl")
+    said = [(tmp_path / "processes" / f"rank-{i}" / "stdout").read_text() for i in range(2)]
+
+    assert [row["step"] for row in rows] == [0, 1, 2, 3, 3]
+    assert len(runs.json_lines(tmp_path / "run" / "samples.jsonl")) == 2 * 3
+    assert "finished: " in said[0]
+    assert "finished: " not in said[1]
+
+
+@pytest.mark.parametrize(
+    "method",
+    [{"name": "promptkd"}, {"name": "distillm", "student_share": 1.0, "capacity": 2}],
+    ids=lambda method: method["name"],
+)
+def test_a_rank_that_is_killed_stops_all_and_together_they_go_on(pair, tmp_path, method):
+    on_two_ranks(recipe(pair, method, tmp_path / "whole", max_steps=6), tmp_path / "processes")
+    raw = recipe(pair, method, tmp_path / "run", max_steps=6)
+    path = runs.write_recipe(tmp_path, raw)
+    moment = runs.Moment("open", ".writing-step-000004")
+    outcomes = runs.run_on_ranks(["train", path], tmp_path / "killed", 2, dies_at=moment)
+    assert outcomes[0].status == -9
+    assert outcomes[1].status != 0
+    on_two_ranks(raw, tmp_path / "again")
+
+    assert runs.result(tmp_path / "run") == runs.result(tmp_path / "whole")
+
+
+def test_a_batch_smaller_than_the_number_of_ranks_is_refused(pair, tmp_path):
+    raw = recipe(pair, METHODS["sft"], tmp_path / "run", global_batch_size=1)
+    path = runs.write_recipe(tmp_path, raw)
+    outcomes = runs.run_on_ranks(["train", path], tmp_path / "processes", 2)
+
+    assert [outcome.status for outcome in outcomes] == [1, 1]
+    assert "global_batch_size 1 is smaller than the number of processes 2" in outcomes[0].stderr
