@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from promptkd.errors import UserError
@@ -80,6 +80,41 @@ def add_lora(
             parameter.data = parameter.data.float()
     module.eval()
     return config
+
+
+def trained_state(module: PreTrainedModel) -> dict[str, Tensor]:
+    """What training changes: the adapters, or all of a model that has none."""
+    state = module.state_dict()
+    frozen = {name for name, value in module.named_parameters() if not value.requires_grad}
+    return {name: value for name, value in state.items() if not frozen or "lora_" in name}
+
+
+def save_lora(module: PreTrainedModel, directory: Path, base: str) -> None:
+    """Write the adapters of a model as PEFT does; ``base`` is what they are read onto."""
+    config: Any = module.peft_config["default"]  # pyright: ignore[reportIndexIssue]
+    state = peft.get_peft_model_state_dict(module)
+    _save(
+        config, {f"base_model.model.{key}": value for key, value in state.items()}, directory, base
+    )
+
+
+def merged(module: PreTrainedModel) -> PreTrainedModel:
+    """A plain model of its own with the adapters added into the weights; ``module`` stays."""
+    layers: list[tuple[str, Any]] = [
+        (name, part) for name, part in module.named_modules() if isinstance(part, BaseTunerLayer)
+    ]
+    updates = {name: layer.get_delta_weight("default") for name, layer in layers}
+    state = {}
+    for name, value in module.state_dict().items():
+        if "lora_" not in name:
+            owner, _, leaf = name.rpartition(".base_layer.")
+            if leaf == "weight":
+                value = (value.float() + updates[owner].float()).to(value.dtype)
+            state[name.replace(".base_layer.", ".")] = value
+    whole = AutoModelForCausalLM.from_config(module.config, dtype=module.dtype)
+    whole.load_state_dict(state)
+    whole.generation_config = module.generation_config
+    return whole
 
 
 class LoRATeacher(PlainTeacher):

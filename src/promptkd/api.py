@@ -25,7 +25,7 @@ def train(recipe: Recipe, method: Method | None = None) -> Path:
 def distill(
     student: str | Path,
     teacher: str | Path | None,
-    data: str | Sequence[str],
+    data: str | Sequence[str] | dict[str, Any],
     *,
     method: Method,
     output: str | Path,
@@ -36,7 +36,8 @@ def distill(
     Args:
         student: the student's start: hub id, directory, .gguf file or finished run.
         teacher: the same for the teacher; None for methods without one.
-        data: training data: path, glob or hub id, or several.
+        data: training data: path, glob or hub id, or several; or the recipe's whole section, as in
+            ``{"train": "dolly.jsonl", "template": "chat"}``.
         method: from ``promptkd.methods``, or your own composition.
         output: the run directory; a stopped run in it goes on.
         options: the recipe's other keys, as nested dictionaries (``optimization={"epochs": 1}``).
@@ -51,7 +52,7 @@ def distill(
     raw["student"] = {"model": str(student), **raw.get("student", {})}
     if teacher is not None:
         raw["teacher"] = {"model": str(teacher)}
-    raw["data"] = {**raw.get("data", {}), "train": data}
+    raw["data"] = data if isinstance(data, dict) else {"train": data}
     raw["method"] = {"name": method.name}
     raw["output"] = str(output)
     return train(recipe_from_dict(raw), method)

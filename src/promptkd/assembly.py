@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from promptkd import preflight
+from promptkd.adapters import add_lora
 from promptkd.config import Recipe
 from promptkd.data import (
     Dataset,
@@ -102,7 +103,10 @@ def assemble(
     preflight.check_data(
         method, data, validation, recipe.evaluation.metric, recipe.teacher is not None
     )
-    module: Any = load_model(recipe.student.model, torch.float32)
+    lora = recipe.student.lora
+    module: Any = load_model(recipe.student.model, dtype if lora else torch.float32)
+    if lora:
+        add_lora(module, lora.r, lora.alpha, lora.target_modules, recipe.seed)
     if recipe.optimization.gradient_checkpointing:
         _checkpoint_gradients(module)
     vocabulary = embedding_rows(module)
@@ -121,7 +125,8 @@ def assemble(
             teacher = method.teacher.build(plain_teacher, teacher_tokenizer)
     student = LanguageModel(module.to(device), vocabulary, dtype)
     names = (recipe.student.model, recipe.teacher.model if recipe.teacher else "")
-    found = preflight.check_models(student, teacher, tokenizer, encoder, data, names, say)
+    compared = teacher if comparable else None  # else it reads only texts, as its own tokens
+    found = preflight.check_models(student, compared, tokenizer, encoder, data, names, say)
     stop = stop_ids(tokenizer, module)
     engine = TransformersEngine(student, stop)
     decoding = Decoding(
@@ -217,5 +222,8 @@ def _checkpoint_gradients(module: Any) -> None:
     for part in module.modules():
         if isinstance(part, nn.Dropout):
             part.p = 0.0
+        for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop"):
+            if isinstance(getattr(part, name, None), float):  # OPT's are functional
+                setattr(part, name, 0.0)
     module.gradient_checkpointing_enable({"use_reentrant": False})
     module.train()

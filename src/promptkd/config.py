@@ -45,8 +45,16 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class LoRASection(Section):
+    r: int = Field(default=16, ge=1, description="rank")
+    alpha: int = Field(default=32, ge=1, description="the update is scaled by alpha / r")
+    target_modules: tuple[str, ...] = Field(default=(), description="empty: PEFT's choice")
+    merge: bool = Field(default=False, description="save whole weights instead of an adapter")
+
+
 class StudentSection(Section):
     model: str = Field(description="hub id, directory, a .gguf file, or a finished run's directory")
+    lora: LoRASection | None = Field(default=None, description="train adapters, not the weights")
 
 
 class TeacherSection(Section):

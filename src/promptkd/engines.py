@@ -7,7 +7,7 @@ so batch size, batch order and number of ranks don't change what is written (bey
 import copy
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -74,6 +74,13 @@ class CoAuthor:
     share: float
 
 
+@runtime_checkable
+class Past(Protocol):
+    """Keys and values that a number of rows have in front of their text."""
+
+    def cache(self, batch: int) -> DynamicCache: ...
+
+
 class TransformersEngine:
     """Writes with the model's own weights: no copy to keep in step, except in mixed precision."""
 
@@ -94,6 +101,7 @@ class TransformersEngine:
         decoding: Decoding,
         *,
         soft_prompt: Tensor | None = None,
+        prefix: Past | None = None,
         co_author: CoAuthor | None = None,
         max_batch_tokens: int = 32768,
     ) -> list[Response]:
@@ -104,10 +112,13 @@ class TransformersEngine:
             seeds: one seed per request: any short sequence of non-negative integers.
             decoding: how tokens are chosen.
             soft_prompt: vectors in front of every request.
+            prefix: keys and values in front of every request.
             co_author: a second model that writes along.
             max_batch_tokens: rows x (request + response) written at once; bounds the caches.
         """
         model = self._current()
+        learning = model.module.training
+        model.module.eval()  # in training mode, gradient checkpointing drops the cache silently
         order = sorted(range(len(requests)), key=lambda i: len(requests[i]), reverse=True)
         responses: dict[int, Response] = {}
         while order:
@@ -120,9 +131,11 @@ class TransformersEngine:
                 [seeds[i] for i in group],
                 decoding,
                 soft_prompt,
+                prefix,
                 co_author,
             )
             responses.update(zip(group, written, strict=True))
+        model.module.train(learning)
         return [responses[i] for i in range(len(requests))]
 
     def _current(self) -> LanguageModel:
@@ -142,15 +155,17 @@ class TransformersEngine:
         seeds: list[Sequence[int]],
         decoding: Decoding,
         soft_prompt: Tensor | None,
+        prefix: Past | None,
         co_author: CoAuthor | None,
     ) -> list[Response]:
         device = model.device
         uniforms = torch.from_numpy(
             np.stack([np.random.default_rng(s).random(decoding.max_new_tokens) for s in seeds])
         ).to(device, torch.float32)
-        authors = [_Author(model, soft_prompt)]
+        past = None if prefix is None else prefix.cache(len(requests))
+        authors = [_Author(model, soft_prompt, past)]
         if co_author:
-            authors.append(_Author(co_author.model, None))
+            authors.append(_Author(co_author.model, None, None))
         tokens, mask = _left_pad(requests, device)
         warpers = _warpers(decoding)
         num_rows = len(tokens)
@@ -195,10 +210,11 @@ class TransformersEngine:
 class _Author:
     """One model and its cache, while a group of responses is written."""
 
-    def __init__(self, model: LanguageModel, soft_prompt: Tensor | None):
+    def __init__(self, model: LanguageModel, soft_prompt: Tensor | None, past: DynamicCache | None):
         self.model = model
         self.soft_prompt = soft_prompt
-        self.cache = DynamicCache(config=model.module.config)
+        self.cache = DynamicCache(config=model.module.config) if past is None else past
+        self.past_length = self.cache.get_seq_length()
         self.head = model.head
 
     def next_logprobs(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "rows vocab"]:
@@ -206,9 +222,10 @@ class _Author:
         return self.head.logprobs(self.head.logits(hidden))
 
     def _advance(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "rows width"]:
-        first = self.cache.get_seq_length() == 0
+        first = self.cache.get_seq_length() == self.past_length
         length = 0 if self.soft_prompt is None else self.soft_prompt.shape[0]
-        full_mask = torch.cat([mask.new_ones(len(mask), length), mask], dim=1).long()
+        front = self.past_length + length
+        full_mask = torch.cat([mask.new_ones(len(mask), front), mask], dim=1).long()
         positions = (full_mask.cumsum(-1) - 1).clamp_min(0)
         arguments: dict[str, Any] = {"input_ids": tokens}
         if first and self.soft_prompt is not None:

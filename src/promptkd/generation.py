@@ -1,9 +1,12 @@
 """Teacher, adapted teacher and student, side by side on one request."""
 
 from pathlib import Path
+from typing import Any
 
+import peft
 import torch
 
+from promptkd.adapters import load_prefix
 from promptkd.config import load_recipe
 from promptkd.data import Encoder, Example
 from promptkd.engines import Decoding, TransformersEngine
@@ -69,11 +72,19 @@ def generate(
             recipe.data.max_response_tokens,
             tokenizer.eos_token_id,
         )
-        module = load_model(name, dtype).to(device)  # pyright: ignore[reportArgumentType]
+        module: Any = load_model(name, dtype)
+        module.to(device)
+        kind = peft.PeftConfig.from_pretrained(str(adapter)).peft_type if adapter else None
+        if kind == peft.PeftType.LORA:
+            module = peft.PeftModel.from_pretrained(module, str(adapter)).merge_and_unload()
         model = LanguageModel(module, embedding_rows(module), dtype)
-        soft_prompt = None if adapter is None else load_soft_prompt(adapter).to(device)
+        front: dict[str, Any] = {}
+        if adapter and kind == peft.PeftType.PROMPT_TUNING:
+            front["soft_prompt"] = load_soft_prompt(adapter).to(device)
+        if adapter and kind == peft.PeftType.PREFIX_TUNING:
+            front["prefix"] = load_prefix(model, adapter)
         engine = TransformersEngine(model, stop_ids(tokenizer, module))
         ids = encoder.request_ids(Example(request, input))
-        written = engine.write([ids], [(seed,)], decoding, soft_prompt=soft_prompt)[0]
+        written = engine.write([ids], [(seed,)], decoding, **front)[0]
         responses[author] = tokenizer.decode(written.token_ids, skip_special_tokens=True).strip()
     return responses

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -161,7 +162,7 @@ def select_responses(
 
 
 def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a causal language model for evaluation-mode use.
+    """Load a causal language model for evaluation-mode use; a saved LoRA is merged into its base.
 
     Args:
         name: hub id, directory, ``.gguf`` file, or the directory of a finished run (its student).
@@ -171,6 +172,12 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
         UserError: if there is no such model.
     """
     arguments = _location(name)
+    adapter = Path(arguments["pretrained_model_name_or_path"])
+    if (adapter / "adapter_config.json").is_file():
+        base = peft.PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+        assert base is not None, "written by save_lora"
+        whole = peft.PeftModel.from_pretrained(load_model(base, dtype), str(adapter))
+        return whole.merge_and_unload().eval()
     try:
         model = AutoModelForCausalLM.from_pretrained(**arguments, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:
@@ -209,7 +216,7 @@ def load_config(name: str) -> Any:
 def model_directory(name: str) -> str:
     """A run's directory stands for its student; any other name for itself."""
     student = Path(name) / "student"
-    return str(student) if (student / "config.json").is_file() else name
+    return str(student) if _holds_model(student) else name
 
 
 def stop_ids(tokenizer: Any, module: PreTrainedModel) -> tuple[int, ...]:
@@ -329,6 +336,10 @@ def num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def _holds_model(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
 def _location(name: str) -> dict[str, Any]:
     name = model_directory(name)
     path = Path(name)
@@ -337,7 +348,7 @@ def _location(name: str) -> dict[str, Any]:
             raise UserError(f"Model file {name} does not exist.")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if (path.exists() or looks_local) and not (path / "config.json").is_file():
+    if (path.exists() or looks_local) and not _holds_model(path):
         raise UserError(
             f"{name} is not a model: it has no config.json. Name a save_pretrained directory, "
             "a .gguf file, a finished run, or a hub id."

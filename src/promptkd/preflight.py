@@ -35,6 +35,11 @@ def check_data(
             "(counted from 0) of data.train has none. Add an 'output' column, or use rollouts "
             "written by the student: method.name=promptkd, or gkd with student_share=1."
         )
+    if method.needs_validation and not (validation and validation.has_references):
+        raise UserError(
+            f"The method '{method.name}' is steered by the validation loss, but data.validation "
+            "has no references, or isn't given. Add held-out data with an 'output' column."
+        )
     if method.needs_teacher and not has_teacher:
         raise UserError(
             f"The method '{method.name}' needs a teacher, but the recipe names none. "
@@ -72,7 +77,7 @@ def check_models(
     say(f"responses end with {[tokenizer.convert_ids_to_tokens(i) for i in stops]} {list(stops)}")
     if teacher is None:
         return found
-    front = 0 if teacher.soft_prompt is None else teacher.soft_prompt.shape[0]
+    front = teacher.front_length
     check_context(teacher.model.module.config, *lengths, f"the teacher {names[1]}", front)
     check_head(teacher.model, names[1])
     batch = pad(
@@ -97,7 +102,7 @@ def check_models(
         change = (adapted.float() - states.float()).abs().max().item()
         if change == 0:
             raise UserError(
-                "The soft prompt doesn't change what the teacher says: its hidden states are "
-                "equal with and without it. This architecture ignores inputs_embeds; report it."
+                "What is put in front of the teacher doesn't change what it says: its hidden "
+                "states are equal with and without it. This architecture ignores it; report it."
             )
     return found

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from promptkd import checkpoints
+from promptkd.adapters import merged, save_lora
 from promptkd.config import Recipe
 from promptkd.errors import UserError
 from promptkd.methods import Method
 from promptkd.model_card import model_card
-from promptkd.models import LanguageModel
+from promptkd.models import LanguageModel, model_directory
 from promptkd.teachers import Teacher
 from promptkd.tracking import JsonLines, environment
 
@@ -91,7 +92,12 @@ class RunDirectory:
     ) -> None:
         """Write student/ and, if the teacher adapts, teacher_adapter/, replacing earlier ones."""
         with checkpoints.writing(self.path / "student", "student") as directory:
-            student.module.save_pretrained(directory)
+            lora = self.recipe.student.lora
+            if lora and not lora.merge:
+                save_lora(student.module, directory, model_directory(self.recipe.student.model))
+            else:
+                whole = merged(student.module) if lora else student.module
+                whole.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
             card = model_card(self.recipe, repr(self.method), step, scores)
             (directory / "README.md").write_text(card)

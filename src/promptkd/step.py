@@ -34,6 +34,7 @@ class StepMetrics:
     """Sums over the response tokens of a step and all ranks; means are taken when read."""
 
     num_tokens: float = 0.0
+    loss: float = 0.0  # what the student minimises: token means of the terms, weighed
     nats: dict[str, float] = field(default_factory=dict)
     gradient_norms: dict[str, float] = field(default_factory=dict)
     padding_share: float = 0.0
@@ -217,6 +218,8 @@ class Step:
             if not torch.isfinite(nats).all():
                 raise LossNotFinite(_not_finite(name, step, piece.batch, nats))
             metrics.nats[name] = metrics.nats.get(name, 0.0) + total
+            if name == "student":
+                metrics.loss += piece.weight * total
 
     def _update(
         self,
@@ -245,9 +248,10 @@ class Step:
 
     def _reduce(self, metrics: StepMetrics) -> None:
         names = sorted(metrics.nats)
-        values = torch.tensor([metrics.nats[n] for n in names], dtype=torch.float64)
-        summed = self.sum_over_ranks(values.to(self.student.device))
-        metrics.nats = dict(zip(names, summed.tolist(), strict=True))
+        sums = [metrics.loss, *(metrics.nats[name] for name in names)]
+        values = torch.tensor(sums, dtype=torch.float64, device=self.student.device)
+        metrics.loss, *totals = self.sum_over_ranks(values).tolist()
+        metrics.nats = dict(zip(names, totals, strict=True))
 
 
 def _not_finite(name: str, step: int, batch: MicroBatch, nats: Tensor) -> str:

@@ -15,6 +15,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
+from promptkd.adapters import trained_state
 from promptkd.assembly import assemble
 from promptkd.checkpoints import Checkpoint, out_of_space
 from promptkd.config import Recipe
@@ -159,7 +160,7 @@ class Trainer:
         written = time.perf_counter()
         metrics = parts.step(rollouts, step, parts.max_steps)
         if parts.teacher:
-            parts.teacher.observe(metrics.mean("student"), (step + 1) / parts.max_steps)
+            parts.teacher.observe(metrics.loss, (step + 1) / parts.max_steps)
         row = self._describe(step, rollouts, metrics)
         row["seconds_writing"] = written - started
         row["seconds_learning"] = time.perf_counter() - written
@@ -189,7 +190,7 @@ class Trainer:
             )
         row: dict[str, Any] = {
             "step": step + 1,
-            "loss": metrics.mean("student"),
+            "loss": metrics.loss,
             "response_length": num_tokens / num_rollouts,
             "share_ended": num_ended / num_rollouts,
             "num_empty": int(num_empty),
@@ -273,7 +274,7 @@ class Trainer:
             sources = gather_object(sources)
         if self.is_main:
             tensors: dict[str, Any] = {
-                "student": self.parts.student.module.state_dict(),
+                "student": trained_state(self.parts.student.module),
                 "student_optimizer": step.student_learner.optimizer.state_dict(),
             }
             if teacher:
@@ -292,7 +293,8 @@ class Trainer:
             self.say("warning: no checkpoint is left; starting from the beginning.")
         step, teacher = self.parts.step, self.parts.teacher
         if saved:
-            self.parts.student.module.load_state_dict(saved.tensors["student"])
+            own = self.parts.student.module.state_dict()
+            self.parts.student.module.load_state_dict(own | saved.tensors["student"])
             step.student_learner.optimizer.load_state_dict(saved.tensors["student_optimizer"])
             if teacher:
                 teacher.load_state_dict(saved.tensors["teacher"])
