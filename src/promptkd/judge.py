@@ -6,9 +6,10 @@ twice, and every reply that can't be used is counted and shown.
 
 import json
 import sqlite3
+import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -196,6 +197,7 @@ def _judge_all(
     read = {"score": read_grades, "pairwise": read_preference}[protocol]
     path = directory / "replies.sqlite"
     failures: list[RequestFailed] = []
+    gone, counting = threading.Event(), threading.Lock()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with (
@@ -204,24 +206,30 @@ def _judge_all(
             tqdm(total=len(texts), desc="judge", unit="question") as progress,
             ThreadPoolExecutor(max_concurrency) as pool,
         ):
-            futures = {pool.submit(_ask, t, endpoint, kept, read, max_reasks): t for t in texts}
-            try:
-                for future in as_completed(futures):
-                    failure = future.result().failure
-                    failures = [*failures, failure] if failure else []
+
+            def ask(text: str) -> Judgement | None:
+                """None if the server was given up; failures count in the order they happen."""
+                if gone.is_set():
+                    return None
+                judgement = _ask(text, endpoint, kept, read, max_reasks)
+                with counting:
+                    failure = judgement.failure
+                    if not gone.is_set():
+                        failures[:] = [*failures, failure] if failure else []
+                        if failure and (failure.hopeless or len(failures) == MAX_FAILURES_IN_A_ROW):
+                            gone.set()
                     progress.update()
-                    if failure and (failure.hopeless or len(failures) == MAX_FAILURES_IN_A_ROW):
-                        break
-            finally:  # what is under way still ends, and its reply is kept
-                pool.shutdown(wait=False, cancel_futures=True)
+                return judgement
+
+            asked = dict(zip(texts, pool.map(ask, texts), strict=True))
     except (sqlite3.Error, OSError) as error:
         raise UserError(
             f"The judge's replies can't be kept in {path} ({error}). "
             "Free some space, or remove that file if it is damaged."
         ) from None
-    judgements = {text: f.result() for f, text in futures.items() if not f.cancelled()}
+    judgements = {text: judgement for text, judgement in asked.items() if judgement}
     num_replied = sum(j.failure is None for j in judgements.values())
-    if len(judgements) < len(texts) or (failures and num_replied == 0):
+    if gone.is_set() or (failures and num_replied == 0):
         remedy = (
             f"Check the address, the model's name '{endpoint.model}' and the key in "
             f"{endpoint.api_key_variable}"
