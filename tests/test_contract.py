@@ -208,3 +208,15 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(pairs, tmp_path, n
 def test_method_is_documented_and_carries_its_name(name):
     assert METHODS[name].__doc__
     assert build_method(name).name == name
+
+
+def test_the_teachers_divergence_is_a_mean_over_the_tokens_compared_with_it(pairs, tmp_path):
+    alone = build_method("promptkd", rollouts="reference")
+    both = replace(alone, terms=(*alone.terms, *build_method("sft").terms))
+    logged = []
+    for method in (alone, both):
+        made = recipe(pairs["llama"], tmp_path / str(len(method.terms)), {"name": "promptkd"})
+        logged.append(steps(train(made, method))[0])
+    for key in ("kl_teacher_student", "kl_teacher_plain"):
+        assert logged[1][key] == pytest.approx(logged[0][key], rel=1e-5)
+    assert logged[1]["loss"] > logged[0]["loss"]

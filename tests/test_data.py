@@ -34,7 +34,7 @@ def encoder(
     chat_template: bool = False,
 ) -> Encoder:
     tokenizer = tiny.tokenizer(chat_template)
-    return Encoder(tokenizer, template, max_request_tokens, max_response_tokens, tiny.EOS)
+    return Encoder(tokenizer, template, max_request_tokens, max_response_tokens)
 
 
 USER = {"role": "user", "content": "Why?"}

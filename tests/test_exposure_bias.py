@@ -55,7 +55,7 @@ def ends_sometimes(language):
 
 def dataset(tmp_path, num_rows=6):
     examples = read_examples([str(write_data(tmp_path / "data.jsonl", num_rows))])
-    return evaluation_set(examples, Encoder(tokenizer(), "none", 24, 24, EOS))
+    return evaluation_set(examples, Encoder(tokenizer(), "none", 24, 24))
 
 
 def write(language, data, seeds=(1, 2), num_samples=1, decoding=None):

@@ -1,6 +1,7 @@
 """Trunk and head are the model; prompts and padding do what they should, on every architecture."""
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,6 @@ from promptkd.models import (
     check_context,
     check_head,
     first_difference,
-    load_config,
     load_model,
     load_tokenizer,
     select_responses,
@@ -171,15 +171,15 @@ def test_saved_model_and_tokenizer_load_as_they_were(tmp_path):
     for name, value in module.state_dict().items():
         assert torch.equal(value, expected[name]), name
     assert load_tokenizer(str(student)).get_vocab() == tiny.tokenizer().get_vocab()
-    assert load_config(str(student)).n_embd == tiny.WIDTH
+    assert load_model(str(student), torch.float32).config.n_embd == tiny.WIDTH
 
 
 def test_a_finished_run_stands_for_its_student(tmp_path):
     tiny.save_pair(tmp_path, "gpt2")
-    assert load_config(str(tmp_path)).n_layer == 2
+    assert load_model(str(tmp_path), torch.float32).config.n_layer == 2
 
 
-@pytest.mark.parametrize("load", [load_config, load_tokenizer])
+@pytest.mark.parametrize("load", [partial(load_model, dtype=torch.float32), load_tokenizer])
 def test_a_directory_without_a_model_is_refused(tmp_path, load):
     with pytest.raises(UserError, match=r"is not a model: it has no config\.json"):
         load(str(tmp_path))

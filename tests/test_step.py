@@ -170,7 +170,7 @@ def train(directory, output, method, teacher_step, optimizer, micro_batch_tokens
 def sequences(directory, step):
     """(tokens, where the response starts) of the rows of a step, from their text."""
     examples = read_examples([str(directory / "train.jsonl")])
-    data = training_set(examples, Encoder(tiny.tokenizer(), "none", 24, 24, tiny.EOS))
+    data = training_set(examples, Encoder(tiny.tokenizer(), "none", 24, 24))
     made = []
     for row in batch_of_step(data, step, 4, 0).examples:
         request = tiny.tokenizer()(examples[row.index].instruction).input_ids

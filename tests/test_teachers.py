@@ -180,15 +180,6 @@ def test_annealed_coefficient_starts_at_1_minus_1_over_K_and_ends_at_0():
     assert Adaptation(regularizer=0.0).coefficient(0, 5) == 0.0
 
 
-def test_adaptation_loss_is_the_sum_of_its_two_divergences():
-    torch.manual_seed(0)
-    adapted, student, plain = (torch.randn(4, 9).log_softmax(-1) for _ in range(3))
-    expected = reverse_kl(adapted, student) + 0.3 * reverse_kl(adapted, plain)
-    torch.testing.assert_close(Adaptation().loss(adapted, student, plain, 0.3), expected)
-    alone = Adaptation().loss(adapted, student, None, 0.3)
-    torch.testing.assert_close(alone, reverse_kl(adapted, student))
-
-
 def test_a_teacher_with_nothing_to_train_is_refused_by_promptkd():
     with pytest.raises(UserError, match="nothing to"):
         build_method("promptkd", teacher="frozen")

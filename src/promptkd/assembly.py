@@ -87,13 +87,7 @@ def assemble(
             "10 times slower than fp32; precision: auto avoids that"
         )
     tokenizer = load_tokenizer(recipe.student.model)
-    encoder = Encoder(
-        tokenizer,
-        recipe.data.template,
-        recipe.data.max_request_tokens,
-        recipe.data.max_response_tokens,
-        tokenizer.eos_token_id,
-    )
+    encoder = Encoder.of_recipe(recipe, tokenizer)
     examples = read_examples(recipe.data.train)
     data = training_set(examples, encoder)
     validation = None
@@ -204,7 +198,7 @@ def _count_steps(recipe: Recipe, data: Dataset, num_ranks: int) -> int:
 def _learner(parameters: list[nn.Parameter], recipe: Recipe, rate: float) -> Learner:
     """AdamW with decoupled weight decay; biases and norms (one axis) are not decayed.
 
-    The soft prompt has two axes and is decayed, as in the authors' code (paper.md, 5.2).
+    The soft prompt has two axes and is decayed, as in the authors' code.
     """
     decay = recipe.optimization.weight_decay
     groups = [

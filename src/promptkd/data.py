@@ -18,6 +18,7 @@ from typing import Any
 
 import jinja2
 
+from promptkd.config import Recipe
 from promptkd.errors import UserError
 
 ALPACA = (
@@ -85,23 +86,24 @@ class Encoder:
     """Turns examples into token ids: one template, one tokenizer, one place where text is cut."""
 
     def __init__(
-        self,
-        tokenizer: Any,
-        template: str,
-        max_request_tokens: int,
-        max_response_tokens: int,
-        eos_token_id: int,
+        self, tokenizer: Any, template: str, max_request_tokens: int, max_response_tokens: int
     ):
         self.tokenizer = tokenizer
         self.template = template
         self.max_request_tokens = max_request_tokens
         self.max_response_tokens = max_response_tokens
-        self.eos_token_id = eos_token_id
+        self.eos_token_id = tokenizer.eos_token_id
         if template == "chat" and not tokenizer.chat_template:
             raise UserError(
                 "data.template is 'chat', but this tokenizer has no chat template. "
                 "Use 'alpaca', 'none' or a template file."
             )
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe, tokenizer: Any) -> "Encoder":
+        """The recipe's template and limits, with the tokenizer of any of its models."""
+        d = recipe.data
+        return cls(tokenizer, d.template, d.max_request_tokens, d.max_response_tokens)
 
     def render(self, example: Example) -> str:
         """The request's text, up to where the response begins."""
@@ -119,7 +121,7 @@ class Encoder:
         """The request as tokens, with the tokenizer's own start token if it has one.
 
         The same for training and evaluation; the authors' code adds the start token in
-        evaluation only (paper.md, section 7).
+        evaluation only.
         """
         text = self.render(example)
         special = self.template != "chat"  # a chat template writes its special tokens itself

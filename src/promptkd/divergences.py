@@ -2,7 +2,7 @@
 
 Both arguments are natural-log probabilities over the same vocabulary, one row per response token.
 The functions know no masks, chunks or devices, and never detach: who learns is the caller's affair.
-With p = target and q = learner (methods.md, section 1):
+With p = target and q = learner:
 
     forward_kl          KL(p || q)
     reverse_kl          KL(q || p)

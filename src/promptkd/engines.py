@@ -35,7 +35,7 @@ class Decoding:
         temperature: 0 is greedy.
         top_k: 0 keeps every token.
         no_repeat_ngram_size: 0 blocks nothing. The authors' test script blocks repeated 6-grams,
-            their validation and training don't (paper.md, section 9).
+            their validation and training don't.
     """
 
     max_new_tokens: int

@@ -232,7 +232,6 @@ def evaluate(
         setting(template, defaults and defaults.data.template, "alpaca"),
         setting(max_request_tokens, defaults and defaults.data.max_request_tokens, 256),
         setting(max_response_tokens, defaults and defaults.data.max_response_tokens, 256),
-        tokenizer.eos_token_id,
     )
     check_context(module.config, encoder.max_request_tokens, encoder.max_response_tokens, name)
     decoding = Decoding(

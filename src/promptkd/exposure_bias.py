@@ -8,7 +8,7 @@ p is the plain teacher, q the student. Two versions stand side by side: the pape
 response that has ended adds nothing but is still counted, so that short responses alone lower the
 sum; and the per-token version, whose mean at t is over the responses still running at t.
 
-Source: Arora et al. 2022; PromptKD, arXiv:2402.12842, Eq. 5-7; paper.md, section 12.
+Source: Arora et al. 2022; PromptKD, arXiv:2402.12842, Eq. 5-7.
 """
 
 from collections.abc import Callable, Sequence

@@ -5,7 +5,7 @@
 
 Pure functions of what was measured (``exposure_bias``); no model is known here.
 
-Source: Arora et al. 2022; PromptKD, arXiv:2402.12842, Eq. 5-7; paper.md, section 12.
+Source: Arora et al. 2022; PromptKD, arXiv:2402.12842, Eq. 5-7.
 """
 
 from collections.abc import Callable
@@ -178,7 +178,7 @@ def authors_curve(by_student: Gaps, by_teacher: Gaps) -> dict[str, Float[Tensor,
     requests, and the error bar divides E's deviation by itself:
     (|std R / R| + |std E / std E|) ExAccErr.
 
-    Source: ``evaluate_exposure_bias.py`` of the authors' repository; paper.md, section 12.
+    Source: ``evaluate_exposure_bias.py`` of the authors' repository.
     """
     gap, deviation = {}, {}
     for author, gaps in (("student", by_student), ("teacher", by_teacher)):

@@ -65,13 +65,7 @@ def generate(
     responses = {}
     for author, name, adapter in voices:
         tokenizer = load_tokenizer(name)
-        encoder = Encoder(
-            tokenizer,
-            recipe.data.template,
-            recipe.data.max_request_tokens,
-            recipe.data.max_response_tokens,
-            tokenizer.eos_token_id,
-        )
+        encoder = Encoder.of_recipe(recipe, tokenizer)
         module: Any = load_model(name, dtype)
         module.to(device)
         kind = peft.PeftConfig.from_pretrained(str(adapter)).peft_type if adapter else None

@@ -101,7 +101,6 @@ def load_run(
         recipe.data.template,
         recipe.data.max_request_tokens,
         max_new_tokens or recipe.data.max_response_tokens,
-        tokenizer.eos_token_id,
     )
     for model, name in ((student, f"{directory}"), (teacher, recipe.teacher.model)):
         lengths = encoder.max_request_tokens, encoder.max_response_tokens

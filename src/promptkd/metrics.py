@@ -30,7 +30,7 @@ _STEMMER = _RememberingStemmer()
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """ROUGE-L F1 in percent, the best over the references.
 
-    Source: Lin 2004; the protocol of MiniLLM's and PromptKD's evaluation (paper.md, section 9).
+    Source: Lin 2004; the protocol of MiniLLM's and PromptKD's evaluation.
 
     >>> rouge_l("the cat sat", ["the cat sat down", "dogs"])
     85.71428571428571

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from promptkd.errors import UserError
 
@@ -77,7 +77,7 @@ class LanguageModel:
     """A causal language model, split into trunk and head.
 
     Attributes:
-        module: the transformers model, in evaluation mode (dropout is off, paper.md 5.2).
+        module: the transformers model, in evaluation mode (dropout is off).
         vocabulary: how many token ids are compared; at most the embedding rows of either model.
         dtype: what its matrices are multiplied in; fp32 weights stay fp32 (master weights).
     """
@@ -204,13 +204,6 @@ def load_tokenizer(name: str) -> Any:
             f"The tokenizer of {name} has no end-of-sequence token; responses need one."
         )
     return tokenizer
-
-
-def load_config(name: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(**_location(name))
-    except (OSError, ValueError) as error:
-        raise UserError(_no_model(name, error)) from None
 
 
 def model_directory(name: str) -> str:

@@ -9,7 +9,7 @@ KLs are teacher-forced, in nats per response token, on the final student's own r
 the data has them, on the references. The paper states neither the responses nor the direction of
 its Table 4; both directions are given here.
 
-Source: PromptKD, arXiv:2402.12842, Tables 2 and 4; paper.md, sections 10 and 13.
+Source: PromptKD, arXiv:2402.12842, Tables 2 and 4.
 """
 
 import json

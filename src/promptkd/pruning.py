@@ -183,7 +183,7 @@ def keep_layers(module: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel
 def _calibration_rollouts(
     tokenizer: Any, template: str, sources: list[str], num_rows: int
 ) -> list[Rollout]:
-    encoder = Encoder(tokenizer, template, 256, 256, tokenizer.eos_token_id)
+    encoder = Encoder(tokenizer, template, 256, 256)
     data = training_set(read_examples(sources), encoder)
     if not data.has_references:
         raise UserError(

@@ -5,7 +5,7 @@
     with_student                   both learn from one prompted pass; the student sees the old P.
 
 The authors' scripts interleave: with gradient accumulation most student gradients see the old
-prompt (paper.md, 5.2). The only reduction is the global token mean: a sum over all response tokens
+prompt. The only reduction is the global token mean: a sum over all response tokens
 of the step, of every rank and micro-batch, divided by their number.
 """
 
@@ -33,15 +33,15 @@ class LossNotFinite(UserError):
 class StepMetrics:
     """Sums over the response tokens of a step and all ranks; means are taken when read."""
 
-    num_tokens: float = 0.0
+    num_compared: float  # response tokens of the terms that compare with the teacher
     loss: float = 0.0  # what the student minimises: token means of the terms, weighed
     nats: dict[str, float] = field(default_factory=dict)
     gradient_norms: dict[str, float] = field(default_factory=dict)
     padding_share: float = 0.0
 
-    def mean(self, name: str) -> float:
-        """Nats per response token."""
-        return self.nats[name] / self.num_tokens
+    def teacher_mean(self, name: str) -> float:
+        """Of one of the adaptation's losses: nats per token that is compared with the teacher."""
+        return self.nats[name] / self.num_compared
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ class Step:
                 real += sum(rollout.num_tokens for rollout in batch.rollouts)
                 adaptation_weight = 1 / adapting if term.objective.needs_teacher else 0.0
                 pieces.append(Piece(term, batch, term.weight / count, adaptation_weight))
-        metrics = StepMetrics(counts.sum().item(), padding_share=1 - real / padded)
+        metrics = StepMetrics(adapting, padding_share=1 - real / padded)
         return pieces, metrics
 
     def _student_states(self, batch: MicroBatch, learns: bool) -> States:

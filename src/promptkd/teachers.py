@@ -42,14 +42,6 @@ class Adaptation:
         """c_k of ``step`` counted from 0: 1 - 1/K in the first, exactly 0 in the last."""
         return self.regularizer * (max_steps - (step + 1)) / max_steps
 
-    def loss(
-        self, adapted: LogProbs, student: LogProbs, plain: LogProbs | None, coefficient: float
-    ) -> Float[Tensor, " tokens"]:
-        nats = self.towards_student.between(adapted, student)
-        if plain is not None:
-            nats = nats + coefficient * self.towards_itself.between(adapted, plain)
-        return nats
-
 
 @runtime_checkable
 class Teacher(Protocol):
@@ -240,7 +232,7 @@ def start_tokens(
 
     Those of ``init_text`` (a longer text is cut, a shorter one repeats), the padding token, or
     random ones. Special tokens of the tokenizer are left out; PEFT and the authors keep a start
-    token, which costs OPT's prompt its full stop (paper.md, section 7).
+    token, which costs OPT's prompt its full stop.
     """
     context = context_length(model.module.config)
     if context is not None and length >= context:

@@ -204,7 +204,7 @@ class Trainer:
             ("towards_itself", "kl_teacher_plain"),
         ):
             if name in metrics.nats:
-                row[key] = metrics.mean(name)
+                row[key] = metrics.teacher_mean(name)
         return row | {f"gradient_norm_{who}": n for who, n in metrics.gradient_norms.items()}
 
     def _log(self, row: dict[str, Any]) -> None:

@@ -85,7 +85,6 @@ class TeacherAuthor:
             ours.template,
             ours.max_request_tokens,
             ours.max_response_tokens,
-            tokenizer.eos_token_id,
         )
 
     def write(self, examples: Sequence[EncodedExample]) -> list[Rollout]:
