@@ -2,19 +2,20 @@
 
 The student's loss and the adaptation's KL towards it, gradients to both models included: what a
 step of PromptKD does in `with_student` mode. Prints one JSON line, in bytes and seconds.
-An argument sets the entries per chunk.
+Two arguments set the entries per chunk and per tile.
 """
 
 import json
 import resource
 import sys
 import time
+from dataclasses import asdict
 
 import torch
 
 from promptkd.divergences import reverse_kl
 from promptkd.models import Head
-from promptkd.objectives import CHUNK_ENTRIES, States, accumulate
+from promptkd.objectives import TILINGS, States, Tiling, accumulate
 
 TOKENS, ENTRIES, WIDTH = 4096, 49152, 576
 
@@ -27,7 +28,8 @@ def main() -> None:
     torch.manual_seed(0)
     states = {}
     for name in ("student", "teacher"):
-        weight = torch.nn.Parameter(torch.randn(ENTRIES, WIDTH), requires_grad=name == "student")
+        matrix = torch.randn(ENTRIES, WIDTH) / 8  # logits of standard deviation 3
+        weight = torch.nn.Parameter(matrix, requires_grad=name == "student")
         weight.grad = torch.zeros_like(weight) if weight.requires_grad else None
         hidden = torch.randn(TOKENS, WIDTH, requires_grad=True)
         states[name] = States(hidden * 1.0, Head(weight, None, ENTRIES), learns=True)
@@ -40,13 +42,13 @@ def main() -> None:
             "towards_student": reverse_kl(teacher, student.detach()),
         }
 
-    chunk = int(sys.argv[1]) if len(sys.argv) > 1 else CHUNK_ENTRIES
+    tiling = Tiling(*map(int, sys.argv[1:])) if len(sys.argv) > 1 else TILINGS["cpu"]
     weights = {"student": 1 / TOKENS, "towards_student": 1 / TOKENS}
     started = time.perf_counter()
-    accumulate(states, losses, weights, chunk)
+    accumulate(states, losses, weights, tiling)
     seconds = time.perf_counter() - started
     extra, whole = peak() - before, 2 * TOKENS * ENTRIES * 4
-    row = {"benchmark": "loss_memory", "chunk_entries": chunk, "extra": extra}
+    row = {"benchmark": "loss_memory", **asdict(tiling), "extra": extra}
     row |= {"whole_logits": whole, "share": round(extra / whole, 3), "seconds": round(seconds, 1)}
     print(json.dumps(row))
 

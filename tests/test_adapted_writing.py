@@ -54,7 +54,7 @@ def test_generation_lets_every_adapted_teacher_speak(teacher, tmp_path):
     adapted, expected = trainer.parts.teacher, []
     for _ in range(24):  # token by token from whole passes
         hidden = adapted.hidden_states(torch.tensor([ids + expected]))[:, -1]
-        token = adapted.model.head.logits(hidden).argmax().item()
+        token = adapted.model.head.logprobs(hidden).argmax().item()
         expected.append(token)
         if token == 0:
             break

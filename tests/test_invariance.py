@@ -12,7 +12,7 @@ import tiny
 from promptkd.errors import UserError
 from promptkd.methods import Method, Term
 from promptkd.models import LanguageModel, select_responses
-from promptkd.objectives import CrossEntropy, Divergence, States, accumulate
+from promptkd.objectives import CrossEntropy, Divergence, States, Tiling, accumulate
 from promptkd.rollouts import Reference, Rollout, Stateless, pad, reference_rollouts
 from promptkd.step import Learner, LossNotFinite, Step
 from promptkd.teachers import Adaptation, Frozen, SoftPrompt, TextPrompt
@@ -92,19 +92,20 @@ def assert_same_updates(actual, expected, tolerance=1e-5):
 
 @pytest.mark.parametrize("teacher_step", ["before_student", "with_student"])
 @pytest.mark.parametrize("architecture", ["gpt2", "opt", "llama", "gemma2"])
-def test_micro_batches_and_chunks_do_not_change_the_step(architecture, teacher_step):
+def test_micro_batches_and_tiles_do_not_change_the_step(architecture, teacher_step):
     method, rollouts = promptkd_method(), [written()]
     expected, whole = updates(
         architecture, method, rollouts, micro_batch_tokens=10_000, teacher_step=teacher_step
     )
-    for micro_batch_tokens, chunk_entries in ((1, 10**6), (40, 1), (10_000, 3 * tiny.ROWS)):
+    tilings = Tiling(10**6, 10**6), Tiling(1, 1), Tiling(3 * tiny.ROWS, 2 * tiny.ROWS)
+    for micro_batch_tokens, tiling in zip((1, 40, 10_000), tilings, strict=True):
         actual, metrics = updates(
             architecture,
             method,
             rollouts,
             teacher_step=teacher_step,
             micro_batch_tokens=micro_batch_tokens,
-            chunk_entries=chunk_entries,
+            tiling=tiling,
         )
         assert_same_updates(actual, expected)
         for name in ("student", "towards_student", "towards_itself"):

@@ -27,7 +27,7 @@ ROWS = (5, 9, 2)  # real tokens of each row of a batch
 
 
 def logprobs(model, hidden):
-    return model.head.logprobs(model.head.logits(hidden))
+    return model.head.logprobs(hidden)
 
 
 def random_tokens(rows=2, length=12):
@@ -144,7 +144,7 @@ def test_a_model_with_fewer_rows_than_tokens_is_refused():
 
 def test_scale_and_soft_cap_are_applied_before_the_softmax():
     logits = torch.tensor([[1.0, -2.0, 4.0]])
-    head = Head(torch.zeros(3, 2), None, 3, scale=0.5, softcap=3.0)
+    head = Head(torch.eye(3), None, 3, scale=0.5, softcap=3.0)
     expected = (3 * torch.tanh(0.5 * logits / 3)).log_softmax(-1)
     torch.testing.assert_close(head.logprobs(logits), expected)
 

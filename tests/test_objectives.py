@@ -12,6 +12,7 @@ from promptkd.objectives import (
     CrossEntropy,
     Divergence,
     States,
+    Tiling,
     TokenView,
     Weighted,
     accumulate,
@@ -19,7 +20,12 @@ from promptkd.objectives import (
 )
 from promptkd.teachers import SoftPromptTeacher, prompt_vectors
 
-CHUNKS = (1, 3 * tiny.ROWS, 7 * tiny.ROWS + 5, 10**7)  # 1, 3, 7 tokens, and all of them
+TILINGS = (  # tokens per chunk and tile: 1 and 1, 3 and 2, 7 and 3, all and all
+    Tiling(1, 1),
+    Tiling(3 * tiny.ROWS, 2 * tiny.ROWS),
+    Tiling(7 * tiny.ROWS + 5, 3 * tiny.ROWS),
+    Tiling(10**7, 10**7),
+)
 WEIGHTS = {"student": 0.05, "towards_student": 0.07, "towards_itself": 0.02}
 
 
@@ -100,7 +106,7 @@ def assert_same(actual, expected, tolerance=1e-5):
         ("opt", "gemma2", {}),
     ],
 )
-def test_every_chunk_size_equals_autograd_on_whole_logits(
+def test_every_tiling_equals_autograd_on_whole_logits(
     student_architecture, teacher_architecture, options
 ):
     student, teacher = players(student_architecture, teacher_architecture, **options)
@@ -115,9 +121,9 @@ def test_every_chunk_size_equals_autograd_on_whole_logits(
     )
     sum(WEIGHTS[name] * nats.sum() for name, nats in expected_nats.items()).backward()
     expected = gradients_of(student, teacher)
-    for chunk_entries in CHUNKS:
+    for tiling in TILINGS:
         states = states_of(student, teacher, tokens, mask)
-        nats = accumulate(states, losses, WEIGHTS, chunk_entries)
+        nats = accumulate(states, losses, WEIGHTS, tiling)
         for name, values in nats.items():
             assert not values.requires_grad
             torch.testing.assert_close(values, expected_nats[name].detach(), rtol=1e-4, atol=1e-5)
@@ -134,7 +140,10 @@ def test_both_adaptation_losses_in_one_pass_equal_two_passes():
         states["student"] = States(states["student"].hidden.detach(), student.head, False)
         names = ["towards_student", "towards_itself"] if name == "both" else [name]
         accumulate(
-            states, lambda *args: {n: losses(*args)[n] for n in names}, WEIGHTS, 4 * tiny.ROWS
+            states,
+            lambda *args: {n: losses(*args)[n] for n in names},
+            WEIGHTS,
+            Tiling(4 * tiny.ROWS, 3 * tiny.ROWS),
         )
         gradient = teacher.soft_prompt.grad.clone()
         teacher.soft_prompt.grad = None
@@ -161,16 +170,16 @@ def test_a_model_that_does_not_learn_gets_no_gradient():
     tokens, mask = batch()
     states = states_of(student, teacher, tokens, mask)
     states["student"] = States(states["student"].hidden, student.head, False)
-    accumulate(states, losses, WEIGHTS, 4 * tiny.ROWS)
+    accumulate(states, losses, WEIGHTS, Tiling(4 * tiny.ROWS, 3 * tiny.ROWS))
     assert all(p.grad is None for p in student.module.parameters())
     assert teacher.soft_prompt.grad is not None
 
 
-@pytest.mark.parametrize("chunk_entries", [1, 3 * 9, 10**6])
+@pytest.mark.parametrize("tiling", [Tiling(1, 1), Tiling(3 * 9, 2 * 9), Tiling(10**6, 10**6)])
 @pytest.mark.parametrize(
     ("bias", "scale", "softcap"), [(True, 1.0, None), (True, 0.3, None), (True, 2.0, 1.5)]
 )
-def test_head_with_bias_scale_and_soft_cap_equals_autograd(bias, scale, softcap, chunk_entries):
+def test_head_with_bias_scale_and_soft_cap_equals_autograd(bias, scale, softcap, tiling):
     torch.manual_seed(0)
     trunk = torch.randn(5, 6, requires_grad=True)
     inputs, target = torch.randn(8, 5), (2 * torch.randn(8, 9)).log_softmax(-1)
@@ -188,7 +197,7 @@ def test_head_with_bias_scale_and_soft_cap_equals_autograd(bias, scale, softcap,
         {"student": States(inputs @ trunk, head, True)},
         lambda logprobs, piece: {"student": forward_kl(logprobs["student"], target[piece])},
         {"student": 1 / 8},
-        chunk_entries,
+        tiling,
     )
     for parameter, gradient in zip((trunk, weight, offset), expected, strict=True):
         torch.testing.assert_close(parameter.grad, gradient, rtol=1e-5, atol=1e-6)
@@ -217,18 +226,18 @@ def test_no_tensor_is_larger_than_a_chunk_of_the_vocabulary(chunk_tokens):
     head = Head(torch.randn(vocabulary, width, requires_grad=True), None, vocabulary)
     plain = States(torch.randn(num_tokens, width), head, False)
 
-    def largest(chunk_entries):
+    def largest(tokens):
         states = {
             "student": States(inputs @ trunk, head, True),
             "teacher": States(inputs @ trunk, head, True),
             "plain": plain,
         }
         with LargestTensor() as seen:
-            accumulate(states, losses, WEIGHTS, chunk_entries)
+            accumulate(states, losses, WEIGHTS, Tiling(tokens * vocabulary, 10 * vocabulary))
         return seen.entries
 
-    assert largest(chunk_tokens * vocabulary) == chunk_tokens * vocabulary
-    assert largest(num_tokens * vocabulary) == num_tokens * vocabulary
+    assert largest(chunk_tokens) == chunk_tokens * vocabulary
+    assert largest(num_tokens) == num_tokens * vocabulary
 
 
 def view():

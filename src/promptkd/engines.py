@@ -219,7 +219,7 @@ class _Author:
 
     def next_logprobs(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "rows vocab"]:
         hidden = self._advance(tokens, mask)
-        return self.head.logprobs(self.head.logits(hidden))
+        return self.head.logprobs(hidden)
 
     def _advance(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "rows width"]:
         first = self.cache.get_seq_length() == self.past_length

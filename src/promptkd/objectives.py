@@ -1,12 +1,12 @@
 """What is minimised at each response token, and the pass over the vocabulary that computes it.
 
-An objective maps a ``TokenView`` (log-probabilities of a chunk of response tokens) to nats per
-token and knows nothing of chunks, masks, ranks or devices. ``accumulate`` walks the tokens chunk
-by chunk, evaluates every loss of the pass on the same log-probabilities, and leaves gradients
-behind; nothing of size tokens x vocabulary ever exists.
+An objective maps a ``TokenView`` (log-probabilities of a few response tokens) to nats per
+token and knows nothing of tiles, masks, ranks or devices. ``accumulate`` walks the tokens tile by
+tile, evaluates every loss of the pass on the same log-probabilities, and leaves gradients behind;
+nothing of size tokens x vocabulary ever exists.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,8 +17,28 @@ from torch import Tensor
 from promptkd.divergences import DIVERGENCES, LogProbs, PerToken
 from promptkd.models import Head
 
-CHUNK_ENTRIES = 8_000_000
-"""Logits per chunk and model (32 MB in fp32); see benchmarks/loss_memory.py."""
+
+@dataclass(frozen=True)
+class Tiling:
+    """How much of tokens x vocabulary exists at a time.
+
+    Matrix products are fastest over many tokens, element-wise passes over what fits a cache: so
+    logits are made for a chunk of tokens, and turned into their own gradients tile by tile.
+
+    Attributes:
+        chunk_entries: logits of one model at a time, in fp32 (4 bytes each).
+        tile_entries: those of them that the losses see at a time; some ten temporaries of that
+            size live at once.
+    """
+
+    chunk_entries: int
+    tile_entries: int
+
+
+TILINGS = {
+    "cpu": Tiling(8_000_000, 500_000),  # benchmarks/loss_memory.py
+    "cuda": Tiling(64_000_000, 16_000_000),  # not measured yet
+}
 
 
 @dataclass(frozen=True)
@@ -192,47 +212,61 @@ def accumulate(
     states: Mapping[str, States],
     losses: Losses,
     weights: Mapping[str, float],
-    chunk_entries: int = CHUNK_ENTRIES,
+    tiling: Tiling | None = None,
 ) -> dict[str, Tensor]:
-    """Evaluate losses chunk by chunk and accumulate their weighted gradients in the models.
+    """Evaluate losses tile by tile and accumulate their weighted gradients in the models.
 
     Args:
         states: by name; those that learn receive gradients, trunk and head alike.
-        losses: from log-probabilities (by name, those of one chunk) and the chunk's slice to named
+        losses: from log-probabilities (by name, those of one tile) and the tile's slice to named
             nats per token. Which side of a loss learns is decided there, by detaching the other.
         weights: what one token of each loss weighs, usually 1 / (response tokens of the step).
-        chunk_entries: logits per chunk and model.
+        tiling: ``TILINGS`` of the device by default.
 
     Returns:
         Every loss, without gradient, in nats, one entry per response token.
     """
     any_state = next(iter(states.values()))
-    num_tokens = any_state.hidden.shape[0]
-    chunk = max(1, chunk_entries // any_state.head.vocabulary)
-    gradients = {
-        name: torch.empty_like(state.hidden) for name, state in states.items() if state.learns
-    }
-    nats: dict[str, list[Tensor]] = {}
-    for start in range(0, num_tokens, chunk):
-        piece = slice(start, min(start + chunk, num_tokens))
-        logits, logprobs = {}, {}
-        for name, state in states.items():
-            logits[name] = state.head.logits(state.hidden[piece].detach())
-            logits[name].requires_grad_(state.learns)
-            logprobs[name] = state.head.logprobs(logits[name])
-        values = losses(logprobs, piece)
-        if gradients:
-            total = torch.stack([weights[name] * value.sum() for name, value in values.items()])
-            total.sum().backward()
-        for name in gradients:
-            state, gradient = states[name], logits[name].grad
-            assert gradient is not None, f"no loss reaches '{name}', which should learn"
-            gradients[name][piece] = state.head.backward(state.hidden[piece].detach(), gradient)
-        for name, value in values.items():
-            nats.setdefault(name, []).append(value.detach())
+    num_tokens, vocabulary = any_state.hidden.shape[0], any_state.head.vocabulary
+    tiling = tiling or TILINGS[any_state.hidden.device.type]
+    learners = {name: state for name, state in states.items() if state.learns}
+    gradients = {name: torch.empty_like(state.hidden) for name, state in learners.items()}
+    # Whole from the start: small results made between large temporaries would fragment the heap.
+    nats: dict[str, Tensor] = {}
+    for chunk in _slices(0, num_tokens, tiling.chunk_entries, vocabulary):
+        hidden = {name: state.hidden[chunk].detach() for name, state in states.items()}
+        logits = {name: state.head.logits(hidden[name]) for name, state in states.items()}
+        for tile in _slices(chunk.start, chunk.stop, tiling.tile_entries, vocabulary):
+            here = slice(tile.start - chunk.start, tile.stop - chunk.start)
+            leaves = {
+                name: logits[name][here].detach().requires_grad_(state.learns)
+                for name, state in states.items()
+            }
+            logprobs = {name: states[name].head.normalize(leaf) for name, leaf in leaves.items()}
+            values = losses(logprobs, tile)
+            if learners:
+                total = torch.stack([weights[name] * value.sum() for name, value in values.items()])
+                total.sum().backward()
+            for name in learners:
+                gradient = leaves[name].grad
+                assert gradient is not None, f"no loss reaches '{name}', which should learn"
+                logits[name][here] = gradient  # nobody reads these logits again
+            for name, value in values.items():
+                if name not in nats:
+                    nats[name] = value.new_empty(num_tokens)
+                nats[name][tile] = value.detach()
+        for name, state in learners.items():
+            gradients[name][chunk] = state.head.backward(hidden[name], logits[name])
     for name, gradient in gradients.items():
         states[name].hidden.backward(gradient)
-    return {name: torch.cat(pieces) for name, pieces in nats.items()}
+    return nats
+
+
+def _slices(start: int, stop: int, entries: int, vocabulary: int) -> Iterator[slice]:
+    """Consecutive tokens, as many at a time as have that many entries together (at least one)."""
+    step = max(1, entries // vocabulary)
+    for first in range(start, stop, step):
+        yield slice(first, min(first + step, stop))
 
 
 def options_of(**options: Any) -> tuple[tuple[str, float], ...]:

@@ -88,7 +88,7 @@ def check_models(
     states = select_responses(hidden, batch.response_mask)
     rows = [embedding_rows(m.module) for m in (student, teacher.model)]
     whole = LanguageModel(teacher.model.module, rows[1], teacher.model.dtype)
-    logprobs = whole.head.logprobs(whole.head.logits(states))
+    logprobs = whole.head.logprobs(states)
     outside = 0.0
     if rows[1] > student.vocabulary:
         outside = logprobs[:, student.vocabulary :].exp().sum(-1).max().item()

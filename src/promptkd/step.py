@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from promptkd.errors import UserError
 from promptkd.methods import Method, Term
 from promptkd.models import LanguageModel, select_responses
-from promptkd.objectives import CHUNK_ENTRIES, States, TokenView, accumulate
+from promptkd.objectives import States, Tiling, TokenView, accumulate
 from promptkd.rollouts import MicroBatch, Rollout, split_by_length
 from promptkd.teachers import Teacher
 
@@ -77,7 +77,7 @@ class Step:
         max_grad_norm: float,
         teacher_step: str,
         sum_over_ranks: SumOverRanks = lambda tensor: tensor,
-        chunk_entries: int = CHUNK_ENTRIES,
+        tiling: Tiling | None = None,
     ):
         self.method = method
         self.student = student
@@ -88,7 +88,7 @@ class Step:
         self.max_grad_norm = max_grad_norm
         self.teacher_step = teacher_step
         self.sum_over_ranks = sum_over_ranks
-        self.chunk_entries = chunk_entries
+        self.tiling = tiling
 
     def __call__(
         self, rollouts: Sequence[Sequence[Rollout]], step: int, max_steps: int
@@ -213,7 +213,7 @@ class Step:
             "towards_student": piece.adaptation_weight,
             "towards_itself": coefficient * piece.adaptation_weight,
         }
-        for name, nats in accumulate(states, losses, weights, self.chunk_entries).items():
+        for name, nats in accumulate(states, losses, weights, self.tiling).items():
             total = nats.sum().item()
             if not torch.isfinite(nats).all():
                 raise LossNotFinite(_not_finite(name, step, piece.batch, nats))

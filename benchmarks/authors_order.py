@@ -1,0 +1,127 @@
+"""One optimizer step of PromptKD: promptkd against the schedule of the authors' script.
+
+The other side works as their script does: micro-batches of two, each written by itself, padded to
+512 and passed five times (adapted teacher, plain teacher, student; adapted teacher, student), whole
+fp32 logits, prompt and student gradients side by side until both are updated. Same models, same
+requests, same response lengths. Writes results/authors_order.json.
+"""
+
+import statistics
+
+import torch
+from setting import OurStep, Setting, alternate, record, setting
+from transformers import DynamicCache
+
+PADDED, MICRO_BATCH = 512, 2
+
+
+class AuthorsStep:
+    """Their order, on today's libraries."""
+
+    def __init__(self, setting: Setting):
+        self.setting = setting
+        embeddings = setting.teacher.get_input_embeddings()
+        ids = setting.tokenizer("Suppose you are a student.").input_ids
+        start = embeddings(torch.tensor((ids * 7)[:7])).detach().clone()
+        self.prompt = torch.nn.Parameter(start)
+        self.prompt_optimizer = torch.optim.AdamW([self.prompt], lr=1e-3)
+        self.student_optimizer = torch.optim.AdamW(setting.student.parameters(), lr=1e-5)
+
+    def __call__(self, number: int) -> None:
+        torch.manual_seed(number)
+        requests = self.setting.requests
+        num_parts = len(requests) // MICRO_BATCH
+        for start in range(0, len(requests), MICRO_BATCH):
+            self._micro_batch(requests[start : start + MICRO_BATCH], number, num_parts)
+        torch.nn.utils.clip_grad_norm_([self.prompt], 1.0)
+        torch.nn.utils.clip_grad_norm_(self.setting.student.parameters(), 1.0)
+        for optimizer in (self.prompt_optimizer, self.student_optimizer):
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def _micro_batch(self, requests, number: int, num_parts: int) -> None:
+        teacher, student = self.setting.teacher, self.setting.student
+        tokens, mask = self._write(requests)
+        labels = mask[:, 1:]
+        adapted = self._adapted(tokens)
+        with torch.no_grad():
+            plain = teacher(tokens).logits
+            student_now = student(tokens).logits
+        share = (1000 - number - 1) / 1000
+        loss = mean_kl(adapted, student_now, labels) + share * mean_kl(adapted, plain, labels)
+        (loss / num_parts).backward()
+        del adapted, plain, student_now, loss
+        with torch.no_grad():
+            target = self._adapted(tokens)
+        (mean_kl(student(tokens).logits, target, labels) / num_parts).backward()
+
+    @torch.no_grad()
+    def _write(self, requests):
+        width = max(len(request) for request in requests)
+        ids = torch.zeros(len(requests), width, dtype=torch.long)
+        attended = torch.zeros_like(ids)
+        for row, request in enumerate(requests):
+            ids[row, width - len(request) :] = torch.tensor(request)
+            attended[row, width - len(request) :] = 1
+        setting = self.setting
+        written = setting.student.generate(
+            ids,
+            attention_mask=attended,
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=setting.num_new,
+            min_new_tokens=setting.num_new if setting.forced else None,
+            pad_token_id=0,
+            past_key_values=DynamicCache(config=setting.student.config),
+        )[:, width:]
+        tokens = torch.zeros(len(requests), PADDED, dtype=torch.long)
+        mask = torch.zeros(len(requests), PADDED, dtype=torch.bool)
+        for row, request in enumerate(requests):
+            response = written[row].tolist()
+            ends = [i for i, token in enumerate(response) if token in setting.stop]
+            response = response[: ends[0] + 1] if ends else response
+            end = len(request) + len(response)
+            tokens[row, :end] = torch.tensor([*request, *response])
+            mask[row, len(request) : end] = True
+        return tokens, mask
+
+    def _adapted(self, tokens):
+        teacher = self.setting.teacher
+        text = teacher.get_input_embeddings()(tokens)
+        front = self.prompt.expand(len(tokens), -1, -1)
+        return teacher(inputs_embeds=torch.cat([front, text], dim=1)).logits[:, len(self.prompt) :]
+
+
+def mean_kl(learner, target, labels):
+    """KL(learner || target) over the whole logits, mean over the response tokens."""
+    logprobs = learner[:, :-1].float().log_softmax(-1)
+    nats = (logprobs.exp() * (logprobs - target[:, :-1].float().log_softmax(-1))).sum(-1)
+    return (nats * labels).sum() / labels.sum()
+
+
+def main() -> None:
+    ours, theirs = setting(), setting()
+    seconds = alternate(
+        {
+            "authors' order": AuthorsStep(theirs),
+            "before_student": OurStep(ours, "promptkd"),
+            "with_student": OurStep(setting(), "promptkd", "with_student"),
+        }
+    )
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    base = medians["authors' order"]
+    record(
+        "authors_order",
+        {
+            "requests": len(ours.requests),
+            "new_tokens": ours.num_new,
+            "layers": ours.student.config.num_hidden_layers,
+            "seconds": seconds,
+            "times_faster": {name: round(base / value, 2) for name, value in medians.items()},
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

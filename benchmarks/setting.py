@@ -1,0 +1,171 @@
+"""What every benchmark of a training step shares: models, requests, clocks, records.
+
+The teacher is SmolLM2-135M-Instruct out of its wheel, the student keeps some of its layers, evenly
+spaced (speed doesn't depend on which). The requests are those of the packaged starter data.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from promptkd.data import Encoder, read_examples, training_set
+from promptkd.demo import unpack_teacher
+from promptkd.engines import Decoding, TransformersEngine
+from promptkd.methods import build_method
+from promptkd.models import LanguageModel, load_model, load_tokenizer, stop_ids
+from promptkd.pruning import init_student
+from promptkd.rollouts import Rollout
+from promptkd.step import Learner, Step
+
+MODELS = Path("runs/benchmarks")
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Two models and the requests of one optimizer step.
+
+    Attributes:
+        requests: token ids.
+        num_new: response tokens, exact if ``forced``, else at most.
+        forced: no token ends a response.
+    """
+
+    teacher: Any
+    student: Any
+    tokenizer: Any
+    requests: tuple[tuple[int, ...], ...]
+    num_new: int
+    forced: bool
+
+    @property
+    def stop(self) -> tuple[int, ...]:
+        return () if self.forced else stop_ids(self.tokenizer, self.student)
+
+
+def setting(
+    num_requests: int = 8, num_new: int = 128, num_layers: int = 10, forced: bool = True
+) -> Setting:
+    """Load everything; the first call on a machine also writes the two models."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    teacher, student = MODELS / "teacher", MODELS / f"student-{num_layers}"
+    if not teacher.exists():
+        unpack_teacher(teacher)
+    if not student.exists():
+        init_student(str(teacher), num_layers, student, template="chat")
+    tokenizer = load_tokenizer(str(teacher))
+    encoder = Encoder(tokenizer, "chat", max_request_tokens=256, max_response_tokens=num_new)
+    rows = read_examples([str(resources.files("promptkd") / "starter" / "train.jsonl")])
+    data = training_set(rows[:num_requests], encoder)
+    requests = tuple(data.examples[i].request_ids for i in range(num_requests))
+    return Setting(
+        load_model(str(teacher), torch.float32).requires_grad_(False),
+        load_model(str(student), torch.float32),
+        tokenizer,
+        requests,
+        num_new,
+        forced,
+    )
+
+
+class OurStep:
+    """A step of one of promptkd's methods, in its two phases."""
+
+    def __init__(self, setting: Setting, method: str, teacher_step: str = "before_student"):
+        self.setting = setting
+        vocabulary = setting.teacher.config.vocab_size
+        student = LanguageModel(setting.student, vocabulary)
+        composition = build_method(method)
+        assert composition.teacher is not None
+        teacher = composition.teacher.build(
+            LanguageModel(setting.teacher, vocabulary), setting.tokenizer
+        )
+        own, adapted = list(setting.student.parameters()), teacher.parameters()
+        self.engine = TransformersEngine(student, setting.stop)
+        self.decoding = Decoding(setting.num_new)
+        self.step = Step(
+            composition,
+            student,
+            teacher,
+            Learner(own, torch.optim.AdamW(own, lr=1e-5, fused=True)),
+            Learner(adapted, torch.optim.AdamW(adapted, lr=1e-3)) if adapted else None,
+            micro_batch_tokens=4096,
+            max_grad_norm=1.0,
+            teacher_step=teacher_step,
+        )
+
+    def write(self, number: int) -> list[Rollout]:
+        requests = self.setting.requests
+        seeds = [(number, row) for row in range(len(requests))]
+        written = self.engine.write(requests, seeds, self.decoding)
+        return [
+            Rollout(row, request, response.token_ids, "student")
+            for row, (request, response) in enumerate(zip(requests, written, strict=True))
+        ]
+
+    def learn(self, rollouts: list[Rollout], number: int) -> None:
+        self.step([rollouts], step=number, max_steps=1000)
+
+    def __call__(self, number: int) -> None:
+        self.learn(self.write(number), number)
+
+
+Side = Callable[[int], object]
+
+
+def alternate(sides: Mapping[str, Side], repeats: int = 3) -> dict[str, list[float]]:
+    """Seconds of each side, taken in turns; one round before them isn't counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for number in range(repeats + 1):
+        for name, side in sides.items():
+            started = time.perf_counter()
+            side(number)
+            if number:
+                seconds[name].append(round(time.perf_counter() - started, 3))
+                print(f"{name}: {seconds[name][-1]} s", flush=True)
+    return seconds
+
+
+def matmul_peak(size: int = 2048, repeats: int = 5) -> float:
+    """FLOP per second of a square fp32 product on this machine, now."""
+    matrix = torch.randn(size, size)
+    seconds = []
+    for _ in range(repeats + 1):
+        started = time.perf_counter()
+        matrix @ matrix
+        seconds.append(time.perf_counter() - started)
+    return 2 * size**3 / statistics.median(seconds[1:])
+
+
+def record(name: str, row: Mapping[str, Any]) -> None:
+    """Write ``results/name.json``: the row, and on what it was measured."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
+    machine = {
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "precision": "fp32",
+        "commit": commit,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({**row, "machine": machine}, indent=1) + "\n")
+    print(json.dumps(row))
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.processor()
