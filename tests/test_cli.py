@@ -15,7 +15,10 @@ COMMANDS = (
     "init-student",
     "train",
     "evaluate",
+    "rescore",
+    "compare",
     "exposure-bias",
+    "analyse-prompt",
     "judge",
     "report",
     "generate",
@@ -119,13 +122,27 @@ def test_evaluate_takes_several_seeds_and_files_after_one_flag(command, finished
     second = tiny.write_data(tmp_path / "second.jsonl", 2)
     text = command("evaluate", finished, "--data", first, second, "--seeds", 1, 2)
 
-    assert f"{first}: 3 examples, seeds [1, 2]" in text
-    assert f"{second}: 2 examples, seeds [1, 2]" in text
+    assert "first: 3 examples, seeds [1, 2]" in text
+    assert "second: 2 examples, seeds [1, 2]" in text
     assert "rouge_l" in text
     assert text.splitlines()[-1] == f"scores: {finished / 'evaluation'}"
     for name in ("first", "second"):
         scores = json.loads((finished / "evaluation" / f"{name}.json").read_text())
         assert scores["seeds"] == [1, 2]
+
+
+def test_a_suite_is_evaluated_rescored_and_compared(command, finished, tmp_path):
+    data = tiny.write_data(tmp_path / "first.jsonl", 3)
+    (tmp_path / "suite.yaml").write_text(f"held out: {data}\n")
+    for place in ("a", "b"):
+        command(
+            *("evaluate", finished, "--suite", tmp_path / "suite.yaml"),
+            *("--seeds", 1, "--output", tmp_path / place),
+        )
+    assert "held out: 3 examples" in command("rescore", tmp_path / "a")
+    text = command("compare", tmp_path / "a", tmp_path / "b")
+    assert "+0.000, 95% [+0.000, +0.000] (not clear, 3 requests)" in text
+    assert "--data FILE ... or --suite" in command("evaluate", finished, status=1)
 
 
 def test_generate_shows_teacher_adapted_teacher_and_student(command, finished):

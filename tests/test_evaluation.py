@@ -10,13 +10,16 @@ import torch
 
 import runs
 import tiny
+from promptkd.comparison import compare
 from promptkd.data import Encoder, Example, evaluation_set, read_examples
 from promptkd.engines import Decoding, TransformersEngine
 from promptkd.errors import UserError
-from promptkd.evaluation import evaluate, nats_per_token, predict, score, summarise
-from promptkd.metrics import bootstrap_interval, exact_match, rouge_l
+from promptkd.evaluation import evaluate, nats_per_token, predict, score
+from promptkd.metrics import bootstrap_interval, exact_match, paired_bootstrap, rouge_l
 from promptkd.models import LanguageModel
+from promptkd.predictions import rescore, summarise
 from promptkd.rollouts import Rollout
+from promptkd.suites import read_suite, suite_of_files
 from promptkd.trainer import VALIDATION_SEED
 
 
@@ -225,3 +228,91 @@ def test_the_deviation_is_over_seeds_and_the_interval_over_examples(evaluated):
 
     assert deviation == pytest.approx(abs(first - second) / math.sqrt(2))
     assert len(read_examples(result["data"])) == len({r["index"] for r in predictions(output)})
+
+
+def test_a_suite_scores_each_data_set_as_if_alone(finished, evaluated, tmp_path):
+    run, raw = finished
+    data = raw["data"]["validation"]
+    (tmp_path / "suite.yaml").write_text(f"held out: {data}\nall: [{data}, {data}]\n")
+    suite = read_suite(tmp_path / "suite.yaml")
+    assert suite == {"held out": [data], "all": [data, data]}
+
+    results = evaluate(run, suite, seeds=(3, 4), output=tmp_path)
+
+    alone, output = evaluated
+    assert {**results["held out"], "data": None} == {**alone, "data": None}
+    assert predictions(tmp_path, "held out") == predictions(output)
+    assert results["all"]["num_examples"] == 2 * alone["num_examples"]
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "holds no data sets"),
+        ("a: 3", "'a' is 3, which is no data"),
+        ("a: []", r"'a' is \[\], which is no data"),
+        ("a: [", "not valid YAML"),
+    ],
+)
+def test_a_suite_that_is_none_is_refused(tmp_path, text, complaint):
+    (tmp_path / "suite.yaml").write_text(text)
+    with pytest.raises(UserError, match=complaint):
+        read_suite(tmp_path / "suite.yaml")
+
+
+def test_files_of_one_name_are_refused_before_one_replaces_the_other():
+    assert suite_of_files(["a/x.jsonl", "y.jsonl"]) == {"x": ["a/x.jsonl"], "y": ["y.jsonl"]}
+    with pytest.raises(UserError, match=r"a/x.jsonl and b/x.jsonl would both be scored as 'x'"):
+        suite_of_files(["a/x.jsonl", "b/x.jsonl"])
+
+
+def test_rescoring_mends_scores_and_keeps_what_needs_models(evaluated, tmp_path):
+    result, output = evaluated
+    rows = predictions(output)
+    for row in rows:
+        row["rouge_l"] = -1.0
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "valid.predictions.jsonl").write_text(lines)
+    (tmp_path / "valid.json").write_text((output / "valid.json").read_text())
+
+    assert rescore(tmp_path) == {"valid": result}
+
+    assert predictions(tmp_path) == predictions(output)
+    with pytest.raises(UserError, match="holds no predictions"):
+        rescore(tmp_path / "nowhere")
+
+
+def test_a_comparison_pairs_requests_and_refuses_unlike_evaluations(finished, evaluated, tmp_path):
+    run, raw = finished
+    _, output = evaluated
+    assert all((row.difference, row.low, row.high) == (0, 0, 0) for row in compare(output, output))
+    hotter = tmp_path / "hotter"
+    for place in ("one", "other"):
+        temperature = 0.7 if place == "one" else 0.0
+        evaluate(
+            run,
+            raw["data"]["validation"],
+            seeds=(3, 4),
+            temperature=temperature,
+            output=tmp_path / place,
+        )
+    with pytest.raises(UserError, match="Nothing to compare"):
+        compare(tmp_path / "one", tmp_path / "other")
+    with pytest.raises(UserError, match="holds no evaluation"):
+        compare(output, hotter)
+    rows = {row.score: row for row in compare(output, tmp_path / "one")}
+    assert rows["rouge_l"].num_requests == 7
+
+
+def test_a_comparison_is_the_paired_bootstrap_of_means_over_seeds(evaluated, tmp_path):
+    result, output = evaluated
+    rows = predictions(output)
+    for row in rows:
+        row["rouge_l"] += 2.0 + row["index"]
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    (tmp_path / "valid.predictions.jsonl").write_text(lines)
+    (tmp_path / "valid.json").write_text(json.dumps(result))
+    row = next(row for row in compare(tmp_path, output) if row.score == "rouge_l")
+    assert row.difference == pytest.approx(2 + 3)  # the mean of 0 .. 6
+    assert row.low == pytest.approx(paired_bootstrap([2.0 + i for i in range(7)], [0] * 7)[1])
+    assert 2 < row.low < 5 < row.high < 8

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import tensor
 
+import runs
 from promptkd.api import train
 from promptkd.config import recipe_from_dict
 from promptkd.data import Encoder, evaluation_set, read_examples
@@ -29,6 +30,7 @@ from promptkd.exposure_curves import (
 from promptkd.measuring import load_run
 from promptkd.models import LanguageModel
 from promptkd.rollouts import Rollout
+from promptkd.trainer import VALIDATION_SEED
 from tiny import EOS, model, recipe, save_pair, tokenizer, write_data
 
 VOCABULARY = 98
@@ -422,6 +424,51 @@ def test_the_curve_in_training_is_the_curve_of_the_run(run):
         finished.student, finished.teacher, engine, by_teacher, data, decoding, seeds=(7,)
     )
     assert curve.to_dict()["excess"] == pytest.approx(expected["excess"])
+
+
+def test_training_logs_the_curve_that_the_kept_student_has(tmp_path):
+    save_pair(tmp_path)
+    write_data(tmp_path / "train.jsonl")
+    write_data(tmp_path / "valid.jsonl", 4)
+    raw = recipe(
+        tmp_path,
+        data={"validation": str(tmp_path / "valid.jsonl")},
+        optimization={"max_steps": 4},
+        evaluation={"every_steps": 0, "exposure_bias_every_steps": 2},
+    )
+    directory = runs.train(raw)
+    curves = {
+        row["step"]: row["exposure_bias"]
+        for row in runs.json_lines(directory / "metrics.jsonl")
+        if "exposure_bias" in row
+    }
+    assert list(curves) == [2, 4]
+    expected = exposure_bias(directory, seeds=(VALIDATION_SEED,))
+    assert curves[4]["student_gap"] == pytest.approx(expected["student_gap"], rel=1e-4)
+    assert curves[4]["teacher_gap"] == pytest.approx(expected["teacher_gap"], rel=1e-4)
+    assert curves[2]["student_gap"] != curves[4]["student_gap"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"data": {"validation": []}}, "needs at least 1 validation requests"),
+        ({"teacher": None, "method": {"name": "sft"}}, "names no teacher with the student's"),
+    ],
+)
+def test_a_curve_that_cannot_be_measured_in_training_is_refused_first(tmp_path, changes, complaint):
+    save_pair(tmp_path)
+    write_data(tmp_path / "train.jsonl")
+    write_data(tmp_path / "valid.jsonl", 4)
+    raw = recipe(
+        tmp_path,
+        data={"validation": str(tmp_path / "valid.jsonl")},
+        evaluation={"exposure_bias_every_steps": 2},
+    )
+    for key, value in changes.items():
+        raw[key] = {**raw[key], **value} if isinstance(value, dict) else value
+    with pytest.raises(UserError, match=complaint):
+        runs.train(raw)
 
 
 def test_ranks_that_gather_their_shares_get_the_whole_curve(pair, tmp_path):

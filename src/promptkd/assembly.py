@@ -117,6 +117,8 @@ def assemble(
         plain_teacher = LanguageModel(teacher_module.to(device).requires_grad_(False), rows, dtype)
         if method.teacher is not None:
             teacher = method.teacher.build(plain_teacher, teacher_tokenizer)
+    if recipe.evaluation.exposure_bias_every_steps:
+        preflight.check_exposure_bias(validation, comparable, num_ranks)
     student = LanguageModel(module.to(device), vocabulary, dtype)
     names = (recipe.student.model, recipe.teacher.model if recipe.teacher else "")
     compared = teacher if comparable else None  # else it reads only texts, as its own tokens

@@ -71,7 +71,10 @@ def train(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="a run's directory, or any model")],
-    data: Annotated[list[str], typer.Option(help="held-out requests, one file or several")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="held-out requests; each file is scored by itself")
+    ] = None,
+    suite: Annotated[Path | None, typer.Option(help="or a YAML file of named data sets")] = None,
     seeds: Annotated[list[int] | None, typer.Option(min=0, help="decoding seeds")] = None,
     output: Annotated[Path | None, typer.Option(help="directory for the scores")] = None,
     num_examples: Annotated[int | None, typer.Option(min=1, help="only the first ones")] = None,
@@ -85,36 +88,59 @@ def evaluate(
     teacher: Annotated[str | None, typer.Option(help="also measure KL(student || teacher)")] = None,
 ) -> None:
     """Write responses to held-out requests, score them, and save both."""
+    if (suite is None) == (not data):
+        raise UserError("Say what to evaluate on: either --data FILE ... or --suite FILE.")
+    from promptkd.suites import read_suite, suite_of_files
+
+    asked = read_suite(suite) if suite else suite_of_files(data or [])
     from promptkd.evaluation import PAPER_SEEDS
     from promptkd.evaluation import evaluate as run
 
-    for source in data:
-        result = run(
-            model,
-            source,
-            seeds=seeds or PAPER_SEEDS,
-            output=output,
-            num_examples=num_examples,
-            template=template,
-            max_request_tokens=max_request_tokens,
-            max_response_tokens=max_response_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            no_repeat_ngram_size=no_repeat_ngram_size,
-            teacher=teacher,
-        )
-        typer.echo(f"{source}: {result['num_examples']} examples, seeds {result['seeds']}")
-        for name, score in result["scores"].items():
-            spread = (
-                f" ± {score['deviation_over_seeds']:.2f} over seeds"
-                if ("deviation_over_seeds" in score)
-                else ""
-            )
-            interval = score.get("interval_95")
-            shown = f", 95% [{interval[0]:.2f}, {interval[1]:.2f}]" if interval else ""
-            typer.echo(f"  {name:24} {score['mean']:8.3f}{spread}{shown}")
+    results = run(
+        model,
+        asked,
+        seeds=seeds or PAPER_SEEDS,
+        output=output,
+        num_examples=num_examples,
+        template=template,
+        max_request_tokens=max_request_tokens,
+        max_response_tokens=max_response_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        teacher=teacher,
+    )
+    _show_scores(results)
     typer.echo(f"scores: {output or Path(model) / 'evaluation'}")
+
+
+@app.command()
+def rescore(
+    directory: Annotated[Path, typer.Argument(help="a run, or what evaluate wrote to")],
+) -> None:
+    """Compute ROUGE-L and the like anew from the kept predictions, without generating again."""
+    from promptkd.predictions import rescore as run
+
+    _show_scores(run(directory))
+    typer.echo(f"scores: {directory}")
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="a run, or another model's scores")],
+    second: Annotated[Path, typer.Argument(help="what it is compared with")],
+) -> None:
+    """Paired bootstrap of two evaluations on the same requests."""
+    from promptkd.comparison import compare as run
+
+    for row in run(first, second):
+        verdict = "clear" if row.low > 0 or row.high < 0 else "not clear"
+        typer.echo(
+            f"{row.data:20} {row.score:12} {row.first:8.3f} - {row.second:8.3f} = "
+            f"{row.difference:+.3f}, 95% [{row.low:+.3f}, {row.high:+.3f}] ({verdict}, "
+            f"{row.num_requests} requests)"
+        )
 
 
 @app.command()
@@ -141,32 +167,131 @@ def exposure_bias(
     data: Annotated[
         list[str] | None, typer.Option(help="requests; the run's validation data if not given")
     ] = None,
+    num_examples: Annotated[int, typer.Option(help="only the first ones")] = 500,
+    num_samples: Annotated[int, typer.Option(help="responses per request, seed and author")] = 1,
+    seeds: Annotated[list[int] | None, typer.Option(help="of the sampling")] = None,
+    max_response_tokens: Annotated[int | None, typer.Option(help="else the run's own")] = None,
+    precision: Annotated[str, typer.Option(help="auto | bf16 | fp32")] = "fp32",
+    authors_script: Annotated[
+        bool, typer.Option(help="the authors' script, defects included, in a file of its own")
+    ] = False,
 ) -> None:
-    """R(l), E(l) and ExAccErr(l) of the student against the plain teacher."""
+    """Measure R(l), E(l) and ExAccErr(l) of a run's student against its plain teacher."""
     from promptkd.exposure_bias import exposure_bias as measure
 
-    result = measure(run, data)
-    excess = result["excess"][-1]
-    shown = "undefined (E is 0)" if excess is None else f"{excess:.1f} %"
-    typer.echo(
-        f"at {result['steps'][-1]} tokens: R {result['student_gap'][-1]:.3f} nats, "
-        f"E {result['teacher_gap'][-1]:.3f} nats, ExAccErr {shown}"
+    result = measure(
+        run,
+        data,
+        num_examples=num_examples,
+        num_samples=num_samples,
+        seeds=seeds or (10, 20, 30),
+        max_new_tokens=max_response_tokens,
+        precision=precision,
+        authors_script=authors_script,
     )
-    typer.echo(f"curves: {run / 'exposure_bias.json'}")
+    for step in sorted({min(step, len(result["steps"])) for step in (1, 16, 50, 100, 256)}):
+        keys = ("student_gap", "teacher_gap", "excess")
+        student_gap, teacher_gap, excess = (result[key][step - 1] for key in keys)
+        shown = "undefined" if excess is None else f"{excess:+.1f} %"
+        typer.echo(
+            f"l = {step:3}: R {student_gap:.3f} nats, E {teacher_gap:.3f} nats, ExAccErr {shown}"
+        )
+    name = "exposure_bias_authors_script" if authors_script else "exposure_bias"
+    typer.echo(f"exposure bias: {run / name}.json")
+
+
+@app.command("analyse-prompt")
+def analyse_prompt(
+    run: Annotated[Path, typer.Argument(help="a finished run's directory")],
+    data: Annotated[
+        list[str] | None, typer.Option(help="requests; the run's validation data if not given")
+    ] = None,
+    num_examples: Annotated[int, typer.Option(help="of training and held-out data each")] = 100,
+    seed: Annotated[int, typer.Option(help="of the responses")] = 10,
+    precision: Annotated[str, typer.Option(help="auto | bf16 | fp32")] = "fp32",
+) -> None:
+    """Where the soft prompt went, and what the teacher says differently for it."""
+    from promptkd.prompt_analysis import prompt_analysis
+
+    result = prompt_analysis(run, data, num_examples=num_examples, seed=seed, precision=precision)
+    for row in result["vectors"]:
+        nearest = row["nearest_by_cosine"][0]
+        typer.echo(
+            f"vector {row['position']}: from {row['initial_token']['token']!r}, moved "
+            f"{row['moved']:.3f}; nearest by cosine {nearest['token']!r} ({nearest['cosine']:.3f})"
+        )
+    for row in result["table_4"]:
+        typer.echo(
+            f"{row['data']}, {row['responses']}, {'with' if row['prompt'] else 'without'} prompt: "
+            f"KL(teacher || student) {row['kl_teacher_first_student']:.4f} before training, "
+            f"{row['kl_teacher_final_student']:.4f} after, nats per token"
+        )
+    typer.echo(f"prompt analysis: {run / 'prompt_analysis.json'}")
 
 
 @app.command()
 def judge(
     run: Annotated[Path, typer.Argument(help="a run's directory")],
-    data: Annotated[str, typer.Option(help="held-out requests")],
-    base_url: Annotated[str, typer.Option(help="of an OpenAI-compatible endpoint")],
+    data: Annotated[str, typer.Option(help="held-out requests, as given to evaluate")],
+    base_url: Annotated[str, typer.Option(help="OpenAI-compatible endpoint, up to /v1")],
     model: Annotated[str, typer.Option(help="the judge's name there")],
+    protocol: Annotated[str, typer.Option(help="score (the paper's) | pairwise")] = "score",
+    against: Annotated[
+        Path | None, typer.Option(help="pairwise: another run; without it, the references")
+    ] = None,
+    seeds: Annotated[list[int] | None, typer.Option(help="decoding seeds of the responses")] = None,
+    num_examples: Annotated[int | None, typer.Option(min=1, help="only the first ones")] = None,
+    temperature: Annotated[float, typer.Option(min=0, help="the judge's")] = 0.7,
+    max_reply_tokens: Annotated[int, typer.Option(min=1)] = 1024,
+    max_reasks: Annotated[int, typer.Option(min=0, help="per malformed reply")] = 2,
+    max_concurrency: Annotated[int, typer.Option(min=1, help="questions at a time")] = 4,
+    timeout: Annotated[float, typer.Option(min=0.1, help="seconds for one answer")] = 60.0,
+    max_retries: Annotated[int, typer.Option(min=0, help="after a 429, 5xx or timeout")] = 4,
+    api_key_variable: Annotated[
+        str, typer.Option(help="environment variable that holds the key")
+    ] = "OPENAI_API_KEY",
+    output: Annotated[Path | None, typer.Option(help="directory; RUN/judge without it")] = None,
 ) -> None:
-    """Let a language model compare the student's responses with the references."""
-    from promptkd.judge import judge as run_judge
+    """Let a language model judge a run's responses, on any OpenAI-compatible endpoint."""
+    from promptkd.judge import judge as work
 
-    run_judge(run, data, base_url=base_url, model=model)
-    typer.echo(f"verdicts: {run / 'judge'}")
+    result = work(
+        run,
+        data,
+        base_url=base_url,
+        model=model,
+        protocol=protocol,
+        against=against,
+        seeds=seeds,
+        num_examples=num_examples,
+        temperature=temperature,
+        max_reply_tokens=max_reply_tokens,
+        max_reasks=max_reasks,
+        max_concurrency=max_concurrency,
+        timeout=timeout,
+        max_retries=max_retries,
+        api_key_variable=api_key_variable,
+        output=output,
+    )
+    counts = result["counts"]
+    typer.echo(", ".join(f"{name} {count}" for name, count in counts.items()))
+    for reason, count in result["failures"].items():
+        typer.echo(f"  failed {count}: {reason}")
+    for example in result["malformed_examples"]:
+        typer.echo(
+            f"  malformed, seed {example['seed']} row {example['index']}: {example['reply']}"
+        )
+    for name, score in (result["scores"] or {}).items():
+        low, high = score.get("interval_95", (None, None))
+        shown = f", 95% [{low:.2f}, {high:.2f}]" if low is not None else ""
+        value = "–" if score["mean"] is None else f"{score['mean']:8.3f}"
+        typer.echo(f"  {name:24} {value}{shown}")
+    typer.echo(f"judgements: {output or run / 'judge'}")
+    if result["scores"] is None:
+        raise UserError(
+            f"None of the judge's {counts['malformed']} replies was in the form asked for, so "
+            "there is no score. Use a stronger judge, or raise --max-reply-tokens."
+        )
 
 
 @app.command()
@@ -191,7 +316,21 @@ def demo(
     """A real teacher, a real student, start to end on this machine, nothing to configure."""
     from promptkd.demo import demo as run
 
-    typer.echo(f"run: {run(output)}")
+    typer.echo(f"report: {run(output)}")
+
+
+def _show_scores(results: dict[str, Any]) -> None:
+    for name, result in results.items():
+        cut = f", {result['num_cut_requests']} requests cut" if result["num_cut_requests"] else ""
+        typer.echo(f"{name}: {result['num_examples']} examples, seeds {result['seeds']}{cut}")
+        for score, values in result["scores"].items():
+            shown = f"  {score:24} {values['mean']:8.3f}"
+            if len(result["seeds"]) > 1 and "deviation_over_seeds" in values:
+                shown += f" ± {values['deviation_over_seeds']:.2f} over seeds"
+            if "interval_95" in values:
+                low, high = values["interval_95"]
+                shown += f", 95% [{low:.2f}, {high:.2f}]"
+            typer.echo(shown)
 
 
 def _repeat_options(arguments: list[str]) -> list[str]:

@@ -122,6 +122,9 @@ class EvaluationSection(Section):
         "rouge_l"
     )
     num_examples: int = Field(default=200, ge=1)
+    exposure_bias_every_steps: int = Field(
+        default=0, ge=0, description="R(l), E(l), ExAccErr(l) on the validation data; 0: never"
+    )
 
 
 class CheckpointSection(Section):

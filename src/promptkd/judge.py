@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from promptkd.endpoint import Endpoint, KeptReplies, RequestFailed, shortened
 from promptkd.errors import UserError
+from promptkd.suites import name_of
 from promptkd.verdicts import (
     INSTRUCTIONS,
     MODEL_FIRST,
@@ -171,7 +172,7 @@ def judge(
         "malformed_examples": malformed[:NUM_SHOWN],
         "instruction": INSTRUCTIONS[protocol],
     }
-    name = _data_name(data)
+    name = name_of(data)
     if protocol == "pairwise":
         name += f".against-{'references' if against is None else Path(against).resolve().name}"
     lines = [json.dumps(_row(q, judgements[q.text]), ensure_ascii=False) + "\n" for q in questions]
@@ -274,7 +275,7 @@ def _predictions(
     run: Path, data: str, seeds: Sequence[int] | None, num_examples: int | None
 ) -> dict[Pair, dict[str, Any]]:
     """The run's predictions by (seed, index), written now if there are none."""
-    path = run / "evaluation" / f"{_data_name(data)}.predictions.jsonl"
+    path = run / "evaluation" / f"{name_of(data)}.predictions.jsonl"
     if not path.is_file():
         if not (run / "recipe.yaml").is_file():
             raise UserError(
@@ -335,7 +336,7 @@ def _opponents(
     if any(others[pair]["references"] != row["references"] for pair, row in rows.items()):
         raise UserError(
             f"{run} and {against} answered different requests under the name "
-            f"{_data_name(data)}. Evaluate both on the same data."
+            f"{name_of(data)}. Evaluate both on the same data."
         )
     return {pair: other["response"] for pair, other in others.items()}
 
@@ -365,11 +366,6 @@ def _row(question: Question, judgement: Judgement) -> dict[str, Any]:
         "verdict": judgement.verdict,
         "failure": str(judgement.failure) if judgement.failure else None,
     }
-
-
-def _data_name(data: str) -> str:
-    """As ``evaluate`` names its files."""
-    return Path(data.replace("*", "all")).stem
 
 
 def _write(path: Path, text: str) -> None:

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from promptkd.errors import UserError
 
@@ -105,6 +106,13 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         return self.module.device
+
+    @property
+    def num_trunk_weights(self) -> int:
+        """Entries of the matrices that every token is multiplied with, the head's left out."""
+        trunk: Any = self.module.base_model
+        layers = (layer for layer in trunk.modules() if isinstance(layer, nn.Linear | Conv1D))
+        return sum(layer.weight.numel() for layer in layers)
 
     @property
     def head(self) -> Head:

@@ -7,6 +7,7 @@ nothing of size tokens x vocabulary ever exists.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -206,6 +207,12 @@ class States:
 
 
 Losses = Callable[[Mapping[str, LogProbs], slice], Mapping[str, PerToken]]
+Timed = Callable[[str], AbstractContextManager[Any]]
+
+
+def untimed(phase: str) -> AbstractContextManager[Any]:
+    """Nobody looks at the clock."""
+    return nullcontext()
 
 
 def accumulate(
@@ -213,6 +220,7 @@ def accumulate(
     losses: Losses,
     weights: Mapping[str, float],
     tiling: Tiling | None = None,
+    timed: Timed = untimed,
 ) -> dict[str, Tensor]:
     """Evaluate losses tile by tile and accumulate their weighted gradients in the models.
 
@@ -222,13 +230,26 @@ def accumulate(
             nats per token. Which side of a loss learns is decided there, by detaching the other.
         weights: what one token of each loss weighs, usually 1 / (response tokens of the step).
         tiling: ``TILINGS`` of the device by default.
+        timed: entered as "losses" around heads and losses, and by name around a trunk's backward.
 
     Returns:
         Every loss, without gradient, in nats, one entry per response token.
     """
+    tiling = tiling or TILINGS[next(iter(states.values())).hidden.device.type]
+    with timed("losses"):
+        nats, gradients = _walk(states, losses, weights, tiling)
+    for name, gradient in gradients.items():
+        with timed(name):
+            states[name].hidden.backward(gradient)
+    return nats
+
+
+def _walk(
+    states: Mapping[str, States], losses: Losses, weights: Mapping[str, float], tiling: Tiling
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Every loss at every token, and the gradients to the hidden states of those that learn."""
     any_state = next(iter(states.values()))
     num_tokens, vocabulary = any_state.hidden.shape[0], any_state.head.vocabulary
-    tiling = tiling or TILINGS[any_state.hidden.device.type]
     learners = {name: state for name, state in states.items() if state.learns}
     gradients = {name: torch.empty_like(state.hidden) for name, state in learners.items()}
     # Whole from the start: small results made between large temporaries would fragment the heap.
@@ -257,9 +278,7 @@ def accumulate(
                 nats[name][tile] = value.detach()
         for name, state in learners.items():
             gradients[name][chunk] = state.head.backward(hidden[name], logits[name])
-    for name, gradient in gradients.items():
-        states[name].hidden.backward(gradient)
-    return nats
+    return nats, gradients
 
 
 def _slices(start: int, stop: int, entries: int, vocabulary: int) -> Iterator[slice]:

@@ -54,6 +54,25 @@ def check_data(
         )
 
 
+def check_exposure_bias(validation: Dataset | None, comparable: bool, num_ranks: int) -> None:
+    """Refuse what can't be measured during training.
+
+    Raises:
+        UserError: without a teacher of the student's tokenizer, or a request for every process.
+    """
+    if not comparable:
+        raise UserError(
+            "evaluation.exposure_bias_every_steps compares the student with its teacher token by "
+            "token, but the recipe names no teacher with the student's tokenizer. Set it to 0."
+        )
+    if validation is None or len(validation) < num_ranks:
+        raise UserError(
+            f"evaluation.exposure_bias_every_steps needs at least {num_ranks} validation "
+            f"requests, one per process; there are {len(validation) if validation else 0}. "
+            "Set data.validation."
+        )
+
+
 @torch.no_grad()
 def check_models(
     student: LanguageModel,

@@ -28,7 +28,7 @@ from promptkd.data import Dataset, evaluation_set, read_examples, training_set
 from promptkd.divergences import LogProbs, PerToken, kl
 from promptkd.engines import TransformersEngine
 from promptkd.errors import UserError
-from promptkd.evaluation import Prediction, predict, score, summarise
+from promptkd.evaluation import predict, score
 from promptkd.measuring import (
     FinishedRun,
     load_for_measuring,
@@ -39,6 +39,7 @@ from promptkd.measuring import (
 from promptkd.methods import Method, build_method
 from promptkd.metrics import paired_bootstrap
 from promptkd.models import LanguageModel, check_context, load_tokenizer
+from promptkd.predictions import Prediction, summarise
 from promptkd.rollouts import Rollout, reference_rollouts
 from promptkd.teachers import load_soft_prompt, prompt_vectors
 

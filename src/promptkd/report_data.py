@@ -64,6 +64,7 @@ class Run:
         label: short and unique among the runs of a report.
         steps: lines of metrics.jsonl about training steps.
         validations: its lines about evaluations: {"step": ..., "evaluation": {score: value}}.
+        exposures: its lines about exposure bias: {"step": ..., "exposure_bias": {...}}.
         judgements: what judge/NAME.json hold, by NAME.
         notes: sentences about what could not be read or is not there yet.
     """
@@ -74,6 +75,7 @@ class Run:
     environment: Row = field(default_factory=dict)
     steps: tuple[Row, ...] = ()
     validations: tuple[Row, ...] = ()
+    exposures: tuple[Row, ...] = ()
     samples: tuple[Row, ...] = ()
     summary: Row | None = None
     evaluations: tuple[Evaluation, ...] = ()
@@ -139,7 +141,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[Evaluation]]:
         if (path / "recipe.yaml").is_file():
             run_paths.append(path)
             continue
-        found = list(_evaluations(path)) if path.is_dir() else []
+        found = list(read_evaluations(path)) if path.is_dir() else []
         if not found:
             raise UserError(
                 f"{path} is neither a run (no recipe.yaml) nor a directory of scores. "
@@ -168,6 +170,7 @@ def read_run(path: Path, label: str) -> Run:
     rows = read_lines(path / "metrics.jsonl", notes)
     steps = {row["step"]: row for row in rows if "loss" in row}
     validations = {row["step"]: row for row in rows if "evaluation" in row}
+    exposures = {row["step"]: row for row in rows if "exposure_bias" in row}
     summary = read_json(path / "summary.json", notes)
     planned = (recipe.get("optimization") or {}).get("max_steps")
     if summary is None:
@@ -185,9 +188,10 @@ def read_run(path: Path, label: str) -> Run:
         environment=read_json(path / "environment.json", notes) or {},
         steps=tuple(steps[step] for step in sorted(steps)),
         validations=tuple(validations[step] for step in sorted(validations)),
+        exposures=tuple(exposures[step] for step in sorted(exposures)),
         samples=tuple(read_lines(path / "samples.jsonl", notes)),
         summary=summary,
-        evaluations=tuple(_evaluations(path / "evaluation", notes)),
+        evaluations=tuple(read_evaluations(path / "evaluation", notes)),
         exposure_bias=read_json(path / "exposure_bias.json", notes),
         prompt_analysis=read_json(path / "prompt_analysis.json", notes),
         judgements=judgements,
@@ -275,7 +279,8 @@ def _same_place(model: str, other: str | Path) -> bool:
     return model == str(other) or Path(model).resolve() == Path(other).resolve()
 
 
-def _evaluations(directory: Path, notes: list[str] | None = None) -> Iterable[Evaluation]:
+def read_evaluations(directory: Path, notes: list[str] | None = None) -> Iterable[Evaluation]:
+    """Every evaluation below a directory, in the order of their paths."""
     notes = [] if notes is None else notes
     for path in sorted(directory.rglob("*.json")):
         record = read_json(path, notes)

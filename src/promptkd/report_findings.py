@@ -61,11 +61,20 @@ class Cost:
     tokens: int
     seconds_writing: float
     seconds_learning: float
+    seconds_teacher: float
+    seconds_student: float
+    seconds_losses: float
+    flops: float
+    peak_memory: int
 
     @property
     def tokens_per_second(self) -> float:
         seconds = self.seconds_writing + self.seconds_learning
         return self.tokens / seconds if seconds else 0.0
+
+    @property
+    def flop_rate(self) -> float:
+        return self.flops / self.seconds_learning if self.seconds_learning else 0.0
 
 
 def compare(first: Model, second: Model, score: str) -> Comparison | None:
@@ -141,6 +150,11 @@ def cost(run: Run) -> Cost | None:
         int(sum(row.get("num_tokens", 0) for row in run.steps)),
         sum(row.get("seconds_writing", 0.0) for row in run.steps),
         sum(row.get("seconds_learning", 0.0) for row in run.steps),
+        sum(row.get("seconds_teacher", 0.0) for row in run.steps),
+        sum(row.get("seconds_student", 0.0) for row in run.steps),
+        sum(row.get("seconds_losses", 0.0) for row in run.steps),
+        sum(row.get("flops", 0.0) for row in run.steps),
+        max(row.get("peak_memory", 0) for row in run.steps),
     )
 
 

@@ -125,10 +125,8 @@ def length_figures(runs: Sequence[Run], sets: Sequence[DataSet], directory: Path
 
 def exposure_figures(runs: Sequence[Run], directory: Path) -> list[Figure]:
     """The excess in both versions, the gaps behind it token by token, and who still runs."""
+    made = _exposure_in_training(runs, directory)
     measured = [(slot, run) for slot, run in enumerate(runs) if run.exposure_bias]
-    if not measured:
-        return []
-    made = []
     for name, title, pick, note in (
         (
             "exposure-bias-per-token",
@@ -160,6 +158,30 @@ def exposure_figures(runs: Sequence[Run], directory: Path) -> list[Figure]:
     for slot, run in measured:
         made += _gaps(run, slot, directory, several=len(measured) > 1)
     return made
+
+
+def _exposure_in_training(runs: Sequence[Run], directory: Path) -> list[Figure]:
+    """The paper's Figure 3(b): the excess of whole responses while the student learns."""
+    series = []
+    for slot, run in enumerate(runs):
+        points = [(row["step"], row["exposure_bias"]["excess"][-1]) for row in run.exposures]
+        known = [(step, excess) for step, excess in points if excess is not None]
+        if known:
+            x, y = zip(*known, strict=True)
+            series.append(Series(run.label, x, y, slot))
+    if not series:
+        return []
+    figure = lines(
+        directory,
+        "exposure-bias-in-training",
+        "Excess error in training",
+        f"{_change(series)} Over whole responses to the validation requests, as in the paper's "
+        "Figure 3(b). Zero is no exposure bias.",
+        series,
+        unit="percent above the error on the teacher's text",
+        zero_line=True,
+    )
+    return [figure]
 
 
 def cost_figure(runs: Sequence[Run], directory: Path) -> list[Figure]:

@@ -9,7 +9,10 @@ prompt. The only reduction is the global token mean: a sum over all response tok
 of the step, of every rank and micro-batch, divided by their number.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -25,6 +28,42 @@ from promptkd.teachers import Teacher
 SumOverRanks = Callable[[Tensor], Tensor]
 
 
+class Cost:
+    """What a step took on this rank, by phase.
+
+    The phases are "student" and "teacher" (their trunks, forward and backward) and "losses" (both
+    heads and all that happens between them).
+
+    Attributes:
+        seconds: of wall-clock time.
+        flops: floating-point operations in products with the models' weights; attention's own
+            products are not counted.
+    """
+
+    def __init__(self, device: torch.device):
+        self.seconds: dict[str, float] = defaultdict(float)
+        self.flops: dict[str, float] = defaultdict(float)
+        self._device = device
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.seconds[phase] += time.perf_counter() - started
+
+    def count_trunk(self, phase: str, model: LanguageModel, num_tokens: int, backward: int) -> None:
+        """A forward pass, and as many passes' worth of backward (0, 1, or 2 with weights)."""
+        self.flops[phase] += 2 * (1 + backward) * model.num_trunk_weights * num_tokens
+
+    def count_heads(self, states: Iterable[States]) -> None:
+        for state in states:
+            passes = 1 + (1 + state.head.weight.requires_grad if state.learns else 0)
+            width, num_tokens = state.hidden.shape[1], state.hidden.shape[0]
+            self.flops["losses"] += 2 * passes * state.head.vocabulary * width * num_tokens
+
+
 class LossNotFinite(UserError):
     """A loss or gradient is NaN or infinite; nothing was updated with it."""
 
@@ -38,6 +77,7 @@ class StepMetrics:
     nats: dict[str, float] = field(default_factory=dict)
     gradient_norms: dict[str, float] = field(default_factory=dict)
     padding_share: float = 0.0
+    cost: Cost | None = None
 
     def teacher_mean(self, name: str) -> float:
         """Of one of the adaptation's losses: nats per token that is compared with the teacher."""
@@ -89,6 +129,7 @@ class Step:
         self.teacher_step = teacher_step
         self.sum_over_ranks = sum_over_ranks
         self.tiling = tiling
+        self._cost = Cost(student.device)
 
     def __call__(
         self, rollouts: Sequence[Sequence[Rollout]], step: int, max_steps: int
@@ -104,6 +145,7 @@ class Step:
             LossNotFinite: before anything is updated with a NaN or infinite value.
         """
         pieces, metrics = self._cut(rollouts)
+        self._cost = metrics.cost = Cost(self.student.device)
         adaptation = self.method.adaptation
         coefficient = adaptation.coefficient(step, max_steps) if adaptation else 0.0
         together = self.teacher_step == "with_student"
@@ -146,14 +188,16 @@ class Step:
         return pieces, metrics
 
     def _student_states(self, batch: MicroBatch, learns: bool) -> States:
-        with torch.set_grad_enabled(learns):
+        self._cost.count_trunk("student", self.student, batch.tokens.numel(), 2 * learns)
+        with torch.set_grad_enabled(learns), self._cost.timed("student"):
             hidden = self.student.hidden_states(batch.tokens)
             return States(select_responses(hidden, batch.response_mask), self.student.head, learns)
 
     def _teacher_states(self, batch: MicroBatch, learns: bool, plain: bool = False) -> States:
         assert self.teacher is not None
         voice = self.teacher.plain_hidden_states if plain else self.teacher.hidden_states
-        with torch.set_grad_enabled(learns):
+        self._cost.count_trunk("teacher", self.teacher.model, batch.tokens.numel(), int(learns))
+        with torch.set_grad_enabled(learns), self._cost.timed("teacher"):
             hidden = voice(batch.tokens)
             return States(
                 select_responses(hidden, batch.response_mask), self.teacher.model.head, learns
@@ -213,7 +257,9 @@ class Step:
             "towards_student": piece.adaptation_weight,
             "towards_itself": coefficient * piece.adaptation_weight,
         }
-        for name, nats in accumulate(states, losses, weights, self.tiling).items():
+        self._cost.count_heads(states.values())
+        found = accumulate(states, losses, weights, self.tiling, self._cost.timed)
+        for name, nats in found.items():
             total = nats.sum().item()
             if not torch.isfinite(nats).all():
                 raise LossNotFinite(_not_finite(name, step, piece.batch, nats))

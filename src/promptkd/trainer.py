@@ -4,6 +4,8 @@ The trainer names no method. Everything random in a step derives from (seed, ste
 run that was killed and started again is the run that was not.
 """
 
+import resource
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -20,10 +22,13 @@ from promptkd.assembly import assemble
 from promptkd.checkpoints import Checkpoint, out_of_space
 from promptkd.config import Recipe
 from promptkd.data import Dataset, batch_of_step
+from promptkd.engines import TransformersEngine
 from promptkd.errors import UserError
-from promptkd.evaluation import nats_per_token, predict, score, summarise
+from promptkd.evaluation import nats_per_token, predict, score
+from promptkd.exposure_bias import curve_in_training, write_responses
 from promptkd.methods import Method
 from promptkd.models import num_parameters
+from promptkd.predictions import summarise
 from promptkd.rollouts import Rollout, reference_rollouts
 from promptkd.run_directory import RunDirectory
 from promptkd.schedules import learning_rate
@@ -31,6 +36,14 @@ from promptkd.step import StepMetrics
 
 VALIDATION_SEED = 1
 SMALLER_IS_BETTER = {"reverse_kl_to_teacher", "validation_loss"}
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process has held so far: of the card's memory if it works on one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class Trainer:
@@ -63,6 +76,7 @@ class Trainer:
         self.is_main = self.accelerator.is_main_process
         self.best: dict[str, Any] = {}
         self.source_states: list[dict[str, Any]] = [{} for _ in method.terms]
+        self.teacher_responses: list[list[Rollout]] = []
         self.step_number = 0
         if not self.directory.finished:
             self.parts = assemble(
@@ -122,6 +136,8 @@ class Trainer:
             last = self.step_number == max_steps
             if self.parts.validation and (last or self._due(self.recipe.evaluation.every_steps)):
                 self._evaluate()
+            if self._due(self.recipe.evaluation.exposure_bias_every_steps):
+                self._measure_exposure_bias()
             if last or self._due(self.recipe.checkpoints.every_steps):
                 self._save_checkpoint()
         progress.close()
@@ -164,6 +180,10 @@ class Trainer:
         row = self._describe(step, rollouts, metrics)
         row["seconds_writing"] = written - started
         row["seconds_learning"] = time.perf_counter() - written
+        assert metrics.cost is not None
+        row |= {f"seconds_{phase}": took for phase, took in metrics.cost.seconds.items()}
+        row["flops"] = sum(metrics.cost.flops.values())
+        row["peak_memory"] = peak_memory(self.device)
         return row
 
     def _describe(
@@ -212,7 +232,8 @@ class Trainer:
             self.directory.metrics.append([row])
         if self.recipe.tracking:
             scores = {f"eval_{name}": value for name, value in row.get("evaluation", {}).items()}
-            numbers = {name: value for name, value in row.items() if name != "evaluation"}
+            own = row.keys() - {"evaluation", "exposure_bias"}
+            numbers = {name: row[name] for name in row if name in own}
             self.accelerator.log(numbers | scores, step=row["step"])
 
     def _evaluate(self) -> None:
@@ -255,6 +276,29 @@ class Trainer:
         if step > 0 and (not self.best or sign * value > sign * self.best["value"]):
             self.best = {"step": step, "value": value, "scores": scores}
             self._save_student(scores)
+
+    def _measure_exposure_bias(self) -> None:
+        """A point of the paper's Figure 3(b), on the validation data."""
+        parts = self.parts
+        assert parts.validation, "refused before the first step"
+        assert parts.plain_teacher, "refused before the first step"
+        rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
+        share, seeds = Dataset(parts.validation.examples[rank::num_ranks]), (VALIDATION_SEED,)
+        if not self.teacher_responses:  # the teacher doesn't change
+            engine = TransformersEngine(parts.plain_teacher, parts.stop)
+            self.teacher_responses = write_responses(engine, share, parts.decoding, seeds)
+        curve = curve_in_training(
+            parts.student,
+            parts.plain_teacher,
+            parts.engine,
+            self.teacher_responses,
+            share,
+            parts.decoding,
+            seeds=seeds,
+            micro_batch_tokens=self.recipe.optimization.micro_batch_tokens,
+            gather=gather_object if num_ranks > 1 else list,
+        )
+        self._log({"step": self.step_number, "exposure_bias": curve.to_dict()})
 
     def _save_student(self, scores: dict[str, float]) -> None:
         if self.is_main:

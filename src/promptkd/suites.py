@@ -1,0 +1,56 @@
+"""Several data sets, by name, for one evaluation. No torch."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from promptkd.errors import UserError
+
+
+def read_suite(path: str | Path) -> dict[str, list[str]]:
+    """A suite of data sets: YAML that maps names to a path, glob or hub id, or a list of them.
+
+    Raises:
+        UserError: if the file is missing or holds anything else.
+    """
+    try:
+        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"Suite {path}: {error.strerror}. Name an existing YAML file.") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"Suite {path} is not valid YAML: {error}") from None
+    form = "A suite maps names to data, as in 'dolly: data/dolly_test.jsonl'."
+    if not isinstance(raw, dict) or not raw:
+        raise UserError(f"Suite {path} holds no data sets. {form}")
+    for name, sources in raw.items():
+        if not all(isinstance(source, str) for source in listed(sources)) or not sources:
+            raise UserError(f"Suite {path}: '{name}' is {sources!r}, which is no data. {form}")
+    return {str(name): listed(sources) for name, sources in raw.items()}
+
+
+def suite_of_files(sources: Sequence[str]) -> dict[str, list[str]]:
+    """Every source a data set of its own, named after its file.
+
+    Raises:
+        UserError: if two have the same name, so that one's scores would replace the other's.
+    """
+    suite: dict[str, list[str]] = {}
+    for source in sources:
+        name = name_of(source)
+        if name in suite:
+            raise UserError(
+                f"{suite[name][0]} and {source} would both be scored as '{name}'. Give them names "
+                "in a suite file (--suite), or evaluate them into different outputs."
+            )
+        suite[name] = [source]
+    return suite
+
+
+def listed(sources: Any) -> list[Any]:
+    return list(sources) if isinstance(sources, list | tuple) else [sources]
+
+
+def name_of(sources: str | Sequence[str]) -> str:
+    return Path(listed(sources)[0].replace("*", "all")).stem
