@@ -124,15 +124,14 @@ Side = Callable[[int], object]
 
 
 def alternate(sides: Mapping[str, Side], repeats: int = 3) -> dict[str, list[float]]:
-    """Seconds of each side, taken in turns; one round before them isn't counted."""
+    """Seconds of each side, taken in turns."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for number in range(repeats + 1):
+    for number in range(repeats):
         for name, side in sides.items():
             started = time.perf_counter()
             side(number)
-            if number:
-                seconds[name].append(round(time.perf_counter() - started, 3))
-                print(f"{name}: {seconds[name][-1]} s", flush=True)
+            seconds[name].append(round(time.perf_counter() - started, 3))
+            print(f"{name}: {seconds[name][-1]} s", flush=True)
     return seconds
 
 

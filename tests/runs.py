@@ -155,9 +155,14 @@ def result(run_directory: Path) -> dict[str, Any]:
     return found
 
 
+def timeless(row: dict[str, Any]) -> dict[str, Any]:
+    """A line of metrics without what depends on the machine: seconds and memory."""
+    return {k: v for k, v in row.items() if not k.startswith("seconds_") and k != "peak_memory"}
+
+
 def json_lines(path: Path) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]
-    return [{k: v for k, v in row.items() if not k.startswith("seconds_")} for row in rows]
+    return [timeless(row) for row in rows]
 
 
 def everything(directory: Path) -> dict[str, tuple[str, int]]:

@@ -13,6 +13,7 @@ from promptkd.cli import app, main
 
 COMMANDS = (
     "init-student",
+    "check",
     "train",
     "evaluate",
     "rescore",
@@ -129,6 +130,21 @@ def test_evaluate_takes_several_seeds_and_files_after_one_flag(command, finished
     for name in ("first", "second"):
         scores = json.loads((finished / "evaluation" / f"{name}.json").read_text())
         assert scores["seeds"] == [1, 2]
+
+
+def test_check_takes_the_first_step_of_the_run_and_leaves_nothing(command, tmp_path):
+    tiny.save_pair(tmp_path)
+    tiny.write_data(tmp_path / "train.jsonl", 6)
+    raw = tiny.recipe(tmp_path, optimization={"max_steps": 2})
+    (tmp_path / "recipe.yaml").write_text(json.dumps(raw))
+    text = command("check", tmp_path / "recipe.yaml")
+    assert not (tmp_path / "run").exists()
+
+    command("train", tmp_path / "recipe.yaml")
+    first = runs.json_lines(tmp_path / "run" / "metrics.jsonl")[0]
+    assert f"one step: loss {first['loss']:.3f} nats per token" in text
+    assert f"the run: 2 steps, some 0 min, into {raw['output']}" in text
+    assert "is finished" in command("check", tmp_path / "recipe.yaml", status=1)
 
 
 def test_a_suite_is_evaluated_rescored_and_compared(command, finished, tmp_path):

@@ -16,12 +16,13 @@ from promptkd.errors import UserError
 
 if TYPE_CHECKING:
     from promptkd import divergences, methods, objectives, rollouts, teachers
-    from promptkd.api import distill, train
+    from promptkd.api import check, distill, train
     from promptkd.evaluation import evaluate
     from promptkd.methods import Method, Term
     from promptkd.pruning import init_student
 
 _HOMES = {
+    "check": "promptkd.api",
     "distill": "promptkd.api",
     "train": "promptkd.api",
     "evaluate": "promptkd.evaluation",
@@ -35,6 +36,7 @@ __all__ = [
     "Method",
     "Term",
     "UserError",
+    "check",
     "distill",
     "divergences",
     "evaluate",

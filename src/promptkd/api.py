@@ -15,11 +15,24 @@ def train(recipe: Recipe, method: Method | None = None) -> Path:
     Raises:
         UserError: for bad input, in one sentence; nothing that was saved is lost.
     """
-    if method is None:
-        method = build_method(recipe.method.name, **recipe.method.options)
-    trainer = Trainer(recipe, method)
+    trainer = _trainer(recipe, method)
     trainer.run()
     return trainer.directory.path
+
+
+def check(recipe: Recipe, method: Method | None = None) -> dict[str, Any]:
+    """Prove that a recipe works before it runs: all that ``train`` checks, and one step.
+
+    The step is the first of the run, on real rollouts; nothing is saved.
+
+    Returns:
+        ``steps`` of the whole run, ``first``: the step's line as in metrics.jsonl, ``preflight``:
+        what was found about the pair.
+
+    Raises:
+        UserError: for everything that can be known to be wrong before the first step.
+    """
+    return _trainer(recipe, method).rehearse()
 
 
 def distill(
@@ -56,3 +69,7 @@ def distill(
     raw["method"] = {"name": method.name}
     raw["output"] = str(output)
     return train(recipe_from_dict(raw), method)
+
+
+def _trainer(recipe: Recipe, method: Method | None) -> Trainer:
+    return Trainer(recipe, method or build_method(recipe.method.name, **recipe.method.options))

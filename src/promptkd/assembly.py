@@ -18,7 +18,7 @@ from promptkd.data import (
     steps_of_epochs,
     training_set,
 )
-from promptkd.engines import Decoding, TransformersEngine
+from promptkd.engines import Decoding, Engine, TransformersEngine
 from promptkd.errors import UserError
 from promptkd.methods import Method
 from promptkd.models import (
@@ -34,6 +34,7 @@ from promptkd.models import (
 )
 from promptkd.step import Learner, Step, SumOverRanks
 from promptkd.teachers import Teacher
+from promptkd.vllm_engine import VLLMEngine
 from promptkd.writing import Authors
 
 Say = Callable[[str], None]
@@ -59,7 +60,7 @@ class Assembly:
     teacher: Teacher | None
     comparable: bool
     stop: tuple[int, ...]
-    engine: TransformersEngine
+    engine: Engine
     decoding: Decoding
     authors: Authors
     step: Step
@@ -124,14 +125,17 @@ def assemble(
     compared = teacher if comparable else None  # else it reads only texts, as its own tokens
     found = preflight.check_models(student, compared, tokenizer, encoder, data, names, say)
     stop = stop_ids(tokenizer, module)
-    engine = TransformersEngine(student, stop)
+    engine: Engine = TransformersEngine(student, stop)
+    if recipe.sampling.engine == "vllm":
+        longest = encoder.max_request_tokens + encoder.max_response_tokens
+        engine = VLLMEngine(student, stop, longest)
     decoding = Decoding(
         recipe.data.max_response_tokens,
         recipe.sampling.temperature,
         recipe.sampling.top_p,
         recipe.sampling.top_k,
     )
-    authors = Authors(engine, decoding, encoder, recipe.seed)
+    authors = Authors(engine, student, decoding, encoder, recipe.seed)
     if plain_teacher and any(term.rollouts.asks_teacher for term in method.terms):
         authors.add_teacher(plain_teacher, teacher_tokenizer, examples)
     say(f"training data: {data.summary()}")

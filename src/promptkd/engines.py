@@ -81,6 +81,18 @@ class Past(Protocol):
     def cache(self, batch: int) -> DynamicCache: ...
 
 
+@runtime_checkable
+class Engine(Protocol):
+    """Whatever writes one response per request, in their order; a function of weights and seeds."""
+
+    @property
+    def stop_ids(self) -> Tensor: ...
+
+    def write(
+        self, requests: Sequence[Tokens], seeds: Sequence[Sequence[int]], decoding: Decoding
+    ) -> list[Response]: ...
+
+
 class TransformersEngine:
     """Writes with the model's own weights: no copy to keep in step, except in mixed precision."""
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from promptkd.config import load_recipe
 from promptkd.data import Dataset, Encoder, evaluation_set, read_examples
 from promptkd.divergences import reverse_kl
-from promptkd.engines import Decoding, TransformersEngine
+from promptkd.engines import Decoding, Engine, TransformersEngine
 from promptkd.errors import UserError
 from promptkd.metrics import exact_match, mean_and_deviation, rouge_l
 from promptkd.models import (
@@ -37,18 +37,17 @@ PAPER_SEEDS = (10, 20, 30, 40, 50)
 
 
 def predict(
-    engine: TransformersEngine,
-    data: Dataset,
-    decoding: Decoding,
-    seed: int,
-    soft_prompt: torch.Tensor | None = None,
+    engine: Engine, data: Dataset, decoding: Decoding, seed: int, **front: Any
 ) -> list[Rollout]:
-    """One response per request; a function of model, request, decoding and seed alone."""
+    """One response per request; a function of model, request, decoding and seed alone.
+
+    ``front`` is what ``TransformersEngine.write`` puts before the requests, a soft prompt say.
+    """
     responses = engine.write(
         [example.request_ids for example in data.examples],
         [(seed, example.index) for example in data.examples],
         decoding,
-        soft_prompt=soft_prompt,
+        **front,
     )
     return [
         Rollout(example.index, example.request_ids, response.token_ids, "student")

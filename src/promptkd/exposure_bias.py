@@ -20,7 +20,7 @@ from torch import tensor
 
 from promptkd.data import Dataset, evaluation_set, read_examples
 from promptkd.divergences import forward_kl
-from promptkd.engines import Decoding, TransformersEngine
+from promptkd.engines import Decoding, Engine, TransformersEngine
 from promptkd.errors import UserError
 from promptkd.exposure_curves import (
     NO_GAP,
@@ -57,7 +57,7 @@ AUTHORS_DEFINITION = {
 
 
 def write_responses(
-    engine: TransformersEngine,
+    engine: Engine,
     data: Dataset,
     decoding: Decoding,
     seeds: Sequence[int],
@@ -142,7 +142,7 @@ def measure_gaps(
 def curve_in_training(
     student: LanguageModel,
     teacher: LanguageModel,
-    engine: TransformersEngine,
+    engine: Engine,
     teacher_responses: Responses,
     data: Dataset,
     decoding: Decoding,

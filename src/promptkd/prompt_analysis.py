@@ -271,7 +271,7 @@ def _analyse_set(
     written = {
         "student": predict(TransformersEngine(run.student, run.stop), data, decoding, seed),
         "plain": predict(by_teacher, data, decoding, seed),
-        "prompted": predict(by_teacher, data, decoding, seed, cast.soft_prompt),
+        "prompted": predict(by_teacher, data, decoding, seed, soft_prompt=cast.soft_prompt),
     }
     predictions = {
         author: score(rollouts, data, run.tokenizer, run.stop, seed)

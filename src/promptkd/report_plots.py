@@ -185,25 +185,29 @@ def _exposure_in_training(runs: Sequence[Run], directory: Path) -> list[Figure]:
 
 
 def cost_figure(runs: Sequence[Run], directory: Path) -> list[Figure]:
-    """Seconds a step, spent on writing and on learning."""
+    """Seconds a step: writing, the teacher's passes, the student's, heads and losses."""
     known = [(run, c) for run in runs if (c := cost(run))]
     if not known:
         return []
-    writing = [c.seconds_writing / c.steps for _, c in known]
-    learning = [c.seconds_learning / c.steps for _, c in known]
-    shares = [100 * w / (w + k) if w + k else 0.0 for w, k in zip(writing, learning, strict=True)]
-    said = "; ".join(
-        f"{run.label}: {digits(w + k)} s a step, {share:.0f}% of it writing"
-        for (run, _), w, k, share in zip(known, writing, learning, shares, strict=True)
-    )
+    parts = {
+        "writing responses": [c.seconds_writing / c.steps for _, c in known],
+        "teacher": [c.seconds_teacher / c.steps for _, c in known],
+        "student": [c.seconds_student / c.steps for _, c in known],
+        "output layers and losses": [c.seconds_losses / c.steps for _, c in known],
+        "the rest of learning": [c.seconds_rest / c.steps for _, c in known],
+    }
+    said = []
+    for (run, _), *took in zip(known, *parts.values(), strict=True):
+        share = 100 * took[0] / sum(took) if sum(took) else 0.0
+        said.append(f"{run.label}: {digits(sum(took))} s a step, {share:.0f}% of it writing")
     return [
         stacked_bars(
             directory,
             "cost",
             "Where the time went",
-            f"{said}.",
+            f"{'; '.join(said)}.",
             [run.label for run, _ in known],
-            [("writing responses", writing), ("learning from them", learning)],
+            list(parts.items()),
             unit="seconds per step",
         )
     ]

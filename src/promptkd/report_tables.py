@@ -209,8 +209,8 @@ def cost_table(runs: Sequence[Run]) -> Table | None:
                 Cell(f"{digits(took.seconds_student / took.steps)} s"),
                 Cell(f"{digits(took.seconds_losses / took.steps)} s"),
                 Cell(count(took.tokens_per_second)),
-                Cell(count(took.flop_rate)),
-                Cell(f"{took.peak_memory / 1e9:.1f} GB"),
+                Cell(f"{took.flop_rate / 1e9:.0f} G" if took.flops else "–"),
+                Cell(f"{took.peak_memory / 1e9:.1f} GB" if took.peak_memory else "–"),
                 Cell(f"{100 * written:.0f}%"),
                 Cell(f"{100 * sum(padding) / len(padding):.0f}%" if padding else "–"),
             )

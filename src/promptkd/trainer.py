@@ -111,6 +111,13 @@ class Trainer:
                 ) from None
             raise
 
+    def rehearse(self) -> dict[str, Any]:
+        """Take the first step and forget it; see ``api.check``."""
+        if self.directory.finished:
+            raise UserError(f"{self.directory.path} is finished. Name another output to check.")
+        first = self._take_step(0)
+        return {"steps": self.parts.max_steps, "first": first, "preflight": self.parts.found}
+
     def _train(self) -> None:
         if self.is_main:
             self.directory.claim()

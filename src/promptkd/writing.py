@@ -1,11 +1,12 @@
 """Who can write in a run: the student, the teacher (its responses kept on disk), or both."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from promptkd.cache import ResponseCache, fingerprint
 from promptkd.data import EncodedExample, Encoder, Example
-from promptkd.engines import CoAuthor, Decoding, TransformersEngine
+from promptkd.engines import CoAuthor, Decoding, Engine, Response, TransformersEngine
 from promptkd.models import LanguageModel, stop_ids
 from promptkd.rollouts import Rollout, Writers
 
@@ -14,13 +15,21 @@ class Authors:
     """The student and, if a method asks for it, the plain teacher, ready to write.
 
     Args:
-        student: and its stop tokens, decoding and encoder: how responses are written.
+        engine: the student's.
+        student: the same student, for what is written token by token together with the teacher.
+        decoding: how responses are written.
         seed: of the run; every response's own seed derives from it.
     """
 
     def __init__(
-        self, student: TransformersEngine, decoding: Decoding, encoder: Encoder, seed: int
+        self,
+        engine: Engine,
+        student: LanguageModel,
+        decoding: Decoding,
+        encoder: Encoder,
+        seed: int,
     ):
+        self.engine = engine
         self.student = student
         self.decoding = decoding
         self.encoder = encoder
@@ -34,20 +43,31 @@ class Authors:
         self._co_author = model
         self._teacher = TeacherAuthor(model, tokenizer, examples, self)
 
+    @cached_property
+    def _together(self) -> TransformersEngine:
+        """The engine in which two models can write one response."""
+        if isinstance(self.engine, TransformersEngine):
+            return self.engine
+        return TransformersEngine(self.student, self.engine.stop_ids.tolist())
+
     def writers(self, step: int, max_steps: int) -> Writers:
         """What the sources of one step (counted from 0) may ask for."""
 
-        def write(examples: Sequence[EncodedExample], author: str, **options: Any) -> list[Rollout]:
-            responses = self.student.write(
-                [example.request_ids for example in examples],
-                [(self.seed, step, example.index) for example in examples],
-                self.decoding,
-                **options,
-            )
+        def rollouts(
+            examples: Sequence[EncodedExample], responses: Sequence[Response], author: str
+        ) -> list[Rollout]:
             return [
                 Rollout(e.index, e.request_ids, r.token_ids, author, r.annotations())
                 for e, r in zip(examples, responses, strict=True)
             ]
+
+        def asked(examples: Sequence[EncodedExample]) -> tuple[Any, Any, Decoding]:
+            requests = [example.request_ids for example in examples]
+            seeds = [(self.seed, step, example.index) for example in examples]
+            return requests, seeds, self.decoding
+
+        def by_student(examples: Sequence[EncodedExample]) -> list[Rollout]:
+            return rollouts(examples, self.engine.write(*asked(examples)), "student")
 
         def by_teacher(examples: Sequence[EncodedExample]) -> list[Rollout]:
             assert self._teacher is not None, "the method's source says asks_teacher"
@@ -55,10 +75,12 @@ class Authors:
 
         def by_both(examples: Sequence[EncodedExample], share: float) -> list[Rollout]:
             assert self._co_author is not None, "the method's source says asks_teacher"
-            return write(examples, "mixed", co_author=CoAuthor(self._co_author, share))
+            co_author = CoAuthor(self._co_author, share)
+            written = self._together.write(*asked(examples), co_author=co_author)
+            return rollouts(examples, written, "mixed")
 
         return Writers(
-            student=lambda examples: write(examples, "student"),
+            student=by_student,
             teacher=by_teacher,
             mixed=by_both,
             progress=step / max_steps,

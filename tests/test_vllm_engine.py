@@ -1,0 +1,82 @@
+"""vLLM writes what the transformers engine writes, with the weights of now."""
+
+import importlib.util
+import sys
+
+import pytest
+import torch
+
+import runs
+import tiny
+from promptkd.engines import Decoding, TransformersEngine
+from promptkd.errors import UserError
+from promptkd.models import LanguageModel
+from promptkd.vllm_engine import VLLMEngine
+
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vllm is not installed: promptkd[vllm]"
+)
+pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's imports warn of many things
+REQUESTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13), (14,)]
+SEEDS = [(0, row) for row in range(len(REQUESTS))]
+
+
+def test_a_machine_without_vllm_is_told_so_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    tiny.save_pair(tmp_path)
+    tiny.write_data(tmp_path / "train.jsonl", 6)
+    raw = tiny.recipe(tmp_path, sampling={"engine": "vllm"})
+    with pytest.raises(UserError, match=r"pip install 'promptkd\[vllm\]'"):
+        runs.train(raw)
+
+
+@pytest.fixture(scope="module")
+def engines():
+    student = LanguageModel(
+        tiny.model("llama", seed=3, width=128, num_attention_heads=2, num_key_value_heads=1), 98
+    )
+    return student, VLLMEngine(student, (tiny.EOS,), 64), TransformersEngine(student, (tiny.EOS,))
+
+
+@needs_vllm
+def test_greedy_text_is_that_of_the_transformers_engine_also_after_an_update(engines):
+    student, ours, plain = engines
+    decoding = Decoding(12, temperature=0.0)
+    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
+    before = ours.write(REQUESTS, SEEDS, decoding)
+    assert before == plain.write(REQUESTS, SEEDS, decoding)
+    with torch.no_grad():
+        for parameter in student.module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    after = ours.write(REQUESTS, SEEDS, decoding)
+    assert after == plain.write(REQUESTS, SEEDS, decoding)
+    assert after != before
+    assert (torch.get_num_threads(), torch.set_num_threads) == (threads, set_threads)
+
+
+@needs_vllm
+def test_a_sample_is_a_function_of_its_seed_in_any_company(engines):
+    _, ours, _ = engines
+    together = ours.write(REQUESTS, SEEDS, Decoding(12))
+    alone = [ours.write([r], [s], Decoding(12))[0] for r, s in zip(REQUESTS, SEEDS, strict=True)]
+    assert together == alone
+    assert ours.write(REQUESTS, [(1, *seed) for seed in SEEDS], Decoding(12)) != together
+
+
+@needs_vllm
+def test_a_stop_token_ends_a_response_and_is_part_of_it(engines):
+    student, ours, _ = engines
+    with torch.no_grad():
+        student.module.get_output_embeddings().weight[tiny.EOS] *= 3
+    requests, seeds = REQUESTS * 8, [(2, i) for i in range(8 * len(REQUESTS))]
+    written = ours.write(requests, seeds, Decoding(12))
+    ended = [r for r in written if r.token_ids[-1] == tiny.EOS]
+    assert ended
+    assert all(tiny.EOS not in r.token_ids[:-1] for r in written)
+    assert all(len(r.token_ids) == 12 for r in written if r not in ended)
+
+
+@needs_vllm
+def test_blocked_ngrams_are_refused(engines):
+    with pytest.raises(UserError, match="no_repeat_ngram_size is 6"):
+        engines[1].write(REQUESTS, SEEDS, Decoding(12, no_repeat_ngram_size=6))
