@@ -3,13 +3,15 @@
 The other side works as their script does: micro-batches of two, each written by itself, padded to
 512 and passed five times (adapted teacher, plain teacher, student; adapted teacher, student), whole
 fp32 logits, prompt and student gradients side by side until both are updated. Same models, same
-requests, same response lengths. Writes results/authors_order.json.
+requests, same response lengths. With promptkd[vllm] installed, vLLM rows too. Writes
+results/authors_order.json.
 """
 
+import importlib.util
 import statistics
 
 import torch
-from setting import OurStep, Setting, alternate, record, setting
+from setting import OurStep, Setting, alternate, matmul_peak, record, setting
 from transformers import DynamicCache
 
 PADDED, MICRO_BATCH = 512, 2
@@ -101,14 +103,16 @@ def mean_kl(learner, target, labels):
 
 
 def main() -> None:
-    ours, theirs = setting(), setting()
-    seconds = alternate(
-        {
-            "authors' order": AuthorsStep(theirs),
-            "before_student": OurStep(ours, "promptkd"),
-            "with_student": OurStep(setting(), "promptkd", "with_student"),
-        }
-    )
+    ours = setting()
+    sides = {
+        "authors' order": AuthorsStep(setting()),
+        "before_student": OurStep(ours, "promptkd"),
+        "with_student": OurStep(setting(), "promptkd", "with_student"),
+    }
+    if importlib.util.find_spec("vllm"):
+        sides["before_student, vllm"] = OurStep(setting(), "promptkd", vllm=True)
+        sides["with_student, vllm"] = OurStep(setting(), "promptkd", "with_student", vllm=True)
+    seconds = alternate(sides)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     base = medians["authors' order"]
     record(
@@ -118,6 +122,7 @@ def main() -> None:
             "new_tokens": ours.num_new,
             "layers": ours.student.config.num_hidden_layers,
             "seconds": seconds,
+            "matmul_peak": matmul_peak(),
             "times_faster": {name: round(base / value, 2) for name, value in medians.items()},
         },
     )

@@ -20,12 +20,13 @@ import torch
 
 from promptkd.data import Encoder, read_examples, training_set
 from promptkd.demo import unpack_teacher
-from promptkd.engines import Decoding, TransformersEngine
+from promptkd.engines import Decoding, Engine, TransformersEngine
 from promptkd.methods import build_method
 from promptkd.models import LanguageModel, load_model, load_tokenizer, stop_ids
 from promptkd.pruning import init_student
 from promptkd.rollouts import Rollout
 from promptkd.step import Learner, Step
+from promptkd.vllm_engine import VLLMEngine
 
 MODELS = Path("runs/benchmarks")
 RESULTS = Path(__file__).parent / "results"
@@ -81,7 +82,13 @@ def setting(
 class OurStep:
     """A step of one of promptkd's methods, in its two phases."""
 
-    def __init__(self, setting: Setting, method: str, teacher_step: str = "before_student"):
+    def __init__(
+        self,
+        setting: Setting,
+        method: str,
+        teacher_step: str = "before_student",
+        vllm: bool = False,
+    ):
         self.setting = setting
         vocabulary = setting.teacher.config.vocab_size
         student = LanguageModel(setting.student, vocabulary)
@@ -91,7 +98,10 @@ class OurStep:
             LanguageModel(setting.teacher, vocabulary), setting.tokenizer
         )
         own, adapted = list(setting.student.parameters()), teacher.parameters()
-        self.engine = TransformersEngine(student, setting.stop)
+        self.engine: Engine = TransformersEngine(student, setting.stop)
+        if vllm:
+            longest = setting.num_new + max(len(request) for request in setting.requests)
+            self.engine = VLLMEngine(student, setting.stop, longest)
         self.decoding = Decoding(setting.num_new)
         self.step = Step(
             composition,
