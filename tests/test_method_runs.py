@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import runs
 import tiny
 from promptkd.config import recipe_from_dict
 from promptkd.errors import UserError
@@ -156,3 +158,22 @@ def test_an_interpolated_teacher_leaves_no_adapter_behind(tmp_path):
     tiny.write_data(tmp_path / "train.jsonl")
     run(tiny.recipe(tmp_path, method={"name": "taid"}))
     assert not (tmp_path / "run" / "teacher_adapter").exists()
+
+
+def test_a_finished_run_is_the_start_and_the_teacher_of_the_next(tmp_path):
+    tiny.save_pair(tmp_path)
+    tiny.write_data(tmp_path / "train.jsonl")
+    first = runs.train(tiny.recipe(tmp_path, method={"name": "sft"}, output=str(tmp_path / "a")))
+
+    def chained(run: Path, output: str, **names: str) -> dict[str, torch.Tensor]:
+        overrides = {who: {"model": str(run / name)} for who, name in names.items()}
+        raw = tiny.recipe(tmp_path, output=str(tmp_path / output), **overrides)
+        return load_file(runs.train(raw) / "student" / "model.safetensors")
+
+    started = chained(first, "b", student=".")
+    expected = chained(first, "c", student="student")
+    torch.testing.assert_close(started, expected, rtol=0, atol=0)
+    taught = chained(first, "d", teacher=".")
+    expected = chained(first, "e", teacher="student")
+    torch.testing.assert_close(taught, expected, rtol=0, atol=0)
+    assert any(not torch.equal(taught[name], started[name]) for name in taught)
