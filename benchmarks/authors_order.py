@@ -14,6 +14,8 @@ import torch
 from setting import OurStep, Setting, alternate, matmul_peak, record, setting
 from transformers import DynamicCache
 
+from promptkd.engines import left_pad
+
 PADDED, MICRO_BATCH = 512, 2
 
 
@@ -59,16 +61,11 @@ class AuthorsStep:
 
     @torch.no_grad()
     def _write(self, requests):
-        width = max(len(request) for request in requests)
-        ids = torch.zeros(len(requests), width, dtype=torch.long)
-        attended = torch.zeros_like(ids)
-        for row, request in enumerate(requests):
-            ids[row, width - len(request) :] = torch.tensor(request)
-            attended[row, width - len(request) :] = 1
+        ids, attended = left_pad(requests, self.setting.student.device)
         setting = self.setting
         written = setting.student.generate(
             ids,
-            attention_mask=attended,
+            attention_mask=attended.long(),
             do_sample=True,
             top_k=0,
             top_p=1.0,
@@ -76,7 +73,7 @@ class AuthorsStep:
             min_new_tokens=setting.num_new if setting.forced else None,
             pad_token_id=0,
             past_key_values=DynamicCache(config=setting.student.config),
-        )[:, width:]
+        )[:, ids.shape[1] :]
         tokens = torch.zeros(len(requests), PADDED, dtype=torch.long)
         mask = torch.zeros(len(requests), PADDED, dtype=torch.bool)
         for row, request in enumerate(requests):

@@ -10,7 +10,7 @@ import statistics
 import torch
 from setting import Setting, alternate, record, setting
 
-from promptkd.engines import Decoding, Engine, TransformersEngine
+from promptkd.engines import Decoding, Engine, TransformersEngine, left_pad
 from promptkd.models import LanguageModel
 from promptkd.vllm_engine import VLLMEngine
 
@@ -25,19 +25,14 @@ def by_engine(engine: Engine, setting: Setting):
 
 
 def by_generate(setting: Setting):
-    width = max(len(request) for request in setting.requests)
-    ids = torch.zeros(len(setting.requests), width, dtype=torch.long)
-    attended = torch.zeros_like(ids)
-    for row, request in enumerate(setting.requests):
-        ids[row, width - len(request) :] = torch.tensor(request)
-        attended[row, width - len(request) :] = 1
+    ids, attended = left_pad(setting.requests, setting.student.device)
 
     @torch.no_grad()
     def write(number: int) -> None:
         torch.manual_seed(number)
         setting.student.generate(
             ids,
-            attention_mask=attended,
+            attention_mask=attended.long(),
             do_sample=True,
             top_k=0,
             top_p=1.0,

@@ -426,17 +426,20 @@ def test_the_curve_in_training_is_the_curve_of_the_run(run):
     assert curve.to_dict()["excess"] == pytest.approx(expected["excess"])
 
 
-def test_training_logs_the_curve_that_the_kept_student_has(tmp_path):
-    save_pair(tmp_path)
-    write_data(tmp_path / "train.jsonl")
-    write_data(tmp_path / "valid.jsonl", 4)
-    raw = recipe(
-        tmp_path,
-        data={"validation": str(tmp_path / "valid.jsonl")},
+def measuring_every_two_steps(directory):
+    save_pair(directory)
+    write_data(directory / "train.jsonl")
+    write_data(directory / "valid.jsonl", 4)
+    return recipe(
+        directory,
+        data={"validation": str(directory / "valid.jsonl")},
         optimization={"max_steps": 4},
         evaluation={"every_steps": 0, "exposure_bias_every_steps": 2},
     )
-    directory = runs.train(raw)
+
+
+def test_training_logs_the_curve_that_the_kept_student_has(tmp_path):
+    directory = runs.train(measuring_every_two_steps(tmp_path))
     curves = {
         row["step"]: row["exposure_bias"]
         for row in runs.json_lines(directory / "metrics.jsonl")
@@ -457,14 +460,7 @@ def test_training_logs_the_curve_that_the_kept_student_has(tmp_path):
     ],
 )
 def test_a_curve_that_cannot_be_measured_in_training_is_refused_first(tmp_path, changes, complaint):
-    save_pair(tmp_path)
-    write_data(tmp_path / "train.jsonl")
-    write_data(tmp_path / "valid.jsonl", 4)
-    raw = recipe(
-        tmp_path,
-        data={"validation": str(tmp_path / "valid.jsonl")},
-        evaluation={"exposure_bias_every_steps": 2},
-    )
+    raw = measuring_every_two_steps(tmp_path)
     for key, value in changes.items():
         raw[key] = {**raw[key], **value} if isinstance(value, dict) else value
     with pytest.raises(UserError, match=complaint):

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from promptkd.errors import UserError
-from promptkd.metrics import paired_bootstrap
-from promptkd.report_data import Evaluation, read_evaluations
-
-COMPARED = ("rouge_l", "exact_match", "num_tokens", "ended")
+from promptkd.metrics import SCORED
+from promptkd.report_data import Evaluation, Model, read_evaluations
+from promptkd.report_findings import compare as compare_models
 
 
 @dataclass(frozen=True)
@@ -70,15 +69,22 @@ def _evaluations(place: Path) -> dict[str, Evaluation]:
 
 def _differences(own: Evaluation, other: Evaluation) -> list[Difference]:
     rows = []
-    for score in COMPARED:
-        left, right = own.by_example(score), other.by_example(score)
-        if not left or not right:
+    for score in SCORED:
+        found = compare_models(Model("first", "other", own), Model("second", "other", other), score)
+        if found is None:
             continue
-        percent = 100.0 if score == "ended" else 1.0
-        first = [percent * left[index] for index in left]
-        second = [percent * right[index] for index in left]
-        means = sum(first) / len(first), sum(second) / len(second)
+        first, second = (e.record["scores"][score]["mean"] for e in (own, other))
+        unit = 100.0 if score == "ended" else 1.0  # percent, as in the scores
         rows.append(
-            Difference(own.name, score, *means, *paired_bootstrap(first, second), len(first))
+            Difference(
+                own.name,
+                score,
+                first,
+                second,
+                unit * found.difference,
+                unit * found.low,
+                unit * found.high,
+                num_requests=len(own.by_example(score) or ()),
+            )
         )
     return rows

@@ -1,7 +1,7 @@
 """How far apart two next-token distributions are: ``(learner, target) -> nats per token``.
 
 Both arguments are natural-log probabilities over the same vocabulary, one row per response token.
-The functions know no masks, chunks or devices, and never detach: who learns is the caller's affair.
+The functions know no masks, tiles or devices, and never detach: who learns is the caller's affair.
 With p = target and q = learner:
 
     forward_kl          KL(p || q)

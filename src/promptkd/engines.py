@@ -178,7 +178,7 @@ class TransformersEngine:
         authors = [_Author(model, soft_prompt, past)]
         if co_author:
             authors.append(_Author(co_author.model, None, None))
-        tokens, mask = _left_pad(requests, device)
+        tokens, mask = left_pad(requests, device)
         warpers = _warpers(decoding)
         num_rows = len(tokens)
         history = tokens.masked_fill(~mask, -1)  # padding is part of no n-gram
@@ -261,7 +261,8 @@ class _Author:
         self.cache.batch_select_indices(rows)
 
 
-def _left_pad(requests: list[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
+def left_pad(requests: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Requests side by side, ending together: (rows, width) token ids, and true at real tokens."""
     width = max(len(request) for request in requests)
     tokens = torch.zeros(len(requests), width, dtype=torch.long)
     mask = torch.zeros(len(requests), width, dtype=torch.bool)

@@ -15,6 +15,9 @@ from nltk.stem import porter
 from rapidfuzz.distance import LCSseq
 from rouge_score import tokenize
 
+SCORED = ("rouge_l", "exact_match", "num_tokens", "ended")
+"""What is known of every single response."""
+
 
 class _RememberingStemmer(porter.PorterStemmer):
     @lru_cache(maxsize=200_000)  # noqa: B019 - one stemmer per process

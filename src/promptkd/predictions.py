@@ -8,9 +8,13 @@ from typing import Any
 
 from promptkd.checkpoints import writing
 from promptkd.errors import UserError
-from promptkd.metrics import bootstrap_interval, exact_match, mean_and_deviation, rouge_l
-
-SCORED = ("rouge_l", "exact_match", "num_tokens", "ended")
+from promptkd.metrics import (
+    SCORED,
+    bootstrap_interval,
+    exact_match,
+    mean_and_deviation,
+    rouge_l,
+)
 
 
 @dataclass(frozen=True)

@@ -72,12 +72,12 @@ class LossNotFinite(UserError):
 class StepMetrics:
     """Sums over the response tokens of a step and all ranks; means are taken when read."""
 
+    cost: Cost
     num_compared: float  # response tokens of the terms that compare with the teacher
     loss: float = 0.0  # what the student minimises: token means of the terms, weighed
     nats: dict[str, float] = field(default_factory=dict)
     gradient_norms: dict[str, float] = field(default_factory=dict)
     padding_share: float = 0.0
-    cost: Cost | None = None
 
     def teacher_mean(self, name: str) -> float:
         """Of one of the adaptation's losses: nats per token that is compared with the teacher."""
@@ -129,7 +129,6 @@ class Step:
         self.teacher_step = teacher_step
         self.sum_over_ranks = sum_over_ranks
         self.tiling = tiling
-        self._cost = Cost(student.device)
 
     def __call__(
         self, rollouts: Sequence[Sequence[Rollout]], step: int, max_steps: int
@@ -145,7 +144,6 @@ class Step:
             LossNotFinite: before anything is updated with a NaN or infinite value.
         """
         pieces, metrics = self._cut(rollouts)
-        self._cost = metrics.cost = Cost(self.student.device)
         adaptation = self.method.adaptation
         coefficient = adaptation.coefficient(step, max_steps) if adaptation else 0.0
         together = self.teacher_step == "with_student"
@@ -153,12 +151,12 @@ class Step:
         if adaptation and not together:
             for piece in pieces:
                 # One micro-batch: its student graph is kept and nothing is recomputed.
-                student = self._student_states(piece.batch, learns=len(pieces) == 1)
+                student = self._student_states(piece.batch, len(pieces) == 1, metrics.cost)
                 kept = student if len(pieces) == 1 else None
                 self._evaluate(piece, student, step, coefficient, metrics, adapt=True, learn=False)
             self._update("teacher", self.teacher_learner, metrics, ("towards_student",), step)
         for piece in pieces:
-            student = kept or self._student_states(piece.batch, learns=True)
+            student = kept or self._student_states(piece.batch, True, metrics.cost)
             adapt = adaptation is not None and together
             self._evaluate(piece, student, step, coefficient, metrics, adapt=adapt, learn=True)
         if adaptation and together:
@@ -184,20 +182,22 @@ class Step:
                 real += sum(rollout.num_tokens for rollout in batch.rollouts)
                 adaptation_weight = 1 / adapting if term.objective.needs_teacher else 0.0
                 pieces.append(Piece(term, batch, term.weight / count, adaptation_weight))
-        metrics = StepMetrics(adapting, padding_share=1 - real / padded)
+        metrics = StepMetrics(Cost(device), adapting, padding_share=1 - real / padded)
         return pieces, metrics
 
-    def _student_states(self, batch: MicroBatch, learns: bool) -> States:
-        self._cost.count_trunk("student", self.student, batch.tokens.numel(), 2 * learns)
-        with torch.set_grad_enabled(learns), self._cost.timed("student"):
+    def _student_states(self, batch: MicroBatch, learns: bool, cost: Cost) -> States:
+        cost.count_trunk("student", self.student, batch.tokens.numel(), 2 * learns)
+        with torch.set_grad_enabled(learns), cost.timed("student"):
             hidden = self.student.hidden_states(batch.tokens)
             return States(select_responses(hidden, batch.response_mask), self.student.head, learns)
 
-    def _teacher_states(self, batch: MicroBatch, learns: bool, plain: bool = False) -> States:
+    def _teacher_states(
+        self, batch: MicroBatch, learns: bool, cost: Cost, plain: bool = False
+    ) -> States:
         assert self.teacher is not None
         voice = self.teacher.plain_hidden_states if plain else self.teacher.hidden_states
-        self._cost.count_trunk("teacher", self.teacher.model, batch.tokens.numel(), int(learns))
-        with torch.set_grad_enabled(learns), self._cost.timed("teacher"):
+        cost.count_trunk("teacher", self.teacher.model, batch.tokens.numel(), int(learns))
+        with torch.set_grad_enabled(learns), cost.timed("teacher"):
             hidden = voice(batch.tokens)
             return States(
                 select_responses(hidden, batch.response_mask), self.teacher.model.head, learns
@@ -221,13 +221,13 @@ class Step:
             return
         states = {"student": States(student.hidden, student.head, learn)}
         if objective.needs_teacher:
-            states["teacher"] = self._teacher_states(piece.batch, learns=adapt)
+            states["teacher"] = self._teacher_states(piece.batch, adapt, metrics.cost)
         if adapt and coefficient:
-            states["plain"] = self._teacher_states(piece.batch, learns=False, plain=True)
+            states["plain"] = self._teacher_states(piece.batch, False, metrics.cost, plain=True)
         tokens = piece.batch.response_ids
         annotations = {name: piece.batch.annotation(name) for name in objective.annotations}
 
-        def losses(logprobs, chunk: slice):
+        def losses(logprobs, tile: slice):
             values = {}
             heard = logprobs["student"].detach()
             if adapt:
@@ -246,8 +246,8 @@ class Step:
                 view = TokenView(
                     logprobs["student"],
                     target,
-                    tokens[chunk],
-                    {name: values[chunk] for name, values in annotations.items()},
+                    tokens[tile],
+                    {name: values[tile] for name, values in annotations.items()},
                 )
                 values["student"] = objective(view)
             return values
@@ -257,8 +257,8 @@ class Step:
             "towards_student": piece.adaptation_weight,
             "towards_itself": coefficient * piece.adaptation_weight,
         }
-        self._cost.count_heads(states.values())
-        found = accumulate(states, losses, weights, self.tiling, self._cost.timed)
+        metrics.cost.count_heads(states.values())
+        found = accumulate(states, losses, weights, self.tiling, metrics.cost.timed)
         for name, nats in found.items():
             total = nats.sum().item()
             if not torch.isfinite(nats).all():

@@ -187,7 +187,6 @@ class Trainer:
         row = self._describe(step, rollouts, metrics)
         row["seconds_writing"] = written - started
         row["seconds_learning"] = time.perf_counter() - written
-        assert metrics.cost is not None
         row |= {f"seconds_{phase}": took for phase, took in metrics.cost.seconds.items()}
         row["flops"] = sum(metrics.cost.flops.values())
         row["peak_memory"] = peak_memory(self.device)
