@@ -213,6 +213,12 @@ def test_every_method_can_be_named_with_its_defaults_alone(name):
         ("promptkd", {"rollouts": "studnet"}, "rollouts is 'studnet'; did you mean 'student'"),
         ("promptkd", {"teacher": "softprompt"}, "'softprompt'; did you mean 'soft_prompt'"),
         ("promptkd", {"length": 0}, "length is 0: "),
+        (
+            "promptkd",
+            {"length": "seven"},
+            "'method.length' is 'seven': Input should be a valid int",
+        ),
+        ("minillm", {"clip": [0.2]}, r"'method.clip' is \[0.2\]: Input should be a valid number"),
         ("nowhere:mine", {}, "cannot be imported"),
         ("platform:node", {}, "returned str, not a promptkd Method"),
     ],

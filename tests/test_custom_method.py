@@ -92,8 +92,8 @@ def test_a_module_is_found_in_the_current_directory(tmp_path, monkeypatch):
     [
         ("no_such_module:mine", "cannot be imported: No module named 'no_such_module'"),
         ("custom_method:no_such_function", "has no attribute 'no_such_function'"),
-        ("math:prod", r"method 'math:prod': prod\(\)"),
-        ("custom_method:ConfidentReverseKL", "returned ConfidentReverseKL, not a promptkd Method"),
+        ("math:prod", "is a builtin_function_or_method, not a function"),
+        ("custom_method:ConfidentReverseKL", "is a type, not a function"),
     ],
 )
 def test_what_is_not_a_method_is_refused_with_the_reason(there, name, said):

@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 
 import runs
 import tiny
-from promptkd.config import recipe_from_dict
+from promptkd.api import distill, train
+from promptkd.config import load_recipe, recipe_from_dict
 from promptkd.errors import UserError
-from promptkd.methods import METHODS, Method, Term, build_method
+from promptkd.methods import METHODS, Method, Term, build_method, gkd, promptkd
 from promptkd.objectives import Divergence
 from promptkd.rollouts import Reference, Student
 from promptkd.teachers import Frozen, SoftPrompt
@@ -89,6 +90,30 @@ def test_a_composition_of_ones_own_is_a_method():
 def test_only_a_moved_teacher_may_learn():
     with pytest.raises(ValueError, match="nothing here moves"):
         Method("mine", (Term(Student(), Divergence("reverse_kl")),), SoftPrompt())
+
+
+def test_a_method_keeps_what_it_was_called_with():
+    method = gkd(0.5, divergence="generalized_jsd", beta=0.1)
+
+    assert method.options == {"student_share": 0.5, "divergence": "generalized_jsd", "beta": 0.1}
+    assert build_method(method.name, **method.options) == method
+
+
+def test_the_recipe_of_a_run_made_in_python_makes_the_same_run_again(tmp_path):
+    tiny.save_pair(tmp_path)
+    tiny.write_data(tmp_path / "train.jsonl")
+    recipe = tiny.recipe(tmp_path)
+    first = distill(
+        recipe["student"]["model"],
+        recipe["teacher"]["model"],
+        recipe["data"],
+        method=promptkd(length=3, regularizer=0.5),
+        output=tmp_path / "run",
+        optimization=recipe["optimization"],
+    )
+    again = train(load_recipe(first / "recipe.yaml", [f"output={tmp_path / 'again'}"]))
+
+    assert runs.result(again) == runs.result(first)
 
 
 RUNS = {

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from promptkd.errors import UserError
 from promptkd.models import LanguageModel
-from promptkd.teachers import PlainTeacher, Teacher, check_start, start_tokens
+from promptkd.teachers import FromTokens, PlainTeacher, Teacher
 
 
 @dataclass(frozen=True)
@@ -157,28 +157,18 @@ class LoRATeacher(PlainTeacher):
 
 
 @dataclass(frozen=True)
-class Prefix:
+class Prefix(FromTokens):
     """``length`` trainable keys and values in front of the text, in every layer of the teacher.
 
-    They start as those of a text's tokens (see ``start_tokens``), so the teacher starts as the one
-    that reads this text first; PEFT starts from random numbers. No reparametrisation.
+    They start as those of the tokens, so the teacher starts as the one that reads these first; PEFT
+    starts from random numbers. No reparametrisation.
 
     Source: Li and Liang 2021, arXiv:2101.00190.
     """
 
-    length: int = 7
-    init: str = "text"
-    init_text: str = "Suppose you are a student."
-    seed: int = 0
-
-    learns = True
-
-    def __post_init__(self) -> None:
-        check_start(self.length, self.init)
-
     @torch.no_grad()
     def build(self, model: LanguageModel, tokenizer: Any) -> Teacher:
-        start = start_tokens(model, tokenizer, self.length, self.init, self.init_text, self.seed)
+        start = self.start(model, tokenizer)
         cache: Any = DynamicCache()
         trunk: Any = model.module.base_model
         trunk(torch.tensor([start], device=model.device), past_key_values=cache, use_cache=True)

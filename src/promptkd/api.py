@@ -66,7 +66,7 @@ def distill(
     if teacher is not None:
         raw["teacher"] = {"model": str(teacher)}
     raw["data"] = data if isinstance(data, dict) else {"train": data}
-    raw["method"] = {"name": method.name}
+    raw["method"] = {"name": method.name, **method.options}
     raw["output"] = str(output)
     return train(recipe_from_dict(raw), method)
 

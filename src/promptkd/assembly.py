@@ -129,12 +129,7 @@ def assemble(
     if recipe.sampling.engine == "vllm":
         longest = encoder.max_request_tokens + encoder.max_response_tokens
         engine = VLLMEngine(student, stop, longest)
-    decoding = Decoding(
-        recipe.data.max_response_tokens,
-        recipe.sampling.temperature,
-        recipe.sampling.top_p,
-        recipe.sampling.top_k,
-    )
+    decoding = Decoding.of_recipe(recipe)
     authors = Authors(engine, student, decoding, encoder, recipe.seed)
     if plain_teacher and any(term.rollouts.asks_teacher for term in method.terms):
         authors.add_teacher(plain_teacher, teacher_tokenizer, examples)

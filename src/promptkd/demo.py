@@ -20,7 +20,7 @@ from promptkd.report import report
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LAYERS = 20
-NUM_SCORED = 32
+NUM_SCORED = 24
 SHOWN = {
     "reverse_kl_to_teacher": "KL to teacher",
     "rouge_l": "ROUGE-L",
@@ -75,7 +75,7 @@ def demo(output: Path) -> Path:
                 "student": {"model": str(start)},
                 "method": {"name": "kd"},
                 "optimization": {
-                    "max_steps": 16,
+                    "max_steps": 14,
                     "global_batch_size": 8,
                     "learning_rate": 2e-4,
                     "warmup_steps": 3,
@@ -93,7 +93,7 @@ def demo(output: Path) -> Path:
                 "student": {"model": str(warm)},
                 "method": {"name": "promptkd"},
                 "optimization": {
-                    "max_steps": 10,
+                    "max_steps": 8,
                     "global_batch_size": 8,
                     "learning_rate": 5e-5,
                     "teacher_learning_rate": 5e-3,

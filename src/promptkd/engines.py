@@ -21,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from promptkd.config import Recipe
 from promptkd.models import LanguageModel
 
 Tokens = tuple[int, ...]
@@ -43,6 +44,12 @@ class Decoding:
     top_p: float = 1.0
     top_k: int = 0
     no_repeat_ngram_size: int = 0
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe) -> "Decoding":
+        """As the recipe's run samples in training and validation, where nothing is blocked."""
+        s = recipe.sampling
+        return cls(recipe.data.max_response_tokens, s.temperature, s.top_p, s.top_k)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -4,6 +4,7 @@ A score always carries its data, decoding settings, seeds, number of examples an
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -183,12 +184,12 @@ def evaluate(
         setting(max_response_tokens, defaults and defaults.data.max_response_tokens, 256),
     )
     check_context(module.config, encoder.max_request_tokens, encoder.max_response_tokens, name)
-    decoding = Decoding(
-        encoder.max_response_tokens,
-        setting(temperature, defaults and defaults.sampling.temperature, 1.0),
-        setting(top_p, defaults and defaults.sampling.top_p, 1.0),
-        setting(top_k, defaults and defaults.sampling.top_k, 0),
-        no_repeat_ngram_size,
+    asked = {"temperature": temperature, "top_p": top_p, "top_k": top_k}
+    decoding = replace(
+        Decoding.of_recipe(defaults) if defaults else Decoding(encoder.max_response_tokens),
+        max_new_tokens=encoder.max_response_tokens,
+        no_repeat_ngram_size=no_repeat_ngram_size,
+        **{name: value for name, value in asked.items() if value is not None},
     )
     vocabulary, teacher_model = embedding_rows(module), None
     if teacher:

@@ -1,5 +1,6 @@
 """Teacher, adapted teacher and student, side by side on one request."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,9 @@ def generate(
     recipe = load_recipe(run / "recipe.yaml")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = compute_dtype(recipe.precision, device)
-    decoding = Decoding(
-        recipe.data.max_response_tokens,
-        recipe.sampling.temperature if temperature is None else temperature,
-        recipe.sampling.top_p,
-        recipe.sampling.top_k,
-    )
+    decoding = Decoding.of_recipe(recipe)
+    if temperature is not None:
+        decoding = replace(decoding, temperature=temperature)
     voices: list[tuple[str, str, Path | None]] = []
     if recipe.teacher:
         voices.append(("teacher", recipe.teacher.model, None))

@@ -55,13 +55,10 @@ class FinishedRun:
 
     def decoding(self, no_repeat_ngram_size: int = 0) -> Decoding:
         """The run's own: as it sampled in training and validation, where nothing is blocked."""
-        sampling = self.recipe.sampling
-        return Decoding(
-            self.encoder.max_response_tokens,
-            sampling.temperature,
-            sampling.top_p,
-            sampling.top_k,
-            no_repeat_ngram_size,
+        return replace(
+            Decoding.of_recipe(self.recipe),
+            max_new_tokens=self.encoder.max_response_tokens,
+            no_repeat_ngram_size=no_repeat_ngram_size,
         )
 
 

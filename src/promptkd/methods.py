@@ -19,13 +19,16 @@ code disagree, the docstring says which one is followed.
     promptkd   q                               KL(q || p_P)                   soft prompt P learns
 """
 
+import functools
 import importlib
 import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ParamSpec
+
+from pydantic import ValidationError, validate_call
 
 from promptkd.adapters import LoRA, Prefix
 from promptkd.config import suggest
@@ -69,12 +72,14 @@ class Method:
         terms: their token means are added up, each with its weight.
         teacher: None if no term needs one.
         adaptation: what moves the teacher; None keeps it as built.
+        options: what its function was given, so that a recipe can name it again.
     """
 
     name: str
     terms: tuple[Term, ...]
     teacher: TeacherSpecification | None = None
     adaptation: Adaptation | None = None
+    options: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         learns = self.teacher is not None and self.teacher.learns
@@ -101,11 +106,30 @@ class Method:
         return any(term.objective.needs_teacher for term in self.terms)
 
 
+METHODS: dict[str, Callable[..., Method]] = {}
+
+Options = ParamSpec("Options")
+
+
+def _method(function: Callable[Options, Method]) -> Callable[Options, Method]:
+    """Put a method into ``METHODS``, and what it is called with into the method."""
+
+    @functools.wraps(function)
+    def recorded(*args: Options.args, **kwargs: Options.kwargs) -> Method:
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        return replace(function(*args, **kwargs), options=given)
+
+    METHODS[function.__name__] = recorded
+    return recorded
+
+
+@_method
 def sft() -> Method:
     """Supervised fine-tuning: -log q on the reference responses."""
     return Method("sft", (Term(Reference(), CrossEntropy()),))
 
 
+@_method
 def kd(kl_share: float = 0.5, rollouts: str = "reference") -> Method:
     """Word-level distillation: (1 - kl_share) cross-entropy + kl_share KL(p || q).
 
@@ -114,6 +138,7 @@ def kd(kl_share: float = 0.5, rollouts: str = "reference") -> Method:
     return Method("kd", (Term(source(rollouts), _cross_entropy_and_kl(kl_share)),), Frozen())
 
 
+@_method
 def seqkd(kl_share: float = 0.0) -> Method:
     """Sequence-level distillation: -log q on responses the teacher wrote once, off-line.
 
@@ -125,6 +150,7 @@ def seqkd(kl_share: float = 0.0) -> Method:
     return Method("seqkd", (Term(Teacher(), _cross_entropy_and_kl(kl_share)),), Frozen())
 
 
+@_method
 def imitkd(start_share: float = 0.0, final_share: float = 1.0) -> Method:
     """Imitation learning: KL(p || q) on the data's text, then more and more on the student's own.
 
@@ -138,6 +164,7 @@ def imitkd(start_share: float = 0.0, final_share: float = 1.0) -> Method:
     return Method("imitkd", (Term(writer, Divergence("forward_kl")),), Frozen())
 
 
+@_method
 def gkd(
     student_share: float = 1.0,
     divergence: str = "reverse_kl",
@@ -159,6 +186,7 @@ def gkd(
     return Method("gkd", (Term(writer, objective),), specification)
 
 
+@_method
 def minillm(
     teacher_share: float = 0.2, inner_epochs: int = 4, clip: float = 0.2, corpus: str | None = None
 ) -> Method:
@@ -184,6 +212,7 @@ def minillm(
     return Method("minillm", tuple(terms), Frozen())
 
 
+@_method
 def distillm(
     divergence: str = "skew_forward_kl",
     skew: float = 0.1,
@@ -202,6 +231,7 @@ def distillm(
     return Method("distillm", (Term(AdaptiveReplay(student_share, capacity), objective),), Frozen())
 
 
+@_method
 def distillm2(skew: float = 0.1, beta: float = 1.0) -> Method:
     """Contrastive pairs: (2 - beta)/2 skew forward KL on p's text + beta/2 skew reverse KL on q's.
 
@@ -222,6 +252,7 @@ def distillm2(skew: float = 0.1, beta: float = 1.0) -> Method:
     return Method("distillm2", terms, Frozen())
 
 
+@_method
 def akl(head_mass: float = 0.5, rollouts: str = "reference") -> Method:
     """Forward and reverse KL, weighted by where the student is wrong: in the head or the tail.
 
@@ -231,6 +262,7 @@ def akl(head_mass: float = 0.5, rollouts: str = "reference") -> Method:
     return Method("akl", (Term(source(rollouts), objective),), Frozen())
 
 
+@_method
 def taid(
     start: float = 0.4,
     end: float = 1.0,
@@ -248,6 +280,7 @@ def taid(
     return Method("taid", (Term(source(rollouts), Divergence("forward_kl")),), specification)
 
 
+@_method
 def opd() -> Method:
     """On-policy distillation from the sampled token alone; gkd's default in expectation.
 
@@ -256,6 +289,7 @@ def opd() -> Method:
     return Method("opd", (Term(Student(), SampledToken()),), Frozen())
 
 
+@_method
 def promptkd(
     length: int = 7,
     init: str = "text",
@@ -343,25 +377,6 @@ def _cross_entropy_and_kl(kl_share: float) -> Objective:
     return Weighted(((1 - kl_share, CrossEntropy()), (kl_share, Divergence("forward_kl"))))
 
 
-METHODS: dict[str, Callable[..., Method]] = {
-    function.__name__: function
-    for function in (
-        sft,
-        kd,
-        seqkd,
-        imitkd,
-        gkd,
-        minillm,
-        distillm,
-        distillm2,
-        akl,
-        taid,
-        opd,
-        promptkd,
-    )
-}
-
-
 def build_method(name: str, **options: Any) -> Method:
     """The method of a recipe: a name of ``METHODS`` or ``module:function``, with its options.
 
@@ -374,7 +389,11 @@ def build_method(name: str, **options: Any) -> Method:
         if option not in known:
             raise UserError(f"unknown key 'method.{option}'{suggest(option, list(known))}")
     try:
-        method = function(**options)
+        method = validate_call(function)(**options)
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        key = ".".join(str(part) for part in wrong["loc"])
+        raise UserError(f"'method.{key}' is {wrong['input']!r}: {wrong['msg']}.") from None
     except (ValueError, TypeError) as error:
         raise UserError(f"method '{name}': {error}") from None
     if not isinstance(method, Method):
@@ -391,9 +410,15 @@ def _method_function(name: str) -> Callable[..., Method]:
     if os.getcwd() not in sys.path:  # the installed command doesn't look there, python -m does
         sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), attribute)
+        function = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"method '{name}' cannot be imported: {error}. Write module:function, "
             "with the module in the current directory or on the Python path."
         ) from None
+    if not inspect.isfunction(function):
+        raise UserError(
+            f"method '{name}' is a {type(function).__name__}, not a function. Name a Python "
+            "function that returns a promptkd Method."
+        )
+    return function

@@ -225,50 +225,16 @@ def prompt_vectors(model: LanguageModel, token_ids: Sequence[int]) -> Float[Tens
 STARTS = ("text", "padding", "random")
 
 
-def start_tokens(
-    model: LanguageModel, tokenizer: Any, length: int, init: str, init_text: str, seed: int
-) -> list[int]:
-    """``length`` tokens that adaptation starts from.
-
-    Those of ``init_text`` (a longer text is cut, a shorter one repeats), the padding token, or
-    random ones. Special tokens of the tokenizer are left out; PEFT and the authors keep a start
-    token, which costs OPT's prompt its full stop.
-    """
-    context = context_length(model.module.config)
-    if context is not None and length >= context:
-        raise UserError(
-            f"The teacher gets {length} positions in front, its context has {context}: nothing is "
-            "left for the text. Use a smaller length."
-        )
-    if init == "padding":
-        pad = tokenizer.pad_token_id
-        ids = [tokenizer.eos_token_id if pad is None else pad]
-    elif init == "random":
-        generator = torch.Generator().manual_seed(seed)
-        ids = torch.randint(model.vocabulary, (length,), generator=generator).tolist()
-    else:
-        ids = tokenizer(init_text, add_special_tokens=False).input_ids
-    if not ids:
-        raise UserError(f"init_text {init_text!r} has no tokens to start from.")
-    return [ids[position % len(ids)] for position in range(length)]
-
-
-def check_start(length: int, init: str) -> None:
-    """Raises ValueError for a start that can't be."""
-    if length < 1:
-        raise ValueError(
-            f"length is {length}: what is put in front of the teacher has at least one position. "
-            "For a teacher with nothing in front use teacher='frozen'."
-        )
-    if init not in STARTS:
-        raise ValueError(f"init is '{init}'{suggest(init, list(STARTS))}")
-
-
 @dataclass(frozen=True)
-class SoftPrompt:
-    """``length`` trainable vectors in front of the teacher's input; see ``start_tokens``.
+class FromTokens:
+    """``length`` positions in front of the teacher's text that start as tokens, and learn.
 
-    Source: PromptKD, arXiv:2402.12842, section 3; random and padding start: Fig. 4.
+    Args:
+        init: start from the tokens of ``init_text`` (a longer text is cut, a shorter one repeats),
+            from the "padding" token, or from "random" ones. Special tokens of the tokenizer are
+            left out; PEFT and the authors keep a start token, which costs OPT's prompt its full
+            stop.
+        seed: of the random ones.
     """
 
     length: int = 7
@@ -279,11 +245,49 @@ class SoftPrompt:
     learns = True
 
     def __post_init__(self) -> None:
-        check_start(self.length, self.init)
+        if self.length < 1:
+            raise ValueError(
+                f"length is {self.length}: what is put in front of the teacher has at least one "
+                "position. For a teacher with nothing in front use teacher='frozen'."
+            )
+        if self.init not in STARTS:
+            raise ValueError(f"init is '{self.init}'{suggest(self.init, list(STARTS))}")
+
+    def start(self, model: LanguageModel, tokenizer: Any) -> list[int]:
+        """The ``length`` tokens.
+
+        Raises:
+            UserError: if they fill the teacher's context, or the text has none.
+        """
+        context = context_length(model.module.config)
+        if context is not None and self.length >= context:
+            raise UserError(
+                f"The teacher gets {self.length} positions in front, its context has {context}: "
+                "nothing is left for the text. Use a smaller length."
+            )
+        if self.init == "padding":
+            pad = tokenizer.pad_token_id
+            ids = [tokenizer.eos_token_id if pad is None else pad]
+        elif self.init == "random":
+            generator = torch.Generator().manual_seed(self.seed)
+            ids = torch.randint(model.vocabulary, (self.length,), generator=generator).tolist()
+        else:
+            ids = tokenizer(self.init_text, add_special_tokens=False).input_ids
+        if not ids:
+            raise UserError(f"init_text {self.init_text!r} has no tokens to start from.")
+        return [ids[position % len(ids)] for position in range(self.length)]
+
+
+@dataclass(frozen=True)
+class SoftPrompt(FromTokens):
+    """``length`` trainable vectors in front of the teacher's input.
+
+    Source: PromptKD, arXiv:2402.12842, section 3; random and padding start: Fig. 4.
+    """
 
     def build(self, model: LanguageModel, tokenizer: Any) -> Teacher:
-        start = start_tokens(model, tokenizer, self.length, self.init, self.init_text, self.seed)
-        return SoftPromptTeacher(model, prompt_vectors(model, start), trainable=True)
+        vectors = prompt_vectors(model, self.start(model, tokenizer))
+        return SoftPromptTeacher(model, vectors, trainable=True)
 
 
 @dataclass(frozen=True)
