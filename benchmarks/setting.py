@@ -25,7 +25,7 @@ from promptkd.methods import build_method
 from promptkd.models import LanguageModel, load_model, load_tokenizer, stop_ids
 from promptkd.pruning import init_student
 from promptkd.rollouts import Rollout
-from promptkd.step import Learner, Step
+from promptkd.step import Learner, Step, StepMetrics
 from promptkd.vllm_engine import VLLMEngine
 
 MODELS = Path("runs/benchmarks")
@@ -88,9 +88,10 @@ class OurStep:
         method: str,
         teacher_step: str = "before_student",
         vllm: bool = False,
+        vocabulary: int | None = None,
     ):
         self.setting = setting
-        vocabulary = setting.teacher.config.vocab_size
+        vocabulary = vocabulary or setting.teacher.config.vocab_size
         student = LanguageModel(setting.student, vocabulary)
         composition = build_method(method)
         assert composition.teacher is not None
@@ -123,8 +124,8 @@ class OurStep:
             for row, (request, response) in enumerate(zip(requests, written, strict=True))
         ]
 
-    def learn(self, rollouts: list[Rollout], number: int) -> None:
-        self.step([rollouts], step=number, max_steps=1000)
+    def learn(self, rollouts: list[Rollout], number: int) -> StepMetrics:
+        return self.step([rollouts], step=number, max_steps=1000)
 
     def __call__(self, number: int) -> None:
         self.learn(self.write(number), number)
