@@ -16,7 +16,8 @@ import typer
 from typer.main import get_command
 
 from promptkd.cli import app
-from promptkd.methods import METHODS, Method
+from promptkd.composition import Method
+from promptkd.methods import METHODS
 from promptkd.objectives import Divergence, Weighted
 
 ROOT = Path(__file__).parents[1]

@@ -11,8 +11,8 @@ In Python, ``promptkd.distill(..., method=confident(anchor=0.2))`` is the same.
 from dataclasses import dataclass
 from typing import ClassVar
 
+from promptkd.composition import Method, Term
 from promptkd.divergences import reverse_kl
-from promptkd.methods import Method, Term
 from promptkd.objectives import CrossEntropy, Divergence, TokenView
 from promptkd.rollouts import Reference, Student
 from promptkd.teachers import Adaptation, SoftPrompt

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import tiny
+from promptkd.composition import Method, Term
 from promptkd.errors import UserError
-from promptkd.methods import Method, Term
 from promptkd.models import LanguageModel, select_responses
 from promptkd.objectives import CrossEntropy, Divergence, States, Tiling, accumulate
 from promptkd.rollouts import Reference, Rollout, Stateless, pad, reference_rollouts

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 import runs
 import tiny
 from promptkd.api import distill, train
+from promptkd.composition import Method, Term
 from promptkd.config import load_recipe, recipe_from_dict
 from promptkd.errors import UserError
-from promptkd.methods import METHODS, Method, Term, build_method, gkd, promptkd
+from promptkd.methods import METHODS, build_method, gkd, promptkd
 from promptkd.objectives import Divergence
 from promptkd.rollouts import Reference, Student
 from promptkd.teachers import Frozen, SoftPrompt

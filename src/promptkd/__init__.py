@@ -17,8 +17,8 @@ from promptkd.errors import UserError
 if TYPE_CHECKING:
     from promptkd import divergences, methods, objectives, rollouts, teachers
     from promptkd.api import check, distill, train
+    from promptkd.composition import Method, Term
     from promptkd.evaluation import evaluate
-    from promptkd.methods import Method, Term
     from promptkd.pruning import init_student
 
 _HOMES = {
@@ -27,8 +27,8 @@ _HOMES = {
     "train": "promptkd.api",
     "evaluate": "promptkd.evaluation",
     "init_student": "promptkd.pruning",
-    "Method": "promptkd.methods",
-    "Term": "promptkd.methods",
+    "Method": "promptkd.composition",
+    "Term": "promptkd.composition",
 }
 _MODULES = ("methods", "divergences", "objectives", "rollouts", "teachers")
 

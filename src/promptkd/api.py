@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from promptkd.composition import Method
 from promptkd.config import Recipe, recipe_from_dict
-from promptkd.methods import Method, build_method
+from promptkd.methods import build_method
 from promptkd.trainer import Trainer
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from promptkd import preflight
 from promptkd.adapters import add_lora
+from promptkd.composition import Method
 from promptkd.config import Recipe
 from promptkd.data import (
     Dataset,
@@ -20,7 +21,6 @@ from promptkd.data import (
 )
 from promptkd.engines import Decoding, Engine, TransformersEngine
 from promptkd.errors import UserError
-from promptkd.methods import Method
 from promptkd.models import (
     LanguageModel,
     compute_dtype,

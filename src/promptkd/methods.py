@@ -1,8 +1,8 @@
 """Every method, as a composition: who writes x what is minimised x what happens to the teacher.
 
 p is the teacher, q the student. The parameters of each function are the options of a recipe;
-``teacher_options`` are the fields of the teacher's class in ``TEACHERS``. Where a paper and its
-code disagree, the docstring says which one is followed.
+``teacher_options`` are the fields of the teacher's class in ``composition.TEACHERS``. Where a paper
+and its code disagree, the docstring says which one is followed.
 
     method     who writes                      minimised at each token        teacher
     sft        the data                        -log q                         none
@@ -24,13 +24,13 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ParamSpec
 
 from pydantic import ValidationError, validate_call
 
-from promptkd.adapters import LoRA, Prefix
+from promptkd.composition import Method, Term, source, teacher_specification
 from promptkd.config import suggest
 from promptkd.errors import UserError
 from promptkd.objectives import (
@@ -43,68 +43,8 @@ from promptkd.objectives import (
     options_of,
 )
 from promptkd.replay import AdaptiveReplay, Repeated
-from promptkd.rollouts import Corpus, Mixture, Reference, Source, Student, Teacher, TeacherMixed
-from promptkd.teachers import (
-    Adaptation,
-    Frozen,
-    Interpolated,
-    SoftPrompt,
-    TeacherSpecification,
-    TextPrompt,
-)
-
-
-@dataclass(frozen=True)
-class Term:
-    """Rollouts from one source, and what is minimised at each of their response tokens."""
-
-    rollouts: Source
-    objective: Objective
-    weight: float = 1.0
-
-
-@dataclass(frozen=True)
-class Method:
-    """What the trainer is given; it knows methods by these parts alone, never by name.
-
-    Attributes:
-        name: for records.
-        terms: their token means are added up, each with its weight.
-        teacher: None if no term needs one.
-        adaptation: what moves the teacher; None keeps it as built.
-        options: what its function was given, so that a recipe can name it again.
-    """
-
-    name: str
-    terms: tuple[Term, ...]
-    teacher: TeacherSpecification | None = None
-    adaptation: Adaptation | None = None
-    options: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        learns = self.teacher is not None and self.teacher.learns
-        if learns and self.adaptation is None:
-            raise ValueError(f"nothing here moves the teacher {self.teacher!r}; use promptkd.")
-        if self.adaptation is not None and not learns:
-            raise ValueError(f"the teacher {self.teacher!r} has nothing to adapt; use gkd with it.")
-
-    @property
-    def needs_references(self) -> bool:
-        return any(term.rollouts.needs_references for term in self.terms)
-
-    @property
-    def needs_validation(self) -> bool:
-        return any(term.rollouts.needs_validation for term in self.terms)
-
-    @property
-    def needs_teacher(self) -> bool:
-        return self.teacher is not None
-
-    @property
-    def compares_tokens(self) -> bool:
-        """Whether student and teacher are compared token by token, so need one token table."""
-        return any(term.objective.needs_teacher for term in self.terms)
-
+from promptkd.rollouts import Corpus, Mixture, Reference, Student, Teacher, TeacherMixed
+from promptkd.teachers import Adaptation, Frozen, Interpolated
 
 METHODS: dict[str, Callable[..., Method]] = {}
 
@@ -326,45 +266,6 @@ def promptkd(
             Divergence(adaptation_divergence), Divergence(regularizer_divergence), regularizer
         ),
     )
-
-
-TEACHERS: dict[str, type[TeacherSpecification]] = {
-    "frozen": Frozen,
-    "text_prompt": TextPrompt,
-    "soft_prompt": SoftPrompt,
-    "lora": LoRA,
-    "prefix": Prefix,
-    "interpolated": Interpolated,
-}
-
-
-def teacher_specification(
-    name: str, options: Mapping[str, Any] | None = None
-) -> TeacherSpecification:
-    """A teacher by name, with the options of its class.
-
-    Raises:
-        ValueError: for an unknown name or option, with the nearest known one.
-    """
-    if name not in TEACHERS:
-        raise ValueError(f"teacher is '{name}'{suggest(name, list(TEACHERS))}")
-    specification: Any = TEACHERS[name]
-    known = [field.name for field in fields(specification)]
-    for option in options or {}:
-        if option not in known:
-            nearest = suggest(option, known) if known else f"; '{name}' has no options"
-            raise ValueError(f"unknown key 'teacher_options.{option}'{nearest}")
-    return specification(**(options or {}))
-
-
-def source(name: str, student_share: float | None = None) -> Source:
-    """Who writes, by name: reference, student, teacher, or mixture (with its student_share)."""
-    if name == "mixture":
-        return Mixture(0.5 if student_share is None else student_share)
-    sources = {"reference": Reference(), "student": Student(), "teacher": Teacher()}
-    if name not in sources:
-        raise ValueError(f"rollouts is '{name}'{suggest(name, [*sources, 'mixture'])}")
-    return sources[name]
 
 
 def _cross_entropy_and_kl(kl_share: float) -> Objective:

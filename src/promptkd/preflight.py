@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
+from promptkd.composition import Method
 from promptkd.data import Dataset, Encoder
 from promptkd.errors import UserError
-from promptkd.methods import Method
 from promptkd.models import (
     LanguageModel,
     check_context,

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from promptkd.composition import Method
 from promptkd.data import Dataset, evaluation_set, read_examples, training_set
 from promptkd.divergences import LogProbs, PerToken, kl
 from promptkd.engines import TransformersEngine
@@ -36,7 +37,7 @@ from promptkd.measuring import (
     nats_of_responses,
     write_json,
 )
-from promptkd.methods import Method, build_method
+from promptkd.methods import build_method
 from promptkd.metrics import paired_bootstrap
 from promptkd.models import LanguageModel, check_context, load_tokenizer
 from promptkd.predictions import Prediction, summarise

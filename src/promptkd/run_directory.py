@@ -6,9 +6,9 @@ from typing import Any
 
 from promptkd import checkpoints
 from promptkd.adapters import merged, save_lora
+from promptkd.composition import Method
 from promptkd.config import Recipe
 from promptkd.errors import UserError
-from promptkd.methods import Method
 from promptkd.model_card import model_card
 from promptkd.models import LanguageModel, model_directory
 from promptkd.teachers import Teacher

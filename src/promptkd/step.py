@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from promptkd.composition import Method, Term
 from promptkd.errors import UserError
-from promptkd.methods import Method, Term
 from promptkd.models import LanguageModel, select_responses
 from promptkd.objectives import States, Tiling, TokenView, accumulate
 from promptkd.rollouts import MicroBatch, Rollout, split_by_length

@@ -20,13 +20,13 @@ from tqdm import tqdm
 from promptkd.adapters import trained_state
 from promptkd.assembly import assemble
 from promptkd.checkpoints import Checkpoint, out_of_space
+from promptkd.composition import Method
 from promptkd.config import Recipe
 from promptkd.data import Dataset, batch_of_step
 from promptkd.engines import TransformersEngine
 from promptkd.errors import UserError
 from promptkd.evaluation import nats_per_token, predict, score
 from promptkd.exposure_bias import curve_in_training, write_responses
-from promptkd.methods import Method
 from promptkd.models import num_parameters
 from promptkd.predictions import summarise
 from promptkd.rollouts import Rollout, reference_rollouts

@@ -1,0 +1,109 @@
+"""What a method is put together from: terms, a teacher and what moves it, all by name."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from promptkd.adapters import LoRA, Prefix
+from promptkd.config import suggest
+from promptkd.objectives import Objective
+from promptkd.rollouts import Mixture, Reference, Source, Student, Teacher
+from promptkd.teachers import (
+    Adaptation,
+    Frozen,
+    Interpolated,
+    SoftPrompt,
+    TeacherSpecification,
+    TextPrompt,
+)
+
+
+@dataclass(frozen=True)
+class Term:
+    """Rollouts from one source, and what is minimised at each of their response tokens."""
+
+    rollouts: Source
+    objective: Objective
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
+class Method:
+    """What the trainer is given; it knows methods by these parts alone, never by name.
+
+    Attributes:
+        name: for records.
+        terms: their token means are added up, each with its weight.
+        teacher: None if no term needs one.
+        adaptation: what moves the teacher; None keeps it as built.
+        options: what its function was given, so that a recipe can name it again.
+    """
+
+    name: str
+    terms: tuple[Term, ...]
+    teacher: TeacherSpecification | None = None
+    adaptation: Adaptation | None = None
+    options: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        learns = self.teacher is not None and self.teacher.learns
+        if learns and self.adaptation is None:
+            raise ValueError(f"nothing here moves the teacher {self.teacher!r}; use promptkd.")
+        if self.adaptation is not None and not learns:
+            raise ValueError(f"the teacher {self.teacher!r} has nothing to adapt; use gkd with it.")
+
+    @property
+    def needs_references(self) -> bool:
+        return any(term.rollouts.needs_references for term in self.terms)
+
+    @property
+    def needs_validation(self) -> bool:
+        return any(term.rollouts.needs_validation for term in self.terms)
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.teacher is not None
+
+    @property
+    def compares_tokens(self) -> bool:
+        """Whether student and teacher are compared token by token, so need one token table."""
+        return any(term.objective.needs_teacher for term in self.terms)
+
+
+TEACHERS: dict[str, type[TeacherSpecification]] = {
+    "frozen": Frozen,
+    "text_prompt": TextPrompt,
+    "soft_prompt": SoftPrompt,
+    "lora": LoRA,
+    "prefix": Prefix,
+    "interpolated": Interpolated,
+}
+
+
+def teacher_specification(
+    name: str, options: Mapping[str, Any] | None = None
+) -> TeacherSpecification:
+    """A teacher by name, with the options of its class.
+
+    Raises:
+        ValueError: for an unknown name or option, with the nearest known one.
+    """
+    if name not in TEACHERS:
+        raise ValueError(f"teacher is '{name}'{suggest(name, list(TEACHERS))}")
+    specification: Any = TEACHERS[name]
+    known = [field.name for field in fields(specification)]
+    for option in options or {}:
+        if option not in known:
+            nearest = suggest(option, known) if known else f"; '{name}' has no options"
+            raise ValueError(f"unknown key 'teacher_options.{option}'{nearest}")
+    return specification(**(options or {}))
+
+
+def source(name: str, student_share: float | None = None) -> Source:
+    """Who writes, by name: reference, student, teacher, or mixture (with its student_share)."""
+    if name == "mixture":
+        return Mixture(0.5 if student_share is None else student_share)
+    sources = {"reference": Reference(), "student": Student(), "teacher": Teacher()}
+    if name not in sources:
+        raise ValueError(f"rollouts is '{name}'{suggest(name, [*sources, 'mixture'])}")
+    return sources[name]
