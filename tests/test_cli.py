@@ -21,6 +21,7 @@ COMMANDS = (
     "exposure-bias",
     "analyse-prompt",
     "judge",
+    "study",
     "report",
     "generate",
     "demo",
@@ -83,6 +84,7 @@ def test_a_wrong_command_or_flag_is_refused_with_status_2(command, arguments, co
     ("arguments", "complaint"),
     [
         (("train", "none.yaml"), "Recipe none.yaml: No such file or directory"),
+        (("study", "none.yaml"), "Study none.yaml: No such file or directory"),
         (("evaluate", "/nowhere/run", "--data", "d.jsonl"), "/nowhere/run is not a "),
         (("generate", "/nowhere/run", "Why?"), "/nowhere/run is not a finished run"),
         (("exposure-bias", "/nowhere/run"), "/nowhere/run is not a finished run"),

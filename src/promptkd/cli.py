@@ -113,10 +113,9 @@ def evaluate(
     """Write responses to held-out requests, score them, and save both."""
     if (suite is None) == (not data):
         raise UserError("Say what to evaluate on: either --data FILE ... or --suite FILE.")
-    from promptkd.suites import read_suite, suite_of_files
+    from promptkd.suites import PAPER_SEEDS, read_suite, suite_of_files
 
     asked = read_suite(suite) if suite else suite_of_files(data or [])
-    from promptkd.evaluation import PAPER_SEEDS
     from promptkd.evaluation import evaluate as run
 
     results = run(
@@ -315,6 +314,21 @@ def judge(
             f"None of the judge's {counts['malformed']} replies was in the form asked for, so "
             "there is no score. Use a stronger judge, or raise --max-reply-tokens."
         )
+
+
+@app.command()
+def study(
+    file: Annotated[
+        Path, typer.Argument(help="YAML file; see docs/study.md", metavar="study.yaml")
+    ],
+) -> None:
+    """Train and score several methods with several seeds; one table. The same command resumes."""
+    from promptkd.study_file import load_study
+
+    loaded = load_study(file)
+    from promptkd.study import run_study
+
+    typer.echo(f"study: {run_study(loaded)}")
 
 
 @app.command()

@@ -45,7 +45,7 @@ def compare(first: str | Path, second: str | Path) -> list[Difference]:
     rows = []
     for name in sorted(own.keys() & other.keys()):
         if own[name].protocol == other[name].protocol:
-            rows += _differences(own[name], other[name])
+            rows += differences(own[name], other[name])
     if rows:
         return rows
     settings = ("data", "num_examples", "seeds", "template", "max_request_tokens", "decoding")
@@ -67,7 +67,8 @@ def _evaluations(place: Path) -> dict[str, Evaluation]:
     return found
 
 
-def _differences(own: Evaluation, other: Evaluation) -> list[Difference]:
+def differences(own: Evaluation, other: Evaluation) -> list[Difference]:
+    """Every score that both have of every response; none if they were asked different requests."""
     rows = []
     for score in SCORED:
         found = compare_models(Model("first", "other", own), Model("second", "other", other), score)

@@ -7,7 +7,7 @@ Keys follow Hugging Face's names where one exists. Defaults are those of PromptK
 import difflib
 import re
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -43,6 +43,9 @@ Tracker = Literal[
 
 class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Keys = TypeVar("Keys", bound=Section)
 
 
 class LoRASection(Section):
@@ -163,16 +166,7 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         UserError: if the file is missing or not YAML, or a key or value is wrong.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"Recipe {path}: {error.strerror}. Name an existing YAML file.") from None
-    except UnicodeDecodeError:
-        raise UserError(f"Recipe {path} is not text. Name a YAML file.") from None
-    raw = _read_yaml(text, f"Recipe {path}")
-    if not isinstance(raw, dict):
-        raise UserError(f"Recipe {path} holds no keys. A recipe is a mapping; see recipes/.")
-    keys = cast(dict[str, Any], raw)
+    keys = read_keys(path, "Recipe")
     for override in overrides:
         _apply_override(keys, override)
     return recipe_from_dict(keys)
@@ -184,10 +178,40 @@ def recipe_from_dict(raw: dict[str, Any]) -> Recipe:
     Raises:
         UserError: for an unknown key (with the nearest known one) or a value out of range.
     """
+    return validate(Recipe, raw)
+
+
+def read_keys(path: str | Path, what: str) -> dict[str, Any]:
+    """The keys of a YAML file, not yet validated; ``what`` it is stands in complaints.
+
+    Raises:
+        UserError: if the file is missing, not YAML, or no mapping.
+    """
     try:
-        return Recipe.model_validate(raw)
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{what} {path}: {error.strerror}. Name an existing YAML file.") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{what} {path} is not text. Name a YAML file.") from None
+    raw = _read_yaml(text, f"{what} {path}")
+    if not isinstance(raw, dict):
+        raise UserError(f"{what} {path} holds no keys. Write a mapping, as in docs/ and recipes/.")
+    return cast(dict[str, Any], raw)
+
+
+def validate(
+    model: type[Keys], raw: dict[str, Any], what: str = "recipe", prefix: str = ""
+) -> Keys:
+    """Check nested dictionaries; every fault is named, with ``prefix`` before its dotted key.
+
+    Raises:
+        UserError: for an unknown key (with the nearest known one) or a value out of range.
+    """
+    try:
+        return model.model_validate(raw)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(item) for item in error.errors())) from None
+        faults = [_explain(item, model, what, prefix) for item in error.errors()]
+        raise UserError("\n".join(faults)) from None
 
 
 def suggest(word: str, known: list[str]) -> str:
@@ -231,16 +255,15 @@ def _read_yaml(text: str, what: str) -> Any:
         raise UserError(f"{what} is not valid YAML: {error}") from None
 
 
-def _explain(item: Any) -> str:
+def _explain(item: Any, model: Any, what: str, prefix: str) -> str:
     location = [str(part) for part in item["loc"]]
-    key = ".".join(location)
+    key = prefix + ".".join(location)
     if item["type"] == "extra_forbidden":
-        model: Any = Recipe
         for part in location[:-1]:
             annotation = model.model_fields[part].annotation
             options = getattr(annotation, "__args__", (annotation,))
             model = next(option for option in options if hasattr(option, "model_fields"))
         return f"unknown key '{key}'{suggest(location[-1], list(model.model_fields))}"
     if item["type"] == "missing":
-        return f"'{key}' is missing from the recipe."
+        return f"'{key}' is missing from the {what}."
     return f"'{key}' is {item['input']!r}: {item['msg'].removeprefix('Value error, ')}."

@@ -32,9 +32,7 @@ from promptkd.models import (
 from promptkd.objectives import States, accumulate
 from promptkd.predictions import Prediction, save_evaluation, summarise
 from promptkd.rollouts import Rollout, reference_rollouts, split_by_length
-from promptkd.suites import listed, name_of
-
-PAPER_SEEDS = (10, 20, 30, 40, 50)
+from promptkd.suites import PAPER_SEEDS, listed, name_of
 
 
 def predict(

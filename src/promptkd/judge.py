@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from promptkd.endpoint import Endpoint, KeptReplies, RequestFailed, shortened
 from promptkd.errors import UserError
-from promptkd.suites import name_of
+from promptkd.suites import PAPER_SEEDS, name_of
 from promptkd.verdicts import (
     INSTRUCTIONS,
     MODEL_FIRST,
@@ -283,7 +283,7 @@ def _predictions(
                 f"Give a run, or write its responses first: promptkd evaluate MODEL --data {data} "
                 f"--output {path.parent}."
             )
-        from promptkd.evaluation import PAPER_SEEDS, evaluate
+        from promptkd.evaluation import evaluate
 
         evaluate(run, data, seeds=seeds or PAPER_SEEDS, num_examples=num_examples)
     rows: dict[Pair, dict[str, Any]] = {}

@@ -104,6 +104,17 @@ class Table:
             ]
         )
 
+    def to_text(self) -> str:
+        """Columns under each other, for a terminal."""
+        cells = [[f"{cell.text} {cell.detail}".strip() for cell in row] for row in self.rows]
+        columns = list(zip(self.headings, *cells, strict=True))
+        widths = [max(map(len, column)) for column in columns]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in zip(*columns, strict=True)
+        ]
+        return "\n".join([self.title, *lines, self.caption])
+
     def write(self, directory: Path) -> None:
         """Write NAME.md and NAME.tex."""
         directory.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,9 @@ import yaml
 
 from promptkd.errors import UserError
 
+PAPER_SEEDS = (10, 20, 30, 40, 50)
+"""Decoding seeds of PromptKD's and MiniLLM's tables."""
+
 
 def read_suite(path: str | Path) -> dict[str, list[str]]:
     """A suite of data sets: YAML that maps names to a path, glob or hub id, or a list of them.
@@ -21,12 +24,23 @@ def read_suite(path: str | Path) -> dict[str, list[str]]:
         raise UserError(f"Suite {path}: {error.strerror}. Name an existing YAML file.") from None
     except yaml.YAMLError as error:
         raise UserError(f"Suite {path} is not valid YAML: {error}") from None
+    return suite_of_mapping(raw, f"Suite {path}")
+
+
+def suite_of_mapping(raw: Any, what: str) -> dict[str, list[str]]:
+    """Names with their data; ``what`` holds them stands in complaints.
+
+    Raises:
+        UserError: if it is anything else.
+    """
     form = "A suite maps names to data, as in 'dolly: data/dolly_test.jsonl'."
     if not isinstance(raw, dict) or not raw:
-        raise UserError(f"Suite {path} holds no data sets. {form}")
+        raise UserError(f"{what} holds no data sets. {form}")
     for name, sources in raw.items():
         if not all(isinstance(source, str) for source in listed(sources)) or not sources:
-            raise UserError(f"Suite {path}: '{name}' is {sources!r}, which is no data. {form}")
+            raise UserError(f"{what}: '{name}' is {sources!r}, which is no data. {form}")
+        if "/" in str(name):
+            raise UserError(f"{what}: '{name}' names files of scores. Leave out the slash.")
     return {str(name): listed(sources) for name, sources in raw.items()}
 
 
