@@ -20,6 +20,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer
 
 from promptkd.config import Recipe
 from promptkd.models import LanguageModel
@@ -182,10 +183,11 @@ class TransformersEngine:
             np.stack([np.random.default_rng(s).random(decoding.max_new_tokens) for s in seeds])
         ).to(device, torch.float32)
         past = None if prefix is None else prefix.cache(len(requests))
-        authors = [_Author(model, soft_prompt, past)]
-        if co_author:
-            authors.append(_Author(co_author.model, None, None))
         tokens, mask = left_pad(requests, device)
+        capacity = tokens.shape[1] + decoding.max_new_tokens
+        authors = [_Author(model, soft_prompt, past, capacity)]
+        if co_author:
+            authors.append(_Author(co_author.model, None, None, capacity))
         warpers = _warpers(decoding)
         num_rows = len(tokens)
         history = tokens.masked_fill(~mask, -1)  # padding is part of no n-gram
@@ -226,13 +228,65 @@ class TransformersEngine:
         ]
 
 
+class _ReservedLayer(DynamicLayer):
+    """Keys and values in room reserved once: a new token's are written, the past is not moved."""
+
+    def __init__(self, capacity: int):
+        super().__init__()
+        self._capacity = capacity
+        self._room: list[Tensor] = []
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        super().lazy_initialization(key_states, value_states)
+        self._room = [
+            new.new_empty(*new.shape[:-2], self._capacity, new.shape[-1])
+            for new in (key_states, value_states)
+        ]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        past = self.get_seq_length()
+        length = past + key_states.shape[-2]
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[..., past:length, :] = new
+        return self._show(length)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        length = self.get_seq_length()
+        self._room = [room[indices] for room in self._room]
+        self._show(length)
+
+    def _show(self, length: int) -> tuple[Tensor, Tensor]:
+        self.keys, self.values = (room[..., :length, :] for room in self._room)
+        return self.keys, self.values
+
+
+def _reserved_cache(model: LanguageModel, capacity: int) -> DynamicCache:
+    """A cache of ``capacity`` positions; layers that forget (sliding windows) keep their own."""
+    cache = DynamicCache(config=model.module.config)
+    cache.layers = [
+        _ReservedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers
+    ]
+    return cache
+
+
 class _Author:
     """One model and its cache, while a group of responses is written."""
 
-    def __init__(self, model: LanguageModel, soft_prompt: Tensor | None, past: DynamicCache | None):
+    def __init__(
+        self,
+        model: LanguageModel,
+        soft_prompt: Tensor | None,
+        past: DynamicCache | None,
+        capacity: int,
+    ):
         self.model = model
         self.soft_prompt = soft_prompt
-        self.cache = DynamicCache(config=model.module.config) if past is None else past
+        front = 0 if soft_prompt is None else len(soft_prompt)
+        self.cache = _reserved_cache(model, front + capacity) if past is None else past
         self.past_length = self.cache.get_seq_length()
         self.head = model.head
 
