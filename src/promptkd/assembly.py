@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from promptkd import preflight
+from promptkd import memory, preflight
 from promptkd.adapters import add_lora
 from promptkd.composition import Method
 from promptkd.config import Recipe
@@ -133,6 +133,9 @@ def assemble(
     authors = Authors(engine, student, decoding, encoder, recipe.seed)
     if plain_teacher and any(term.rollouts.asks_teacher for term in method.terms):
         authors.add_teacher(plain_teacher, teacher_tokenizer, examples)
+    budget = recipe.optimization.micro_batch_tokens
+    if budget is None:
+        budget = _token_budget(student, teacher, encoder, num_ranks, say)
     say(f"training data: {data.summary()}")
     if validation:
         say(f"validation data: {validation.summary()}")
@@ -149,7 +152,7 @@ def assemble(
         engine,
         decoding,
         authors,
-        _bind_step(recipe, method, student, teacher, sum_over_ranks),
+        _bind_step(recipe, method, student, teacher, budget, sum_over_ranks),
         _count_steps(recipe, data, num_ranks),
         found,
     )
@@ -160,6 +163,7 @@ def _bind_step(
     method: Method,
     student: LanguageModel,
     teacher: Teacher | None,
+    budget: int,
     sum_over_ranks: SumOverRanks,
 ) -> Step:
     optimization = recipe.optimization
@@ -176,11 +180,35 @@ def _bind_step(
         teacher,
         _learner(own, recipe, optimization.learning_rate),
         _learner(adapted, recipe, optimization.teacher_learning_rate) if adapted else None,
-        micro_batch_tokens=optimization.micro_batch_tokens,
+        micro_batch_tokens=budget,
         max_grad_norm=optimization.max_grad_norm,
         teacher_step=optimization.teacher_step,
         sum_over_ranks=sum_over_ranks,
     )
+
+
+def _token_budget(
+    student: LanguageModel, teacher: Teacher | None, encoder: Encoder, num_ranks: int, say: Say
+) -> int:
+    """Measured: what a token keeps in the models that learn, and what is free."""
+    device = student.device
+    learners: list[tuple[memory.Speak, LanguageModel]] = [(student.hidden_states, student)]
+    if teacher and teacher.parameters():
+        learners.append((teacher.hidden_states, teacher.model))
+    per_token = sum(
+        memory.bytes_per_token(speak, list(model.module.parameters()), device)
+        for speak, model in learners
+    )
+    trained = sum(p.nbytes for p in student.module.parameters() if p.requires_grad)
+    free = memory.free_memory(device) // (num_ranks if device.type == "cpu" else 1)
+    longest = encoder.max_request_tokens + encoder.max_response_tokens
+    longest += teacher.front_length if teacher else 0
+    budget = memory.token_budget(per_token, 3 * trained, free, longest, device)
+    say(
+        f"micro_batch_tokens: {budget} ({free / 1e9:.1f} GB free, {per_token / 1e6:.2f} MB kept "
+        "per token)"
+    )
+    return budget
 
 
 def _count_steps(recipe: Recipe, data: Dataset, num_ranks: int) -> int:

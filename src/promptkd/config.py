@@ -99,7 +99,9 @@ class OptimizationSection(Section):
     learning_rate: float = Field(default=5e-5, ge=0)
     teacher_learning_rate: float = Field(default=5e-5, ge=0, description="soft prompt's or LoRA's")
     global_batch_size: int = Field(default=32, ge=1, description="requests a step, over all ranks")
-    micro_batch_tokens: int = Field(default=4096, ge=1, description="padded tokens per forward")
+    micro_batch_tokens: int | None = Field(
+        default=None, ge=1, description="padded tokens per forward; not given: what fits in memory"
+    )
     max_steps: int | None = Field(default=None, ge=1, description="optimizer steps")
     epochs: float | None = Field(default=None, gt=0, description="used when max_steps is not given")
     warmup_steps: int = Field(default=0, ge=0)

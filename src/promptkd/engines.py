@@ -6,6 +6,7 @@ so batch size, batch order and number of ranks don't change what is written (bey
 
 import copy
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,9 +21,9 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.cache_utils import DynamicLayer
 
 from promptkd.config import Recipe
+from promptkd.keys_values import grouped_attention, reserved_cache
 from promptkd.models import LanguageModel
 
 Tokens = tuple[int, ...]
@@ -141,20 +142,24 @@ class TransformersEngine:
         model.module.eval()  # in training mode, gradient checkpointing drops the cache silently
         order = sorted(range(len(requests)), key=lambda i: len(requests[i]), reverse=True)
         responses: dict[int, Response] = {}
-        while order:
-            longest = len(requests[order[0]]) + decoding.max_new_tokens
-            rows = max(1, max_batch_tokens // longest)
-            group, order = order[:rows], order[rows:]
-            written = self._write_group(
-                model,
-                [requests[i] for i in group],
-                [seeds[i] for i in group],
-                decoding,
-                soft_prompt,
-                prefix,
-                co_author,
-            )
-            responses.update(zip(group, written, strict=True))
+        writers = [model] if co_author is None else [model, co_author.model]
+        with ExitStack() as attention:
+            for writer in writers:
+                attention.enter_context(grouped_attention(writer.module))
+            while order:
+                longest = len(requests[order[0]]) + decoding.max_new_tokens
+                rows = max(1, max_batch_tokens // longest)
+                group, order = order[:rows], order[rows:]
+                written = self._write_group(
+                    model,
+                    [requests[i] for i in group],
+                    [seeds[i] for i in group],
+                    decoding,
+                    soft_prompt,
+                    prefix,
+                    co_author,
+                )
+                responses.update(zip(group, written, strict=True))
         model.module.train(learning)
         return [responses[i] for i in range(len(requests))]
 
@@ -228,51 +233,6 @@ class TransformersEngine:
         ]
 
 
-class _ReservedLayer(DynamicLayer):
-    """Keys and values in room reserved once: a new token's are written, the past is not moved."""
-
-    def __init__(self, capacity: int):
-        super().__init__()
-        self._capacity = capacity
-        self._room: list[Tensor] = []
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        self._room = [
-            new.new_empty(*new.shape[:-2], self._capacity, new.shape[-1])
-            for new in (key_states, value_states)
-        ]
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-        past = self.get_seq_length()
-        length = past + key_states.shape[-2]
-        for room, new in zip(self._room, (key_states, value_states), strict=True):
-            room[..., past:length, :] = new
-        return self._show(length)
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        length = self.get_seq_length()
-        self._room = [room[indices] for room in self._room]
-        self._show(length)
-
-    def _show(self, length: int) -> tuple[Tensor, Tensor]:
-        self.keys, self.values = (room[..., :length, :] for room in self._room)
-        return self.keys, self.values
-
-
-def _reserved_cache(model: LanguageModel, capacity: int) -> DynamicCache:
-    """A cache of ``capacity`` positions; layers that forget (sliding windows) keep their own."""
-    cache = DynamicCache(config=model.module.config)
-    cache.layers = [
-        _ReservedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers
-    ]
-    return cache
-
-
 class _Author:
     """One model and its cache, while a group of responses is written."""
 
@@ -286,7 +246,7 @@ class _Author:
         self.model = model
         self.soft_prompt = soft_prompt
         front = 0 if soft_prompt is None else len(soft_prompt)
-        self.cache = _reserved_cache(model, front + capacity) if past is None else past
+        self.cache = reserved_cache(model.module.config, front + capacity) if past is None else past
         self.past_length = self.cache.get_seq_length()
         self.head = model.head
 

@@ -249,7 +249,7 @@ class Trainer:
         rank, num_ranks = self.accelerator.process_index, self.accelerator.num_processes
         share = Dataset(parts.validation.examples[rank::num_ranks])
         written = predict(parts.engine, share, parts.decoding, VALIDATION_SEED)
-        budget = self.recipe.optimization.micro_batch_tokens
+        budget = parts.step.micro_batch_tokens
         teacher = parts.plain_teacher if parts.comparable else None
         own = nats_per_token(written, parts.student, teacher, budget)
         given = {"cross_entropy": 0.0, "num_tokens": 0.0}
@@ -301,7 +301,7 @@ class Trainer:
             share,
             parts.decoding,
             seeds=seeds,
-            micro_batch_tokens=self.recipe.optimization.micro_batch_tokens,
+            micro_batch_tokens=parts.step.micro_batch_tokens,
             gather=gather_object if num_ranks > 1 else list,
         )
         self._log({"step": self.step_number, "exposure_bias": curve.to_dict()})
@@ -331,7 +331,11 @@ class Trainer:
                 tensors["teacher"] = teacher.state_dict()
             if step.teacher_learner:
                 tensors["teacher_optimizer"] = step.teacher_learner.optimizer.state_dict()
-            progress = {"best": self.best, "sources": sources}
+            progress = {
+                "best": self.best,
+                "sources": sources,
+                "micro_batch_tokens": step.micro_batch_tokens,  # other cuts, other last digits
+            }
             self.directory.save_checkpoint(Checkpoint(self.step_number, tensors, progress))
         self.accelerator.wait_for_everyone()
 
@@ -350,6 +354,7 @@ class Trainer:
                 teacher.load_state_dict(saved.tensors["teacher"])
             if step.teacher_learner:
                 step.teacher_learner.optimizer.load_state_dict(saved.tensors["teacher_optimizer"])
+            step.micro_batch_tokens = saved.progress["micro_batch_tokens"]
             self.best = saved.progress["best"]
             self.source_states = self._own_sources(saved.progress["sources"])
             self.step_number = saved.step

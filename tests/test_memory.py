@@ -1,0 +1,73 @@
+"""The budget of a micro-batch when the recipe doesn't say: measured, bounded, kept."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import runs
+import tiny
+from promptkd.errors import UserError
+from promptkd.memory import CEILINGS, bytes_per_token, free_memory, token_budget
+from promptkd.models import LanguageModel
+from promptkd.teachers import SoftPrompt
+
+CPU = torch.device("cpu")
+
+
+def model(num_layers, learns=True):
+    module = tiny.model("llama", num_layers=num_layers, rows=128, seed=0)
+    return LanguageModel(module.requires_grad_(learns), 128)
+
+
+def kept(speaker, model):
+    return bytes_per_token(speaker.hidden_states, list(model.module.parameters()), CPU)
+
+
+def test_every_layer_keeps_the_same_and_a_frozen_model_nothing():
+    one, two, three = (kept(m, m) for m in map(model, (1, 2, 3)))
+
+    assert three - two == two - one > 0
+    assert kept(model(2, learns=False), model(2, learns=False)) == 0
+
+
+def test_a_frozen_teacher_keeps_activations_once_its_soft_prompt_learns():
+    frozen = model(2, learns=False)
+    teacher = SoftPrompt(length=3, init="random").build(frozen, None)
+
+    assert 0 < kept(teacher, frozen) < kept(model(2), model(2))
+
+
+def test_the_budget_is_half_of_what_is_free_within_its_bounds():
+    at = {"per_token": 1000, "reserved": 500_000, "longest": 100, "device": CPU}
+
+    assert token_budget(free=2_500_000, **at) == 1000
+    assert token_budget(free=4_500_000, **at) == 2000
+    assert token_budget(free=10**12, **at) == CEILINGS["cpu"]
+    with pytest.raises(UserError, match="A sequence of 100 tokens does not fit"):
+        token_budget(free=600_000, **at)
+
+
+def test_some_memory_is_free():
+    assert 0 < free_memory(CPU) < 2**50
+
+
+def test_a_run_that_goes_on_keeps_the_budget_it_began_with(tmp_path, monkeypatch):
+    tiny.save_pair(tmp_path)
+    tiny.write_data(tmp_path / "train.jsonl")
+    raw = tiny.recipe(
+        tmp_path,
+        optimization={"micro_batch_tokens": None, "max_steps": 2},
+        checkpoints={"every_steps": 1, "keep": 2},
+    )
+    with monkeypatch.context() as less:
+        less.setitem(CEILINGS, "cpu", 90)
+        run = runs.train(raw)
+    whole, last = runs.result(run), run / "checkpoints" / "step-000002"
+    shutil.rmtree(last)
+    (run / "summary.json").unlink()
+    runs.train(raw)
+
+    assert json.loads((last / "progress.json").read_text())["micro_batch_tokens"] == 90
+    assert runs.result(run) == whole
