@@ -44,8 +44,10 @@ fmt: $(STAMP)  ## format and mend what ruff can
 docs: $(STAMP)  ## write the generated parts of README.md and docs/ anew
 	$(BIN)/python docs/generate.py
 
-bench: $(STAMP)  ## benchmarks, as JSON lines
+bench: $(STAMP)  ## benchmarks: benchmarks/results/*.json and docs/benchmarks.md, most of an hour
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[bench]'
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python docs/generate.py
 
 clean:  ## forget the environment and the caches, keep runs/
 	rm -rf .venv .pytest_cache .ruff_cache .import_linter_cache

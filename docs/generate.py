@@ -7,6 +7,7 @@ tests/test_docs.py fails when one of them is not what this script would write.
 import ast
 import dataclasses
 import inspect
+import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,7 +23,13 @@ from promptkd.objectives import Divergence, Weighted
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "promptkd"
-PAGES = ("README.md", "docs/methods.md", "docs/cli.md", "docs/architecture.md")
+PAGES = (
+    "README.md",
+    "docs/methods.md",
+    "docs/cli.md",
+    "docs/architecture.md",
+    "docs/benchmarks.md",
+)
 
 
 def methods_table() -> str:
@@ -137,6 +144,32 @@ def file_tree(paths: Iterable[Path]) -> str:
     return "```\nsrc/promptkd/\n" + "\n".join(rows) + "\n```"
 
 
+def benchmarks() -> str:
+    """The results of ``make bench``, a row per number that is compared, with its commit."""
+    rows = ["| benchmark | compared | | commit |", "|---|---|---|---|"]
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        result = json.loads(path.read_text())
+        commit = result.pop("machine")["commit"]
+        for keys, value in leaves(result):
+            factor = {"times_faster", "against_generate", "against_gkd"} & set(keys)
+            share = {"share_of_peak", "against_authors_order"} & set(keys)
+            if factor or share:
+                what = ", ".join(key for key in keys if key not in factor | share)
+                kind = min(factor or share).replace("_", " ")
+                number = f"{value:.2f} ×" if factor else f"{100 * value:.0f} %"
+                rows.append(f"| {path.stem} | {what} | {number} {kind} | {commit} |")
+    return "\n".join(rows)
+
+
+def leaves(tree: dict[str, Any], keys: tuple[str, ...] = ()) -> Iterable[tuple[Any, float]]:
+    """Every number in nested dictionaries, after the keys that lead to it."""
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from leaves(value, (*keys, key))
+        elif isinstance(value, int | float):
+            yield (*keys, key), value
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "methods table": methods_table,
     "methods": method_pages,
@@ -144,6 +177,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "command line": command_pages,
     "files": main_files,
     "all files": all_files,
+    "benchmarks": benchmarks,
 }
 
 
