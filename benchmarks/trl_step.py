@@ -90,10 +90,10 @@ def main() -> None:
             "seconds": {side: [round(s, 3) for s in own] for side, own in seconds.items()},
             "times_faster": {side: round(medians[name] / medians[side], 2) for side in medians},
         }
-    record(
-        "trl_step",
-        {"trl": trl_version, "new_tokens": 128, "matmul_peak": matmul_peak(), "against": rows},
-    )
+        record(
+            "trl_step",
+            {"trl": trl_version, "new_tokens": 128, "matmul_peak": matmul_peak(), "against": rows},
+        )
 
 
 if __name__ == "__main__":
