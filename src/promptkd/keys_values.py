@@ -60,13 +60,14 @@ AttentionMaskInterface.register(GROUPED, sdpa_mask)
 @contextmanager
 def grouped_attention(module: PreTrainedModel) -> Iterator[None]:
     """Within it, a model that attends by torch's kernels does so by ``grouped_sdpa``."""
-    own = module.config._attn_implementation
-    if own == "sdpa":
-        module.set_attn_implementation(GROUPED)
+    if module.config._attn_implementation != "sdpa":
+        yield
+        return
+    module.set_attn_implementation(GROUPED)
     try:
         yield
     finally:
-        module.set_attn_implementation(own)
+        module.set_attn_implementation("sdpa")
 
 
 class _ReservedLayer(DynamicLayer):
