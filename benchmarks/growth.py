@@ -4,7 +4,6 @@ Median seconds of three steps after one that warms up, by phase. Writes results/
 """
 
 import statistics
-import time
 from typing import Any
 
 from setting import OurStep, record, setting
@@ -23,14 +22,7 @@ def seconds_of(point: dict[str, int]) -> dict[str, float]:
     vocabulary = point["vocabulary"]
     given = setting(**{name: value for name, value in point.items() if name != "vocabulary"})
     step = OurStep(given, "promptkd", vocabulary=vocabulary)
-    taken = []
-    for number in range(REPEATS):
-        started = time.perf_counter()
-        rollouts = step.write(number)
-        written = time.perf_counter()
-        cost = step.learn(rollouts, number).cost
-        whole = time.perf_counter() - started
-        taken.append({"writing": written - started, **cost.seconds, "whole": whole})
+    taken = [step.timed(number)[0] for number in range(REPEATS)]
     return {p: round(statistics.median(t[p] for t in taken[1:]), 3) for p in taken[0]}
 
 

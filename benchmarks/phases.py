@@ -7,7 +7,6 @@ results/phases.json.
 
 import importlib.util
 import statistics
-import time
 
 from setting import OurStep, matmul_peak, record, setting
 
@@ -30,14 +29,8 @@ def main() -> None:
     for number in range(REPEATS):
         peaks.append(matmul_peak())
         for name, step in sides.items():
-            started = time.perf_counter()
-            rollouts = step.write(number)
-            written = time.perf_counter()
-            cost = step.learn(rollouts, number).cost
-            whole = time.perf_counter() - started
-            seconds = {"writing": written - started, **cost.seconds}
-            seconds["rest"] = whole - sum(seconds.values())
-            taken[name].append(seconds | {"whole": whole})
+            seconds, cost = step.timed(number)
+            taken[name].append(seconds)
             flops[name] = dict(cost.flops)
             print(name, {phase: round(s, 2) for phase, s in taken[name][-1].items()}, flush=True)
     peak = statistics.median(peaks)

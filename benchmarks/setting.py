@@ -25,7 +25,7 @@ from promptkd.methods import build_method
 from promptkd.models import LanguageModel, load_model, load_tokenizer, stop_ids
 from promptkd.pruning import init_student
 from promptkd.rollouts import Rollout
-from promptkd.step import Learner, Step, StepMetrics
+from promptkd.step import Cost, Learner, Step, StepMetrics
 from promptkd.vllm_engine import VLLMEngine
 
 MODELS = Path("runs/benchmarks")
@@ -129,6 +129,16 @@ class OurStep:
 
     def __call__(self, number: int) -> None:
         self.learn(self.write(number), number)
+
+    def timed(self, number: int) -> tuple[dict[str, float], Cost]:
+        """One step: its seconds by phase ("rest" and "whole" among them), and what it cost."""
+        started = time.perf_counter()
+        rollouts = self.write(number)
+        written = time.perf_counter()
+        cost = self.learn(rollouts, number).cost
+        whole = time.perf_counter() - started
+        seconds = {"writing": written - started, **cost.seconds}
+        return seconds | {"rest": whole - sum(seconds.values()), "whole": whole}, cost
 
 
 Side = Callable[[int], object]
