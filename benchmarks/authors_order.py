@@ -1,20 +1,37 @@
 """One optimizer step of PromptKD: promptkd against the schedule of the authors' script.
 
+    python benchmarks/authors_order.py [DATA.jsonl]
+
 The other side works as their script does: micro-batches of two, each written by itself, padded to
 512 and passed five times (adapted teacher, plain teacher, student; adapted teacher, student), whole
 fp32 logits, prompt and student gradients side by side until both are updated. Same models, same
-requests, same response lengths. With promptkd[vllm] installed, vLLM rows too. Writes
-results/authors_order.json.
+requests. It has a process of its own, because promptkd sets the process's allocator; a third
+side is their order with that allocator. Without DATA every response has 128 tokens; with it,
+lengths are as they come and times are per response token. With promptkd[vllm] installed, vLLM rows
+too. Writes results/authors_order.json or results/authors_order_real.json.
 """
 
 import importlib.util
-import statistics
+import sys
+from functools import partial
+from typing import Any
 
 import torch
-from setting import OurStep, Setting, alternate, matmul_peak, record, setting
+from setting import (
+    OurStep,
+    Setting,
+    Side,
+    alternate,
+    matmul_peak,
+    own_process,
+    record,
+    setting,
+    times_faster,
+)
 from transformers import DynamicCache
 
 from promptkd.engines import left_pad
+from promptkd.memory import keep_freed_memory
 
 PADDED, MICRO_BATCH = 512, 2
 
@@ -31,8 +48,9 @@ class AuthorsStep:
         self.prompt_optimizer = torch.optim.AdamW([self.prompt], lr=1e-3)
         self.student_optimizer = torch.optim.AdamW(setting.student.parameters(), lr=1e-5)
 
-    def __call__(self, number: int) -> None:
+    def __call__(self, number: int) -> int:
         torch.manual_seed(number)
+        self.num_written = 0
         requests = self.setting.requests
         num_parts = len(requests) // MICRO_BATCH
         for start in range(0, len(requests), MICRO_BATCH):
@@ -42,6 +60,7 @@ class AuthorsStep:
         for optimizer in (self.prompt_optimizer, self.student_optimizer):
             optimizer.step()
             optimizer.zero_grad()
+        return self.num_written
 
     def _micro_batch(self, requests, number: int, num_parts: int) -> None:
         teacher, student = self.setting.teacher, self.setting.student
@@ -71,6 +90,7 @@ class AuthorsStep:
             top_p=1.0,
             max_new_tokens=setting.num_new,
             min_new_tokens=setting.num_new if setting.forced else None,
+            eos_token_id=list(setting.stop) or None,
             pad_token_id=0,
             past_key_values=DynamicCache(config=setting.student.config),
         )[:, ids.shape[1] :]
@@ -83,6 +103,7 @@ class AuthorsStep:
             end = len(request) + len(response)
             tokens[row, :end] = torch.tensor([*request, *response])
             mask[row, len(request) : end] = True
+        self.num_written += int(mask.sum())
         return tokens, mask
 
     def _adapted(self, tokens):
@@ -99,28 +120,38 @@ def mean_kl(learner, target, labels):
     return (nats * labels).sum() / labels.sum()
 
 
+def authors_step(given: dict[str, Any], our_allocator: bool = False) -> Side:
+    if our_allocator:
+        keep_freed_memory()
+    return AuthorsStep(setting(**given))
+
+
 def main() -> None:
-    ours = setting()
-    sides = {
-        "authors' order": AuthorsStep(setting()),
+    data = sys.argv[1] if len(sys.argv) > 1 else None
+    given: dict[str, Any] = {"data": data, "num_layers": 20 if data else 10}
+    ours = setting(**given)
+    sides: dict[str, Side] = {
+        "authors' order": own_process(partial(authors_step, given)),
+        "authors' order, our allocator": own_process(partial(authors_step, given, True)),
         "before_student": OurStep(ours, "promptkd"),
-        "with_student": OurStep(setting(), "promptkd", "with_student"),
+        "with_student": OurStep(setting(**given), "promptkd", "with_student"),
     }
     if importlib.util.find_spec("vllm"):
-        sides["before_student, vllm"] = OurStep(setting(), "promptkd", vllm=True)
-        sides["with_student, vllm"] = OurStep(setting(), "promptkd", "with_student", vllm=True)
-    seconds = alternate(sides)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    base = medians["authors' order"]
+        sides["before_student, vllm"] = OurStep(setting(**given), "promptkd", vllm=True)
+        sides["with_student, vllm"] = OurStep(
+            setting(**given), "promptkd", "with_student", vllm=True
+        )
+    timings = alternate(sides)
     record(
-        "authors_order",
+        "authors_order_real" if data else "authors_order",
         {
             "requests": len(ours.requests),
             "new_tokens": ours.num_new,
             "layers": ours.student.config.num_hidden_layers,
-            "seconds": seconds,
+            "seconds": {name: own.seconds for name, own in timings.items()},
+            "response_tokens": {name: own.tokens for name, own in timings.items()},
             "matmul_peak": matmul_peak(),
-            "times_faster": {name: round(base / value, 2) for name, value in medians.items()},
+            "times_faster": times_faster(timings, "authors' order"),
         },
     )
 

@@ -9,10 +9,11 @@ import importlib.util
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from authors_order import AuthorsStep
-from setting import OurStep, Side, record, setting
+from setting import OurStep, record, setting
 
 
 def resident(kind: str) -> int:
@@ -27,7 +28,7 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def side(name: str) -> tuple[Side, int]:
+def side(name: str) -> tuple[Callable[[int], object], int]:
     """One step as a function, and the bytes that it can't do without."""
     given = setting()
     teacher, student = (

@@ -1,28 +1,33 @@
 """What every benchmark of a training step shares: models, requests, clocks, records.
 
-The teacher is SmolLM2-135M-Instruct out of its wheel, the student keeps some of its layers, evenly
-spaced (speed doesn't depend on which). The requests are those of the packaged starter data.
+The teacher is SmolLM2-135M-Instruct out of its wheel, the student keeps some of its layers. With
+forced lengths these are evenly spaced (speed doesn't depend on which) and the requests are those of
+the packaged starter data. With a data file, its requests are answered by a student whose layers
+were chosen by calibration, so that it ends responses by itself.
 """
 
 import json
+import multiprocessing
 import os
 import platform
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from promptkd.data import Encoder, read_examples, training_set
 from promptkd.demo import unpack_teacher
 from promptkd.engines import Decoding, Engine, TransformersEngine
+from promptkd.memory import keep_freed_memory
 from promptkd.methods import build_method
-from promptkd.models import LanguageModel, load_model, load_tokenizer, stop_ids
+from promptkd.models import LanguageModel, load_tokenizer, stop_ids
 from promptkd.pruning import init_student
 from promptkd.rollouts import Rollout
 from promptkd.step import Cost, Learner, Step, StepMetrics
@@ -55,27 +60,36 @@ class Setting:
 
 
 def setting(
-    num_requests: int = 8, num_new: int = 128, num_layers: int = 10, forced: bool = True
+    num_requests: int = 8, num_new: int = 128, num_layers: int = 10, data: str | None = None
 ) -> Setting:
-    """Load everything; the first call on a machine also writes the two models."""
+    """Load everything; the first call on a machine also writes the two models.
+
+    Args:
+        data: a JSONL file whose first requests are answered in lengths as they come; the packaged
+            starter data and forced lengths without it.
+    """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    teacher, student = MODELS / "teacher", MODELS / f"student-{num_layers}"
+    kind = "calibrated" if data else "even"
+    teacher, student = MODELS / "teacher", MODELS / f"student-{num_layers}-{kind}"
+    starter = str(resources.files("promptkd") / "starter" / "train.jsonl")
     if not teacher.exists():
         unpack_teacher(teacher)
     if not student.exists():
-        init_student(str(teacher), num_layers, student, template="chat")
+        calibration = starter if data else None
+        init_student(str(teacher), num_layers, student, calibration=calibration, template="chat")
     tokenizer = load_tokenizer(str(teacher))
     encoder = Encoder(tokenizer, "chat", max_request_tokens=256, max_response_tokens=num_new)
-    rows = read_examples([str(resources.files("promptkd") / "starter" / "train.jsonl")])
-    data = training_set(rows[:num_requests], encoder)
-    requests = tuple(data.examples[i].request_ids for i in range(num_requests))
+    rows = training_set(read_examples([data or starter])[:num_requests], encoder)
+    requests = tuple(rows.examples[i].request_ids for i in range(num_requests))
+    # Not by promptkd's loader, which sets the allocator for the whole process: peers have theirs.
+    load = AutoModelForCausalLM.from_pretrained
     return Setting(
-        load_model(str(teacher), torch.float32).requires_grad_(False),
-        load_model(str(student), torch.float32),
+        load(teacher, dtype=torch.float32).eval().requires_grad_(False),
+        load(student, dtype=torch.float32).eval(),
         tokenizer,
         requests,
         num_new,
-        forced,
+        data is None,
     )
 
 
@@ -90,6 +104,7 @@ class OurStep:
         vllm: bool = False,
         vocabulary: int | None = None,
     ):
+        keep_freed_memory()  # as promptkd does when it loads a model
         self.setting = setting
         vocabulary = vocabulary or setting.teacher.config.vocab_size
         student = LanguageModel(setting.student, vocabulary)
@@ -127,8 +142,10 @@ class OurStep:
     def learn(self, rollouts: list[Rollout], number: int) -> StepMetrics:
         return self.step([rollouts], step=number, max_steps=1000)
 
-    def __call__(self, number: int) -> None:
-        self.learn(self.write(number), number)
+    def __call__(self, number: int) -> int:
+        rollouts = self.write(number)
+        self.learn(rollouts, number)
+        return sum(len(rollout.response_ids) for rollout in rollouts)
 
     def timed(self, number: int) -> tuple[dict[str, float], Cost]:
         """One step: its seconds by phase ("rest" and "whole" among them), and what it cost."""
@@ -141,19 +158,59 @@ class OurStep:
         return seconds | {"rest": whole - sum(seconds.values()), "whole": whole}, cost
 
 
-Side = Callable[[int], object]
+Side = Callable[[int], int]
+"""One piece of work; returns the response tokens it was done for."""
 
 
-def alternate(sides: Mapping[str, Side], repeats: int = 3) -> dict[str, list[float]]:
-    """Seconds of each side, taken in turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in sides}
+def own_process(build: Callable[[], Side]) -> Side:
+    """A side in a process of its own, with the allocator, threads and caches that it comes with."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    context.Process(target=_serve, args=(build, theirs), daemon=True).start()
+
+    def side(number: int) -> int:
+        ours.send(number)
+        return ours.recv()
+
+    return side
+
+
+def _serve(build: Callable[[], Side], pipe: Any) -> None:
+    side = build()
+    while True:
+        pipe.send(side(pipe.recv()))
+
+
+@dataclass
+class Timings:
+    """Of one side: seconds and response tokens of each of its turns."""
+
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    @property
+    def seconds_per_token(self) -> float:
+        """Median over all turns."""
+        pairs = zip(self.seconds, self.tokens, strict=True)
+        return statistics.median(seconds / tokens for seconds, tokens in pairs)
+
+
+def alternate(sides: Mapping[str, Side], repeats: int = 3) -> dict[str, Timings]:
+    """Every side in turns."""
+    timings = {name: Timings() for name in sides}
     for number in range(repeats):
         for name, side in sides.items():
             started = time.perf_counter()
-            side(number)
-            seconds[name].append(round(time.perf_counter() - started, 3))
-            print(f"{name}: {seconds[name][-1]} s", flush=True)
-    return seconds
+            timings[name].tokens.append(side(number))
+            timings[name].seconds.append(round(time.perf_counter() - started, 3))
+            print(f"{name}: {timings[name].seconds[-1]} s", flush=True)
+    return timings
+
+
+def times_faster(timings: Mapping[str, Timings], than: str) -> dict[str, float]:
+    """Ratios of medians of seconds per response token."""
+    base = timings[than].seconds_per_token
+    return {name: round(base / own.seconds_per_token, 2) for name, own in timings.items()}
 
 
 def matmul_peak(size: int = 2048, repeats: int = 5) -> float:

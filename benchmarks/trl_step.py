@@ -2,18 +2,19 @@
 
 Reverse KL, the same models, requests, batch, response length and sampling settings; TRL's own
 defaults otherwise (gradient checkpointing on), and without it; fp32 on both sides. TRL's loop calls
-ours after each of its steps, so the sides alternate. Needs trl==1.16.0; with promptkd[vllm], a vLLM
-row too. Writes results/trl_step.json.
+ours, which have a process each, after each of its steps, so the sides alternate. Needs trl==1.16.0;
+with promptkd[vllm], a vLLM row too. Writes results/trl_step.json.
 """
 
 import importlib.util
 import statistics
 import tempfile
 import time
+from functools import partial
 from typing import Any
 
 from datasets import Dataset
-from setting import OurStep, Setting, matmul_peak, record, setting
+from setting import OurStep, Setting, Side, matmul_peak, own_process, record, setting
 from transformers import TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 from trl import __version__ as trl_version
@@ -67,10 +68,14 @@ def trl_trainer(
     )
 
 
+def our_step(vllm: bool) -> Side:
+    return OurStep(setting(), "gkd", vllm=vllm)
+
+
 def main() -> None:
-    ours = {"gkd": OurStep(setting(), "gkd")}
+    ours = {"gkd": own_process(partial(our_step, False))}
     if importlib.util.find_spec("vllm"):
-        ours["gkd, vllm"] = OurStep(setting(), "gkd", vllm=True)
+        ours["gkd, vllm"] = own_process(partial(our_step, True))
     rows = {}
     for name, checkpointing in (("trl", True), ("trl, no gradient checkpointing", False)):
         seconds: dict[str, list[float]] = {side: [] for side in ours}

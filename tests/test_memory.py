@@ -1,6 +1,8 @@
-"""The budget of a micro-batch when the recipe doesn't say: measured, bounded, kept."""
+"""Memory that is kept, and a micro-batch's budget when the recipe doesn't say."""
 
 import json
+import platform
+import resource
 import shutil
 
 import pytest
@@ -9,7 +11,13 @@ import torch
 import runs
 import tiny
 from promptkd.errors import UserError
-from promptkd.memory import CEILINGS, bytes_per_token, free_memory, token_budget
+from promptkd.memory import (
+    CEILINGS,
+    bytes_per_token,
+    free_memory,
+    keep_freed_memory,
+    token_budget,
+)
 from promptkd.models import LanguageModel
 from promptkd.teachers import SoftPrompt
 
@@ -71,3 +79,16 @@ def test_a_run_that_goes_on_keeps_the_budget_it_began_with(tmp_path, monkeypatch
 
     assert json.loads((last / "progress.json").read_text())["micro_batch_tokens"] == 90
     assert runs.result(run) == whole
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc hands memory back")
+def test_freed_memory_is_used_again_without_new_pages():
+    """256 MiB in pieces of 16, twice: the second time into pages that the process still has."""
+    keep_freed_memory()
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        pieces = [torch.ones(2**22) for _ in range(16)]
+        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        del pieces
+
+    assert faults < 0.2 * 2**28 / resource.getpagesize()

@@ -25,6 +25,7 @@ from transformers import (
 from promptkd.config import Recipe
 from promptkd.keys_values import grouped_attention, reserved_cache
 from promptkd.models import LanguageModel
+from promptkd.products import BlockedProducts
 
 Tokens = tuple[int, ...]
 
@@ -143,9 +144,10 @@ class TransformersEngine:
         order = sorted(range(len(requests)), key=lambda i: len(requests[i]), reverse=True)
         responses: dict[int, Response] = {}
         writers = [model] if co_author is None else [model, co_author.model]
-        with ExitStack() as attention:
+        with ExitStack() as faster:
+            faster.enter_context(BlockedProducts())
             for writer in writers:
-                attention.enter_context(grouped_attention(writer.module))
+                faster.enter_context(grouped_attention(writer.module))
             while order:
                 longest = len(requests[order[0]]) + decoding.max_new_tokens
                 rows = max(1, max_batch_tokens // longest)
@@ -200,9 +202,10 @@ class TransformersEngine:
         token_ids: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[list[float]]] = [[[] for _ in requests] for _ in authors]
         for time in range(decoding.max_new_tokens):
-            spoken = [author.next_logprobs(tokens, mask) for author in authors]
+            spoken = [author.next_scores(tokens, mask) for author in authors]
             mixed = spoken[0]
             if co_author:
+                spoken = [scores.log_softmax(-1) for scores in spoken]
                 share = torch.tensor([1 - co_author.share, co_author.share]).log()
                 mixed = torch.logaddexp(share[0] + spoken[0], share[1] + spoken[1])
             chosen = _choose(mixed, uniforms[rows, time], history, decoding, warpers)
@@ -250,9 +253,9 @@ class _Author:
         self.past_length = self.cache.get_seq_length()
         self.head = model.head
 
-    def next_logprobs(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "rows vocab"]:
-        hidden = self._advance(tokens, mask)
-        return self.head.logprobs(hidden)
+    def next_scores(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "rows vocab"]:
+        """Log-probabilities up to a constant per row, which choosing a token doesn't see."""
+        return self.head.cap(self.head.logits(self._advance(tokens, mask)))
 
     def _advance(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "rows width"]:
         first = self.cache.get_seq_length() == self.past_length
@@ -305,7 +308,7 @@ def _warpers(decoding: Decoding) -> LogitsProcessorList:
 
 
 def _choose(
-    logprobs: Float[Tensor, "rows vocab"],
+    scores: Float[Tensor, "rows vocab"],
     uniforms: Float[Tensor, " rows"],
     history: Tensor,
     decoding: Decoding,
@@ -313,15 +316,15 @@ def _choose(
 ) -> Tensor:
     """Greedy, or the inverse of the cumulative distribution at the row's uniform number."""
     if decoding.temperature not in (0.0, 1.0):
-        logprobs = logprobs / decoding.temperature
+        scores = scores / decoding.temperature
     if warpers:
-        logprobs = warpers(history, logprobs)  # pyright: ignore[reportArgumentType]
+        scores = warpers(history, scores)  # pyright: ignore[reportArgumentType]
     if decoding.temperature == 0:
-        return logprobs.argmax(-1)
-    cumulative = (logprobs - logprobs.amax(-1, keepdim=True)).exp().cumsum(-1)
+        return scores.argmax(-1)
+    cumulative = (scores - scores.amax(-1, keepdim=True)).exp_().cumsum(-1)
     threshold = (uniforms * cumulative[:, -1])[:, None]
     chosen = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-    return chosen.clamp_max(logprobs.shape[-1] - 1)
+    return chosen.clamp_max(scores.shape[-1] - 1)
 
 
 def _cut_after_stop(ids: list[int], stop: list[int]) -> Tokens:

@@ -12,7 +12,6 @@ from typing import Any
 
 import peft
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -20,9 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from promptkd.errors import UserError
-
-FEW_TOKENS = 8
-"""Up to here a processor multiplies matrix x tokens up to 3 times faster than tokens x matrix."""
+from promptkd.memory import keep_freed_memory
+from promptkd.products import linear
 
 
 @dataclass(frozen=True)
@@ -41,21 +39,20 @@ class Head:
 
     @torch.no_grad()
     def logits(self, hidden: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocab"]:
-        """The plain product in fp32, without scale and soft-cap; ``normalize`` does the rest."""
-        weight, bias = self.matrix()
-        hidden = hidden.to(self.dtype)
-        if hidden.device.type == "cpu" and len(hidden) <= FEW_TOKENS:
-            product = (weight @ hidden.T).T
-            return (product if bias is None else product + bias).float().contiguous()
-        return F.linear(hidden, weight, bias).float()
+        """The plain product in fp32; ``cap`` and ``normalize`` do the rest."""
+        return linear(hidden.to(self.dtype), *self.matrix()).float()
 
     def normalize(self, logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens vocab"]:
-        """Natural-log probabilities in fp32; scale and soft-cap (Gemma) are applied here."""
+        """Natural-log probabilities in fp32."""
+        return self.cap(logits).log_softmax(-1)
+
+    def cap(self, logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens vocab"]:
+        """Scale and soft-cap (Gemma) applied: log-probabilities up to a constant per token."""
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
             logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits.log_softmax(-1)
+        return logits
 
     def logprobs(self, hidden: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocab"]:
         """Natural-log probabilities of a few tokens, without gradient."""
@@ -188,6 +185,8 @@ def select_responses(
 def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     """Load a causal language model for evaluation-mode use; a saved LoRA is merged into its base.
 
+    From here on the process keeps the memory it frees (``memory.keep_freed_memory``).
+
     Args:
         name: hub id, directory, ``.gguf`` file, or the directory of a finished run (its student).
         dtype: of the weights.
@@ -195,6 +194,7 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
     Raises:
         UserError: if there is no such model.
     """
+    keep_freed_memory()
     arguments = _location(name)
     adapter = Path(arguments["pretrained_model_name_or_path"])
     if (adapter / "adapter_config.json").is_file():

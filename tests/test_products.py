@@ -1,0 +1,40 @@
+"""Products by blocks are torch's own, in every shape, and modules use them only when asked."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from promptkd.products import BLOCK, FEWEST_BLOCKS, BlockedProducts, linear
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", [(1, 24), (5, 24), (200, 24), (2, 3, 24), (24,)])
+@pytest.mark.parametrize("rows", [3, FEWEST_BLOCKS * BLOCK, FEWEST_BLOCKS * BLOCK + 17])
+def test_products_by_blocks_are_torchs_own(shape, rows, biased):
+    tokens, weight = randn(*shape, seed=1), randn(rows, 24, seed=2)
+    bias = randn(rows, seed=3) if biased else None
+    torch.testing.assert_close(linear(tokens, weight, bias), F.linear(tokens, weight, bias))
+
+
+def test_rows_of_a_longer_table_are_multiplied_where_they_are():
+    table = randn(2 * FEWEST_BLOCKS * BLOCK, 24, seed=1)
+    tokens, shared = randn(5, 24, seed=2), table[: FEWEST_BLOCKS * BLOCK + 1]
+    torch.testing.assert_close(linear(tokens, shared), F.linear(tokens, shared))
+
+
+def test_modules_multiply_by_blocks_within_the_mode_alone(monkeypatch):
+    layer, tokens = torch.nn.Linear(24, FEWEST_BLOCKS * BLOCK), randn(5, 24)
+    calls = []
+    monkeypatch.setattr("torch.bmm", lambda *a: calls.append(a) or torch.matmul(*a))
+    with torch.no_grad():
+        outside = layer(tokens)
+        assert not calls
+        with BlockedProducts():
+            inside = layer(tokens)
+
+    assert len(calls) == 1
+    torch.testing.assert_close(inside, outside)
