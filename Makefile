@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 export HF_HUB_OFFLINE ?= 1
+DATA ?= src/promptkd/starter/train.jsonl
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo check lint types test test-all fmt docs bench clean
@@ -44,9 +45,10 @@ fmt: $(STAMP)  ## format and mend what ruff can
 docs: $(STAMP)  ## write the generated parts of README.md and docs/ anew
 	$(BIN)/python docs/generate.py
 
-bench: $(STAMP)  ## benchmarks: benchmarks/results/*.json and docs/benchmarks.md, most of an hour
+bench: $(STAMP)  ## benchmarks/results/*.json and docs/benchmarks.md, some 80 minutes; DATA= for real lengths
 	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[bench]'
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks/authors_order.py $(DATA)
 	$(BIN)/python docs/generate.py
 
 clean:  ## forget the environment and the caches, keep runs/

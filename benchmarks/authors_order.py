@@ -5,10 +5,10 @@
 The other side works as their script does: micro-batches of two, each written by itself, padded to
 512 and passed five times (adapted teacher, plain teacher, student; adapted teacher, student), whole
 fp32 logits, prompt and student gradients side by side until both are updated. Same models, same
-requests. It has a process of its own, because promptkd sets the process's allocator; a third
-side is their order with that allocator. Without DATA every response has 128 tokens; with it,
-lengths are as they come and times are per response token. With promptkd[vllm] installed, vLLM rows
-too. Writes results/authors_order.json or results/authors_order_real.json.
+requests. Each side has a process of its own, because promptkd sets the allocator and vLLM more.
+Without DATA every response has 128 tokens, and with promptkd[vllm] installed there are vLLM rows.
+With DATA lengths are as they come, and times are per response token. Writes
+results/authors_order.json or results/authors_order_real.json.
 """
 
 import importlib.util
@@ -31,7 +31,6 @@ from setting import (
 from transformers import DynamicCache
 
 from promptkd.engines import left_pad
-from promptkd.memory import keep_freed_memory
 
 PADDED, MICRO_BATCH = 512, 2
 
@@ -120,34 +119,35 @@ def mean_kl(learner, target, labels):
     return (nats * labels).sum() / labels.sum()
 
 
-def authors_step(given: dict[str, Any], our_allocator: bool = False) -> Side:
-    if our_allocator:
-        keep_freed_memory()
-    return AuthorsStep(setting(**given))
+def theirs(given: dict[str, Any]) -> dict[str, Side]:
+    return {"authors' order": AuthorsStep(setting(**given))}
+
+
+def ours(given: dict[str, Any], vllm: bool) -> dict[str, Side]:
+    loaded = setting(**given)
+    return {
+        name: OurStep(loaded, "promptkd", name.partition(",")[0], vllm=vllm)
+        for name in names_of(vllm)
+    }
+
+
+def names_of(vllm: bool) -> list[str]:
+    return [f"{mode}{', vllm' if vllm else ''}" for mode in ("before_student", "with_student")]
 
 
 def main() -> None:
     data = sys.argv[1] if len(sys.argv) > 1 else None
     given: dict[str, Any] = {"data": data, "num_layers": 20 if data else 10}
-    ours = setting(**given)
-    sides: dict[str, Side] = {
-        "authors' order": own_process(partial(authors_step, given)),
-        "authors' order, our allocator": own_process(partial(authors_step, given, True)),
-        "before_student": OurStep(ours, "promptkd"),
-        "with_student": OurStep(setting(**given), "promptkd", "with_student"),
-    }
-    if importlib.util.find_spec("vllm"):
-        sides["before_student, vllm"] = OurStep(setting(**given), "promptkd", vllm=True)
-        sides["with_student, vllm"] = OurStep(
-            setting(**given), "promptkd", "with_student", vllm=True
-        )
+    setting(**given)  # the models are written once, before anybody reads them
+    sides = own_process(partial(theirs, given), "authors' order")
+    engines = [False, True] if not data and importlib.util.find_spec("vllm") else [False]
+    for vllm in engines:
+        sides |= own_process(partial(ours, given, vllm), *names_of(vllm))
     timings = alternate(sides)
     record(
         "authors_order_real" if data else "authors_order",
         {
-            "requests": len(ours.requests),
-            "new_tokens": ours.num_new,
-            "layers": ours.student.config.num_hidden_layers,
+            **given,
             "seconds": {name: own.seconds for name, own in timings.items()},
             "response_tokens": {name: own.tokens for name, own in timings.items()},
             "matmul_peak": matmul_peak(),

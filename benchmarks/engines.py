@@ -25,7 +25,7 @@ def by_engine(engine: Engine, setting: Setting) -> Side:
     return write
 
 
-def by_generate(num_requests: int) -> Side:
+def by_generate(num_requests: int) -> dict[str, Side]:
     given = setting(num_requests)
     ids, attended = left_pad(given.requests, given.student.device)
 
@@ -44,7 +44,7 @@ def by_generate(num_requests: int) -> Side:
         )
         return num_requests * (written.shape[1] - ids.shape[1])
 
-    return write
+    return {"generate": write}
 
 
 def main() -> None:
@@ -53,10 +53,8 @@ def main() -> None:
     for num_requests in (8, 16):
         given = setting(num_requests)
         student = LanguageModel(given.student, given.student.config.vocab_size)
-        sides: dict[str, Side] = {
-            "generate": own_process(partial(by_generate, num_requests)),
-            "transformers": by_engine(TransformersEngine(student, ()), given),
-        }
+        sides = own_process(partial(by_generate, num_requests), "generate")
+        sides["transformers"] = by_engine(TransformersEngine(student, ()), given)
         if importlib.util.find_spec("vllm"):
             longest = given.num_new + max(len(request) for request in given.requests)
             sides["vllm"] = by_engine(VLLMEngine(student, (), longest), given)

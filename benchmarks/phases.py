@@ -1,37 +1,52 @@
 """Where a step's time goes, at which share of the matmul peak, and what PromptKD adds to gkd.
 
-8 requests x 128 new tokens; the methods take turns; with promptkd[vllm], its rows too.
-Floating-point operations are those of the products with weights (``step.Cost``). Writes
-results/phases.json.
+8 requests x 128 new tokens; the methods take turns; each engine has a process of its own (vLLM if
+it is installed). Floating-point operations are those of the products with weights
+(``step.Cost``). Writes results/phases.json.
 """
 
 import importlib.util
 import statistics
+from functools import partial
 
-from setting import OurStep, matmul_peak, record, setting
+from setting import OurStep, Side, matmul_peak, own_process, record, setting
 
 REPEATS = 4  # the first one warms up
+METHODS = ("gkd", "promptkd", "promptkd")
+MODES = ("before_student", "with_student", "before_student")
+
+
+def timed_steps(vllm: bool) -> dict[str, Side]:
+    """Each returns the seconds of a step's phases, and their floating-point operations."""
+
+    def timed(step: OurStep, number: int) -> tuple[dict[str, float], dict[str, float]]:
+        seconds, cost = step.timed(number)
+        return seconds, dict(cost.flops)
+
+    loaded = setting()
+    steps = {
+        name: OurStep(loaded, method, mode, vllm=vllm)
+        for name, method, mode in zip(names_of(vllm), METHODS, MODES, strict=True)
+    }
+    return {name: partial(timed, step) for name, step in steps.items()}
+
+
+def names_of(vllm: bool) -> list[str]:
+    return [f"{name}{', vllm' if vllm else ''}" for name in ("gkd", *MODES[1:])]
 
 
 def main() -> None:
-    sides = {
-        "gkd": OurStep(setting(), "gkd"),
-        "with_student": OurStep(setting(), "promptkd", "with_student"),
-        "before_student": OurStep(setting(), "promptkd"),
-    }
-    if importlib.util.find_spec("vllm"):
-        sides["gkd, vllm"] = OurStep(setting(), "gkd", vllm=True)
-        sides["with_student, vllm"] = OurStep(setting(), "promptkd", "with_student", vllm=True)
-        sides["before_student, vllm"] = OurStep(setting(), "promptkd", vllm=True)
+    sides: dict[str, Side] = {}
+    for vllm in [False, True] if importlib.util.find_spec("vllm") else [False]:
+        sides |= own_process(partial(timed_steps, vllm), *names_of(vllm))
     taken: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
     flops: dict[str, dict[str, float]] = {}
     peaks = []
     for number in range(REPEATS):
         peaks.append(matmul_peak())
         for name, step in sides.items():
-            seconds, cost = step.timed(number)
+            seconds, flops[name] = step(number)
             taken[name].append(seconds)
-            flops[name] = dict(cost.flops)
             print(name, {phase: round(s, 2) for phase, s in taken[name][-1].items()}, flush=True)
     peak = statistics.median(peaks)
     rows = {}

@@ -14,7 +14,9 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -103,6 +105,7 @@ class OurStep:
         teacher_step: str = "before_student",
         vllm: bool = False,
         vocabulary: int | None = None,
+        micro_batch_tokens: int = 4096,
     ):
         keep_freed_memory()  # as promptkd does when it loads a model
         self.setting = setting
@@ -125,7 +128,7 @@ class OurStep:
             teacher,
             Learner(own, torch.optim.AdamW(own, lr=1e-5, fused=True)),
             Learner(adapted, torch.optim.AdamW(adapted, lr=1e-3)) if adapted else None,
-            micro_batch_tokens=4096,
+            micro_batch_tokens=micro_batch_tokens,
             max_grad_norm=1.0,
             teacher_step=teacher_step,
         )
@@ -143,6 +146,7 @@ class OurStep:
         return self.step([rollouts], step=number, max_steps=1000)
 
     def __call__(self, number: int) -> int:
+        """A whole step; its response tokens."""
         rollouts = self.write(number)
         self.learn(rollouts, number)
         return sum(len(rollout.response_ids) for rollout in rollouts)
@@ -158,27 +162,29 @@ class OurStep:
         return seconds | {"rest": whole - sum(seconds.values()), "whole": whole}, cost
 
 
-Side = Callable[[int], int]
-"""One piece of work; returns the response tokens it was done for."""
+Side = Callable[[int], Any]
+"""One piece of work, given its number."""
 
 
-def own_process(build: Callable[[], Side]) -> Side:
-    """A side in a process of its own, with the allocator, threads and caches that it comes with."""
+def own_process(build: Callable[[], Mapping[str, Side]], *names: str) -> dict[str, Side]:
+    """Sides in a process of their own, with the allocator, threads and caches they come with."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     context.Process(target=_serve, args=(build, theirs), daemon=True).start()
 
-    def side(number: int) -> int:
-        ours.send(number)
+    def asked(name: str, number: int) -> Any:
+        ours.send((name, number))
         return ours.recv()
 
-    return side
+    return {name: partial(asked, name) for name in names}
 
 
-def _serve(build: Callable[[], Side], pipe: Any) -> None:
-    side = build()
-    while True:
-        pipe.send(side(pipe.recv()))
+def _serve(build: Callable[[], Mapping[str, Side]], pipe: Any) -> None:
+    sides = build()
+    with suppress(EOFError):  # nobody holds the other end any more
+        while True:
+            name, number = pipe.recv()
+            pipe.send(sides[name](number))
 
 
 @dataclass
@@ -196,7 +202,7 @@ class Timings:
 
 
 def alternate(sides: Mapping[str, Side], repeats: int = 3) -> dict[str, Timings]:
-    """Every side in turns."""
+    """Every side in turns; each returns the response tokens of its turn."""
     timings = {name: Timings() for name in sides}
     for number in range(repeats):
         for name, side in sides.items():

@@ -68,14 +68,15 @@ def trl_trainer(
     )
 
 
-def our_step(vllm: bool) -> Side:
-    return OurStep(setting(), "gkd", vllm=vllm)
+def our_step(name: str) -> dict[str, Side]:
+    return {name: OurStep(setting(), "gkd", vllm=name == "gkd, vllm")}
 
 
 def main() -> None:
-    ours = {"gkd": own_process(partial(our_step, False))}
-    if importlib.util.find_spec("vllm"):
-        ours["gkd, vllm"] = own_process(partial(our_step, True))
+    names = ["gkd", *(["gkd, vllm"] if importlib.util.find_spec("vllm") else [])]
+    ours: dict[str, Side] = {}
+    for name in names:
+        ours |= own_process(partial(our_step, name), name)
     rows = {}
     for name, checkpointing in (("trl", True), ("trl, no gradient checkpointing", False)):
         seconds: dict[str, list[float]] = {side: [] for side in ours}

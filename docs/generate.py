@@ -144,6 +144,10 @@ def file_tree(paths: Iterable[Path]) -> str:
     return "```\nsrc/promptkd/\n" + "\n".join(rows) + "\n```"
 
 
+FACTORS = {"times_faster", "against_generate", "against_gkd"}
+SHARES = {"share_of_peak", "against_authors_order", "against_trl", "against_whole_logits"}
+
+
 def benchmarks() -> str:
     """The results of ``make bench``, a row per number that is compared, with its commit."""
     rows = ["| benchmark | compared | | commit |", "|---|---|---|---|"]
@@ -151,8 +155,8 @@ def benchmarks() -> str:
         result = json.loads(path.read_text())
         commit = result.pop("machine")["commit"]
         for keys, value in leaves(result):
-            factor = {"times_faster", "against_generate", "against_gkd"} & set(keys)
-            share = {"share_of_peak", "against_authors_order"} & set(keys)
+            factor = FACTORS & set(keys)
+            share = SHARES & set(keys)
             if factor or share:
                 what = ", ".join(key for key in keys if key not in factor | share)
                 kind = min(factor or share).replace("_", " ")

@@ -204,6 +204,26 @@ def test_head_with_bias_scale_and_soft_cap_equals_autograd(bias, scale, softcap,
     assert torch.equal(weight.grad[9:], torch.zeros(3, 6))
 
 
+def test_master_weights_are_multiplied_in_bf16_and_their_gradients_summed_in_fp32():
+    torch.manual_seed(0)
+    inputs, target = torch.randn(40, 16), torch.randn(40, 64).log_softmax(-1)
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        torch.manual_seed(1)
+        trunk, weight = (torch.randn(rows, 16, requires_grad=True) for rows in (16, 64))
+        accumulate(
+            {"student": States(inputs @ trunk, Head(weight, None, 64, dtype=dtype), True)},
+            lambda logprobs, piece: {"student": forward_kl(logprobs["student"], target[piece])},
+            {"student": 1 / 40},
+            Tiling(8 * 64, 4 * 64),
+        )
+        gradients.append((trunk.grad, weight.grad))
+
+    for exact, rounded in zip(*gradients, strict=True):
+        assert rounded.dtype == torch.float32
+        assert 0 < (rounded - exact).norm() / exact.norm() < 0.02
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the most entries that any operation's result had."""
 

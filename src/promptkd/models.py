@@ -7,6 +7,7 @@ later and in chunks (``objectives``), so whole logits never exist.
 import os
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Head:
     @torch.no_grad()
     def logits(self, hidden: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocab"]:
         """The plain product in fp32; ``cap`` and ``normalize`` do the rest."""
-        return linear(hidden.to(self.dtype), *self.matrix()).float()
+        return linear(hidden.to(self.dtype), *self.matrix).float()
 
     def normalize(self, logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens vocab"]:
         """Natural-log probabilities in fp32."""
@@ -66,15 +67,21 @@ class Head:
 
         Autograd would make a matrix of vocabulary x width anew for every chunk of tokens.
         """
-        if self.weight.requires_grad:
-            into = _gradient_of(self.weight)[: self.vocabulary]
-            into.addmm_(gradient.T.to(into.dtype), hidden.to(into.dtype))
         if self.bias is not None and self.bias.requires_grad:
             _gradient_of(self.bias)[: self.vocabulary] += gradient.sum(0)
-        weight, _ = self.matrix()
-        return (gradient.to(weight.dtype) @ weight).to(hidden.dtype)
+        weight, _ = self.matrix
+        gradient, states = gradient.to(self.dtype), hidden.to(self.dtype)
+        if self.weight.requires_grad:
+            into = _gradient_of(self.weight)[: self.vocabulary]
+            if into.dtype == self.dtype:
+                into.addmm_(gradient.T, states)
+            else:  # master weights: a product in bf16, summed in fp32
+                into += gradient.T @ states
+        return (gradient @ weight).to(hidden.dtype)
 
+    @cached_property
     def matrix(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as they are multiplied; a head lives for a pass, weights don't change."""
         weight = self.weight[: self.vocabulary].to(self.dtype)
         bias = None if self.bias is None else self.bias[: self.vocabulary].to(self.dtype)
         return weight, bias
