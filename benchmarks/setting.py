@@ -106,8 +106,10 @@ class OurStep:
         vllm: bool = False,
         vocabulary: int | None = None,
         micro_batch_tokens: int = 4096,
+        keep_memory: bool = True,
     ):
-        keep_freed_memory()  # as promptkd does when it loads a model
+        if keep_memory:  # as promptkd does when it loads a model
+            keep_freed_memory()
         self.setting = setting
         vocabulary = vocabulary or setting.teacher.config.vocab_size
         student = LanguageModel(setting.student, vocabulary)
