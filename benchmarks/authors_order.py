@@ -4,13 +4,15 @@
 
 The other side works as their script does: micro-batches of two, each written by itself, padded to
 512 and passed five times (adapted teacher, plain teacher, student; adapted teacher, student), whole
-fp32 logits, prompt and student gradients side by side until both are updated. Same models, same
-requests. Each side has a process of its own, because promptkd sets the allocator and vLLM more.
-Without DATA every response has 128 tokens, and with promptkd[vllm] installed there are vLLM rows.
-With DATA lengths are as they come, and times are per response token. Writes
-results/authors_order.json or results/authors_order_real.json.
+fp32 logits, prompt and student gradients side by side until both are updated; as with DeepSpeed,
+passes are in one precision and AdamW works on an fp32 copy. Same models, same requests. Each side
+has a process of its own, because promptkd sets the allocator and vLLM more. Without DATA every
+response has 128 tokens, and with promptkd[vllm] installed there are vLLM rows. With DATA lengths
+are as they come, and times are per response token. Writes results/authors_order.json or
+results/authors_order_real.json.
 """
 
+import copy
 import importlib.util
 import sys
 from functools import partial
@@ -18,6 +20,7 @@ from typing import Any
 
 import torch
 from setting import (
+    DTYPE,
     OurStep,
     Setting,
     Side,
@@ -45,7 +48,9 @@ class AuthorsStep:
         start = embeddings(torch.tensor((ids * 7)[:7])).detach().clone()
         self.prompt = torch.nn.Parameter(start)
         self.prompt_optimizer = torch.optim.AdamW([self.prompt], lr=1e-3)
-        self.student_optimizer = torch.optim.AdamW(setting.student.parameters(), lr=1e-5)
+        self.masters = list(setting.student.parameters())
+        self.student: Any = copy.deepcopy(setting.student).to(DTYPE)
+        self.student_optimizer = torch.optim.AdamW(self.masters, lr=1e-5)
 
     def __call__(self, number: int) -> int:
         torch.manual_seed(number)
@@ -54,15 +59,21 @@ class AuthorsStep:
         num_parts = len(requests) // MICRO_BATCH
         for start in range(0, len(requests), MICRO_BATCH):
             self._micro_batch(requests[start : start + MICRO_BATCH], number, num_parts)
+        pairs = list(zip(self.masters, self.student.parameters(), strict=True))
+        for master, working in pairs:
+            master.grad, working.grad = working.grad.float(), None
         torch.nn.utils.clip_grad_norm_([self.prompt], 1.0)
-        torch.nn.utils.clip_grad_norm_(self.setting.student.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
         for optimizer in (self.prompt_optimizer, self.student_optimizer):
             optimizer.step()
             optimizer.zero_grad()
+        with torch.no_grad():
+            for master, working in pairs:
+                working.copy_(master)
         return self.num_written
 
     def _micro_batch(self, requests, number: int, num_parts: int) -> None:
-        teacher, student = self.setting.teacher, self.setting.student
+        teacher, student = self.setting.teacher, self.student
         tokens, mask = self._write(requests)
         labels = mask[:, 1:]
         adapted = self._adapted(tokens)
@@ -79,9 +90,9 @@ class AuthorsStep:
 
     @torch.no_grad()
     def _write(self, requests):
-        ids, attended = left_pad(requests, self.setting.student.device)
+        ids, attended = left_pad(requests, self.student.device)
         setting = self.setting
-        written = setting.student.generate(
+        written = self.student.generate(
             ids,
             attention_mask=attended.long(),
             do_sample=True,
@@ -91,7 +102,7 @@ class AuthorsStep:
             min_new_tokens=setting.num_new if setting.forced else None,
             eos_token_id=list(setting.stop) or None,
             pad_token_id=0,
-            past_key_values=DynamicCache(config=setting.student.config),
+            past_key_values=DynamicCache(config=self.student.config),
         )[:, ids.shape[1] :]
         tokens = torch.zeros(len(requests), PADDED, dtype=torch.long)
         mask = torch.zeros(len(requests), PADDED, dtype=torch.bool)
@@ -108,7 +119,7 @@ class AuthorsStep:
     def _adapted(self, tokens):
         teacher = self.setting.teacher
         text = teacher.get_input_embeddings()(tokens)
-        front = self.prompt.expand(len(tokens), -1, -1)
+        front = self.prompt.to(text.dtype).expand(len(tokens), -1, -1)
         return teacher(inputs_embeds=torch.cat([front, text], dim=1)).logits[:, len(self.prompt) :]
 
 

@@ -6,9 +6,10 @@ pushing the weights. Writes results/engines.json.
 
 import importlib.util
 from functools import partial
+from typing import Any
 
 import torch
-from setting import Setting, Side, alternate, own_process, record, setting, times_faster
+from setting import DTYPE, Setting, Side, alternate, own_process, record, setting, times_faster
 
 from promptkd.engines import Decoding, Engine, TransformersEngine, left_pad
 from promptkd.memory import keep_freed_memory
@@ -27,12 +28,13 @@ def by_engine(engine: Engine, setting: Setting) -> Side:
 
 def by_generate(num_requests: int) -> dict[str, Side]:
     given = setting(num_requests)
-    ids, attended = left_pad(given.requests, given.student.device)
+    student: Any = given.student.to(DTYPE)
+    ids, attended = left_pad(given.requests, student.device)
 
     @torch.no_grad()
     def write(number: int) -> int:
         torch.manual_seed(number)
-        written = given.student.generate(
+        written = student.generate(
             ids,
             attention_mask=attended.long(),
             do_sample=True,
@@ -52,7 +54,7 @@ def main() -> None:
     rows = {}
     for num_requests in (8, 16):
         given = setting(num_requests)
-        student = LanguageModel(given.student, given.student.config.vocab_size)
+        student = LanguageModel(given.student, given.student.config.vocab_size, DTYPE)
         sides = own_process(partial(by_generate, num_requests), "generate")
         sides["transformers"] = by_engine(TransformersEngine(student, ()), given)
         if importlib.util.find_spec("vllm"):

@@ -29,7 +29,7 @@ from promptkd.demo import unpack_teacher
 from promptkd.engines import Decoding, Engine, TransformersEngine
 from promptkd.memory import keep_freed_memory
 from promptkd.methods import build_method
-from promptkd.models import LanguageModel, load_tokenizer, stop_ids
+from promptkd.models import LanguageModel, compute_dtype, load_tokenizer, stop_ids
 from promptkd.pruning import init_student
 from promptkd.rollouts import Rollout
 from promptkd.step import Cost, Learner, Step, StepMetrics
@@ -37,6 +37,9 @@ from promptkd.vllm_engine import VLLMEngine
 
 MODELS = Path("runs/benchmarks")
 RESULTS = Path(__file__).parent / "results"
+DTYPE = compute_dtype("auto", torch.device("cpu"))
+"""What every side multiplies in: bf16 where the processor does it itself."""
+BF16 = torch.bfloat16 == DTYPE
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Setting:
     """Two models and the requests of one optimizer step.
 
     Attributes:
+        teacher: in ``DTYPE``.
+        student: in fp32, which is what learns (master weights).
         requests: token ids.
         num_new: response tokens, exact if ``forced``, else at most.
         forced: no token ends a response.
@@ -86,7 +91,7 @@ def setting(
     # Not by promptkd's loader, which sets the allocator for the whole process: peers have theirs.
     load = AutoModelForCausalLM.from_pretrained
     return Setting(
-        load(teacher, dtype=torch.float32).eval().requires_grad_(False),
+        load(teacher, dtype=DTYPE).eval().requires_grad_(False),
         load(student, dtype=torch.float32).eval(),
         tokenizer,
         requests,
@@ -112,11 +117,11 @@ class OurStep:
             keep_freed_memory()
         self.setting = setting
         vocabulary = vocabulary or setting.teacher.config.vocab_size
-        student = LanguageModel(setting.student, vocabulary)
+        student = LanguageModel(setting.student, vocabulary, DTYPE)
         composition = build_method(method)
         assert composition.teacher is not None
         teacher = composition.teacher.build(
-            LanguageModel(setting.teacher, vocabulary), setting.tokenizer
+            LanguageModel(setting.teacher, vocabulary, DTYPE), setting.tokenizer
         )
         own, adapted = list(setting.student.parameters()), teacher.parameters()
         self.engine: Engine = TransformersEngine(student, setting.stop)
@@ -222,8 +227,8 @@ def times_faster(timings: Mapping[str, Timings], than: str) -> dict[str, float]:
 
 
 def matmul_peak(size: int = 2048, repeats: int = 5) -> float:
-    """FLOP per second of a square fp32 product on this machine, now."""
-    matrix = torch.randn(size, size)
+    """FLOP per second of a square product in ``DTYPE`` on this machine, now."""
+    matrix = torch.randn(size, size, dtype=DTYPE)
     seconds = []
     for _ in range(repeats + 1):
         started = time.perf_counter()
@@ -241,7 +246,7 @@ def record(name: str, row: Mapping[str, Any]) -> None:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "precision": "fp32",
+        "precision": "bf16" if BF16 else "fp32",
         "commit": commit,
     }
     RESULTS.mkdir(exist_ok=True)

@@ -1,9 +1,9 @@
 """One optimizer step of on-policy distillation: our gkd against TRL's DistillationTrainer.
 
 Reverse KL, the same models, requests, batch, response length and sampling settings; TRL's own
-defaults otherwise (gradient checkpointing on), and without it; fp32 on both sides. TRL's loop calls
-ours, which have a process each, after each of its steps, so the sides alternate. Needs trl==1.16.0;
-with promptkd[vllm], a vLLM row too. Writes results/trl_step.json.
+defaults otherwise (gradient checkpointing on), and without it; the precision is the same.
+TRL's loop calls ours, which have a process each, after each of its steps, so the sides alternate.
+Needs trl==1.16.0; with promptkd[vllm], a vLLM row too. Writes results/trl_step.json.
 """
 
 import importlib.util
@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from datasets import Dataset
-from setting import OurStep, Setting, Side, matmul_peak, own_process, record, setting
+from setting import BF16, OurStep, Setting, Side, matmul_peak, own_process, record, setting
 from transformers import TrainerCallback
 from trl import DistillationConfig, DistillationTrainer
 from trl import __version__ as trl_version
@@ -56,7 +56,7 @@ def trl_trainer(
             generation_kwargs=forced,
             max_steps=steps,
             gradient_checkpointing=checkpointing,
-            bf16=False,
+            bf16=BF16,
             report_to=[],
             save_strategy="no",
             disable_tqdm=True,

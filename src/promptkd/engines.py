@@ -6,7 +6,6 @@ so batch size, batch order and number of ranks don't change what is written (bey
 
 import copy
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -23,7 +22,7 @@ from transformers import (
 )
 
 from promptkd.config import Recipe
-from promptkd.keys_values import grouped_attention, reserved_cache
+from promptkd.keys_values import reserved_cache
 from promptkd.models import LanguageModel
 from promptkd.products import BlockedProducts
 
@@ -143,11 +142,7 @@ class TransformersEngine:
         model.module.eval()  # in training mode, gradient checkpointing drops the cache silently
         order = sorted(range(len(requests)), key=lambda i: len(requests[i]), reverse=True)
         responses: dict[int, Response] = {}
-        writers = [model] if co_author is None else [model, co_author.model]
-        with ExitStack() as faster:
-            faster.enter_context(BlockedProducts())
-            for writer in writers:
-                faster.enter_context(grouped_attention(writer.module))
+        with BlockedProducts():
             while order:
                 longest = len(requests[order[0]]) + decoding.max_new_tokens
                 rows = max(1, max_batch_tokens // longest)

@@ -1,73 +1,13 @@
-"""Keys and values while text is written: kept where they are, read without copies.
+"""Keys and values while text is written: kept where they are.
 
-Both change speed alone. transformers' own cache copies the whole past at every token, and its
-attention copies each head of keys and values once per query head as soon as rows are padded.
+transformers' own cache copies the whole past at every token.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    DynamicCache,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
-
-GROUPED = "promptkd_grouped_sdpa"
-
-
-def grouped_sdpa(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """One new token per row: the queries that share a head of keys are the rows of one product.
-
-    Args:
-        query: (batch, heads, time, width).
-        key: (batch, shared heads, positions, width), as ``value``.
-        attention_mask: (batch, 1, time, positions).
-
-    Returns:
-        (batch, time, heads, width); equal to ``sdpa_attention_forward``, which does the rest.
-    """
-    batch, heads, time, width = query.shape
-    shared = key.shape[1]
-    if time > 1 or heads == shared or kwargs.get("position_bias") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    rows = query.reshape(batch, shared, heads // shared, width)
-    mixed = scaled_dot_product_attention(
-        rows, key, value, attn_mask=attention_mask, scale=kwargs.get("scaling")
-    )
-    return mixed.reshape(batch, 1, heads, width), None
-
-
-AttentionInterface.register(GROUPED, grouped_sdpa)
-AttentionMaskInterface.register(GROUPED, sdpa_mask)
-
-
-@contextmanager
-def grouped_attention(module: PreTrainedModel) -> Iterator[None]:
-    """Within it, a model that attends by torch's kernels does so by ``grouped_sdpa``."""
-    if module.config._attn_implementation != "sdpa":
-        yield
-        return
-    module.set_attn_implementation(GROUPED)
-    try:
-        yield
-    finally:
-        module.set_attn_implementation("sdpa")
 
 
 class _ReservedLayer(DynamicLayer):

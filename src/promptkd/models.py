@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from promptkd.attention import attend_grouped
 from promptkd.errors import UserError
 from promptkd.memory import keep_freed_memory
 from promptkd.products import linear
@@ -40,8 +41,8 @@ class Head:
 
     @torch.no_grad()
     def logits(self, hidden: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocab"]:
-        """The plain product in fp32; ``cap`` and ``normalize`` do the rest."""
-        return linear(hidden.to(self.dtype), *self.matrix).float()
+        """The plain product, as it is multiplied; ``cap`` and ``normalize`` do the rest in fp32."""
+        return linear(hidden.to(self.dtype), *self.matrix)
 
     def normalize(self, logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens vocab"]:
         """Natural-log probabilities in fp32."""
@@ -49,6 +50,7 @@ class Head:
 
     def cap(self, logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens vocab"]:
         """Scale and soft-cap (Gemma) applied: log-probabilities up to a constant per token."""
+        logits = logits.float()
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -75,8 +77,9 @@ class Head:
             into = _gradient_of(self.weight)[: self.vocabulary]
             if into.dtype == self.dtype:
                 into.addmm_(gradient.T, states)
-            else:  # master weights: a product in bf16, summed in fp32
-                into += gradient.T @ states
+            else:  # master weights: a product in bf16, summed in fp32 while it is in a cache
+                for rows, part in zip(into.split(4096), gradient.T.split(4096), strict=True):
+                    rows += part @ states
         return (gradient @ weight).to(hidden.dtype)
 
     @cached_property
@@ -98,7 +101,8 @@ class LanguageModel:
     """A causal language model, split into trunk and head.
 
     Attributes:
-        module: the transformers model, in evaluation mode (dropout is off).
+        module: the transformers model, in evaluation mode (dropout is off); from here on it attends
+            by ``attention.grouped_sdpa`` where it did by torch's kernels.
         vocabulary: how many token ids are compared; at most the embedding rows of either model.
         dtype: what its matrices are multiplied in; fp32 weights stay fp32 (master weights).
     """
@@ -106,6 +110,9 @@ class LanguageModel:
     module: PreTrainedModel
     vocabulary: int
     dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        attend_grouped(self.module)
 
     @property
     def device(self) -> torch.device:

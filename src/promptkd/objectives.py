@@ -27,9 +27,9 @@ class Tiling:
     logits are made for a chunk of tokens, and turned into their own gradients tile by tile.
 
     Attributes:
-        chunk_entries: logits of one model at a time, in fp32 (4 bytes each).
-        tile_entries: those of them that the losses see at a time; some ten temporaries of that
-            size live at once.
+        chunk_entries: logits of one model at a time, in the precision they are multiplied in.
+        tile_entries: those of them that the losses see at a time, in fp32; some ten temporaries
+            of that size live at once.
     """
 
     chunk_entries: int

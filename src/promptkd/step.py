@@ -96,10 +96,17 @@ class Piece:
 
 @dataclass(frozen=True)
 class Learner:
-    """Parameters with their optimizer; gradients are clipped together."""
+    """Parameters with their optimizer; gradients are clipped together.
+
+    The gradients stay where they are between steps: to fill new pages costs more than zeros.
+    """
 
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
+
+    def __post_init__(self) -> None:
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
 
 
 class Step:
@@ -129,6 +136,11 @@ class Step:
         self.teacher_step = teacher_step
         self.sum_over_ranks = sum_over_ranks
         self.tiling = tiling
+        embeddings = student.module.get_input_embeddings()
+        if student.device.type == "cpu" and isinstance(embeddings, nn.Embedding):
+            # The rows of the tokens that were read are added to the gradient; otherwise a second
+            # matrix of vocabulary x width is made, and added whole.
+            embeddings.sparse = True
 
     def __call__(
         self, rollouts: Sequence[Sequence[Rollout]], step: int, max_steps: int
@@ -278,8 +290,7 @@ class Step:
         """Sum the gradients over ranks, clip, move, forget."""
         assert learner is not None, f"the {who} has nothing to train"
         for parameter in learner.parameters:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
+            assert parameter.grad is not None, "there from the start"
             parameter.grad = self.sum_over_ranks(parameter.grad)
         norm = nn.utils.clip_grad_norm_(learner.parameters, self.max_grad_norm)
         if not torch.isfinite(norm):
@@ -289,7 +300,7 @@ class Step:
                 "good. Lower the learning rate, or use precision=fp32, and run it again."
             )
         learner.optimizer.step()
-        learner.optimizer.zero_grad(set_to_none=True)
+        learner.optimizer.zero_grad(set_to_none=False)
         metrics.gradient_norms[who] = norm.item()
 
     def _reduce(self, metrics: StepMetrics) -> None:

@@ -1,0 +1,148 @@
+"""Attention by fewer and larger products: the same numbers as torch's kernels, sooner.
+
+Heads of queries that share a head of keys (grouped-query attention, arXiv:2305.13245) are the rows
+of one product, with nothing copied. Two cases gain by it: one new token per row while text is
+written, and whole sequences in bf16 on a processor, where torch's fused kernel reaches a tenth of
+the matmul rate (docs/log.md). Everything else is torch's.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.amp.autocast_mode import custom_bwd, custom_fwd
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+softmax_backward = torch.ops.aten._softmax_backward_data
+NAME = "promptkd_sdpa"
+BLOCK = 64
+"""Queries of each head at a time: their scores fit a cache, and later keys are left out."""
+
+
+def attend_grouped(module: PreTrainedModel) -> None:
+    """Let a model that attends by torch's kernels attend by ``grouped_sdpa`` from now on."""
+    if module.config._attn_implementation == "sdpa":
+        module.set_attn_implementation(NAME)
+
+
+def grouped_sdpa(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads time width"],
+    key: Float[Tensor, "batch shared positions width"],
+    value: Float[Tensor, "batch shared positions width"],
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """What ``sdpa_attention_forward`` of transformers does, and with its arguments.
+
+    Args:
+        attention_mask: (batch, 1, time, positions); None is causal.
+
+    Returns:
+        (batch, time, heads, width).
+    """
+    batch, heads, time, width = query.shape
+    shared, scale = key.shape[1], kwargs.get("scaling") or width**-0.5
+    if kwargs.get("position_bias") is not None or kwargs.get("dropout"):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if time == 1 and shared < heads:
+        rows = query.reshape(batch, shared, heads // shared, width)
+        mixed = scaled_dot_product_attention(
+            rows, key, value, attn_mask=attention_mask, scale=scale
+        )
+        return mixed.reshape(batch, 1, heads, width), None
+    is_causal = kwargs.get("is_causal")
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    whole = is_causal and attention_mask is None and key.shape[2] == time
+    # Queries and keys may be fp32 here, rotated under autocast; torch would cast them as well.
+    if whole and value.dtype == torch.bfloat16 and value.device.type == "cpu":
+        mixed: Any = CausalAttention.apply(query, key, value, scale)
+        return mixed.transpose(1, 2), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+AttentionInterface.register(NAME, grouped_sdpa)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+class CausalAttention(torch.autograd.Function):
+    """softmax(scale Q K^T) V over the positions up to each query's own.
+
+    With P the softmax and O = P V, the gradients are
+
+        dV = P^T dO        dP = dO V^T        dS = P * (dP - rowsum(P * dP))
+        dQ = scale dS K    dK = scale dS^T Q
+
+    P is made again in the backward pass, so memory grows with the length, not with its square. The
+    scores are rounded to the precision of the products; dK and dV are summed in fp32.
+    """
+
+    @staticmethod
+    @custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+        batch, heads, time, width = query.shape
+        groups = batch * key.shape[1]
+        # (groups, heads that share keys, time, width)
+        queries = query.reshape(groups, -1, time, width)
+        keys, values = (given.reshape(groups, time, width) for given in (key, value))
+        mixed = torch.empty_like(queries)
+        for block in _blocks(time):
+            weights = _weights(queries[:, :, block], keys, block, scale)
+            mixed[:, :, block] = (weights @ values[:, : block.stop]).unflatten(
+                1, (-1, block.stop - block.start)
+            )
+        ctx.save_for_backward(queries, keys, values)
+        ctx.scale, ctx.shapes = scale, (query.shape, key.shape)
+        return mixed.view(batch, heads, time, width)
+
+    @staticmethod
+    @custom_bwd(device_type="cpu")
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore
+        queries, keys, values = ctx.saved_tensors
+        query_shape, key_shape = ctx.shapes
+        gradient = gradient.reshape(queries.shape)
+        to_queries = torch.empty_like(queries)
+        to_keys, to_values = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
+        for block in _blocks(queries.shape[2]):
+            seen = slice(0, block.stop)
+            weights = _weights(queries[:, :, block], keys, block, ctx.scale)
+            rows, outer = (x[:, :, block].flatten(1, 2) for x in (queries, gradient))
+            to_values[:, seen] += weights.mT @ outer
+            to_weights = outer @ values[:, seen].mT
+            to_scores = softmax_backward(to_weights, weights, -1, weights.dtype)
+            to_keys[:, seen] += ctx.scale * (to_scores.mT @ rows)
+            to_queries[:, :, block] = (ctx.scale * (to_scores @ keys[:, seen])).unflatten(
+                1, (-1, block.stop - block.start)
+            )
+        given = to_queries.dtype
+        return (
+            to_queries.view(query_shape),
+            to_keys.to(given).view(key_shape),
+            to_values.to(given).view(key_shape),
+            None,
+        )
+
+
+def _blocks(time: int) -> list[slice]:
+    return [slice(start, min(start + BLOCK, time)) for start in range(0, time, BLOCK)]
+
+
+def _weights(
+    queries: Float[Tensor, "groups heads block width"],
+    keys: Float[Tensor, "groups time width"],
+    block: slice,
+    scale: float,
+) -> Float[Tensor, "groups rows seen"]:
+    """P of a block: what its queries (rows: heads x block) make of the keys up to its end."""
+    time, seen = block.stop - block.start, block.stop
+    later = torch.full((time, seen), -torch.inf, dtype=queries.dtype).triu_(block.start + 1)
+    later = later.repeat(queries.shape[1], 1)
+    scores = torch.baddbmm(later, queries.flatten(1, 2), keys[:, :seen].mT, alpha=scale)
+    return scores.softmax(-1)

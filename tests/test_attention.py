@@ -1,0 +1,103 @@
+"""Grouped attention is that of torch's kernels, forward and backward."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+import tiny
+from promptkd.attention import BLOCK, CausalAttention, attend_grouped, grouped_sdpa
+from promptkd.models import LanguageModel
+
+
+def randn(*shape, seed=0, dtype=torch.float64):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def module_of(heads, shared, is_causal=True):
+    module = torch.nn.Module()
+    module.num_key_value_groups, module.is_causal = heads // shared, is_causal
+    return module
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize(("heads", "shared", "time"), [(6, 2, 1), (6, 6, 1), (6, 2, 5)])
+def test_grouped_attention_is_transformers_own(heads, shared, time, masked):
+    query = randn(3, heads, time, 8, seed=1)
+    key, value = randn(3, shared, 9, 8, seed=2), randn(3, shared, 9, 8, seed=3)
+    mask = randn(3, 1, time, 9, seed=4) > -0.5 if masked else None
+    arguments = (module_of(heads, shared), query, key, value, mask)
+
+    ours, _ = grouped_sdpa(*arguments, scaling=0.3)
+    theirs, _ = sdpa_attention_forward(*arguments, scaling=0.3)
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("heads", "shared", "time"), [(6, 2, 2 * BLOCK + 3), (4, 4, BLOCK), (2, 1, 2)]
+)
+def test_whole_sequences_have_the_derivatives_of_torchs_kernel(heads, shared, time):
+    inputs = [
+        randn(2, count, time, 8, seed=count).requires_grad_() for count in (heads, shared, shared)
+    ]
+    gradient = randn(2, heads, time, 8, seed=9)
+
+    ours = CausalAttention.apply(*inputs, 0.3)
+    theirs = scaled_dot_product_attention(*inputs, is_causal=True, scale=0.3, enable_gqa=True)
+
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, inputs, gradient),
+        torch.autograd.grad(theirs, inputs, gradient),
+        rtol=1e-5,
+        atol=1e-6,  # keys and values sum in fp32
+    )
+
+
+def test_in_bf16_it_is_as_near_to_the_truth_as_torchs_kernel():
+    shapes = [(2, heads, 3 * BLOCK, 32) for heads in (6, 2, 2)]
+    inputs = [randn(*shape, seed=i).bfloat16().requires_grad_() for i, shape in enumerate(shapes)]
+    exact = [given.detach().double().requires_grad_() for given in inputs]
+    gradient = randn(*shapes[0], seed=9).bfloat16()
+    arguments = {"is_causal": True, "enable_gqa": True}
+    truth = scaled_dot_product_attention(*exact, **arguments)
+    true_gradients = torch.autograd.grad(truth, exact, gradient.double())
+
+    def errors(mixed):
+        found = torch.autograd.grad(mixed, inputs, gradient)
+        pairs = zip((mixed, *found), (truth, *true_gradients), strict=True)
+        return [(own - true).norm() / true.norm() for own, true in pairs]
+
+    ours, _ = grouped_sdpa(module_of(6, 2), *inputs, None)
+    theirs = scaled_dot_product_attention(*inputs, **arguments)
+    for own, other in zip(errors(ours.transpose(1, 2)), errors(theirs), strict=True):
+        assert own < max(2 * other, 2**-8)
+
+
+@pytest.mark.parametrize("case", ["masked", "looks both ways", "has a past"])
+def test_only_whole_causal_sequences_are_cut_into_blocks(case):
+    shared = 9 if case == "has a past" else 5
+    query = randn(2, 4, 5, 8, seed=1, dtype=torch.float32).bfloat16()
+    key, value = (randn(2, 2, shared, 8, seed=s).bfloat16() for s in (2, 3))
+    mask = torch.ones(2, 1, 5, shared, dtype=torch.bool) if case == "masked" else None
+    arguments = (module_of(4, 2, case != "looks both ways"), query, key, value, mask)
+
+    ours, _ = grouped_sdpa(*arguments)
+    theirs, _ = sdpa_attention_forward(*arguments)
+    assert torch.equal(ours, theirs)
+
+
+def test_a_saved_model_attends_as_its_users_choose(tmp_path):
+    model = tiny.model("llama", num_layers=1, seed=0)
+    attend_grouped(model)
+    model.save_pretrained(tmp_path)
+
+    assert type(model).from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+def test_a_model_that_asks_for_another_attention_keeps_it():
+    model = tiny.model("llama", num_layers=1, seed=0)
+    model.set_attn_implementation("eager")
+    LanguageModel(model, 64)
+
+    assert model.config._attn_implementation == "eager"
