@@ -37,7 +37,7 @@ class Tiling:
 
 
 TILINGS = {
-    "cpu": Tiling(8_000_000, 500_000),  # benchmarks/loss_memory.py
+    "cpu": Tiling(8_000_000, 250_000),  # benchmarks/loss_memory.py
     "cuda": Tiling(64_000_000, 16_000_000),  # not measured yet
 }
 
