@@ -55,8 +55,8 @@ def init_student(
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} exists and is not empty. Choose another output.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = compute_dtype(precision, device)
-    module = load_model(teacher, dtype).to(device)  # pyright: ignore[reportArgumentType]
+    # The kept layers are the student's start: kept exactly, whatever they are measured in.
+    module = load_model(teacher, torch.float32).to(device)  # pyright: ignore[reportArgumentType]
     tokenizer = load_tokenizer(teacher)
     total = len(layers_of(module)[1])
     if not 1 <= num_layers < total:
@@ -71,12 +71,12 @@ def init_student(
     else:
         sources = [calibration] if isinstance(calibration, str) else list(calibration)
         rollouts = _calibration_rollouts(tokenizer, template, sources, num_calibration_rows)
-        model = LanguageModel(module, embedding_rows(module), dtype)
+        model = LanguageModel(module, embedding_rows(module), compute_dtype(precision, device))
         kept, measured = rank_layers(model, rollouts, num_layers, search)
         record |= {"search": search, "calibration": sources, **measured}
     record["kept"] = kept
     record["dropped"] = [layer for layer in range(total) if layer not in kept]
-    student = keep_layers(module.float(), kept)
+    student = keep_layers(module, kept)
     with writing(output, "student") as directory:
         student.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
