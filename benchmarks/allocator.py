@@ -44,6 +44,7 @@ def learning(name: str) -> dict[str, Side]:
 
 
 def main() -> None:
+    setting()  # the models are written once, before anybody reads them
     sides: dict[str, Side] = {}
     for name in SIDES:
         sides |= own_process(partial(learning, name), name)

@@ -36,6 +36,7 @@ def names_of(vllm: bool) -> list[str]:
 
 
 def main() -> None:
+    setting()  # the models are written once, before anybody reads them
     sides: dict[str, Side] = {}
     for vllm in [False, True] if importlib.util.find_spec("vllm") else [False]:
         sides |= own_process(partial(timed_steps, vllm), *names_of(vllm))

@@ -73,6 +73,7 @@ def our_step(name: str) -> dict[str, Side]:
 
 
 def main() -> None:
+    setting()  # the models are written once, before anybody reads them
     names = ["gkd", *(["gkd, vllm"] if importlib.util.find_spec("vllm") else [])]
     ours: dict[str, Side] = {}
     for name in names:

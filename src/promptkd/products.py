@@ -15,8 +15,8 @@ from torch.overrides import TorchFunctionMode
 
 BLOCK = 64
 """Rows of a block; a divisor of nearly every model's widths."""
-FEWEST_BLOCKS = 8
-"""A matrix of fewer rows gains nothing."""
+FEWEST_BLOCKS = 16
+"""A matrix of fewer rows gains nothing, or loses (benchmarks/products.py)."""
 
 
 def linear(
