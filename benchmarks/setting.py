@@ -72,8 +72,8 @@ def setting(
     """Load everything; the first call on a machine also writes the two models.
 
     Args:
-        data: a JSONL file whose first requests are answered in lengths as they come; the packaged
-            starter data and forced lengths without it.
+        data: a JSONL file whose first requests of at most 256 tokens are answered in lengths as
+            they come; the packaged starter data and forced lengths without it.
     """
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     kind = "calibrated" if data else "even"
@@ -86,8 +86,8 @@ def setting(
         init_student(str(teacher), num_layers, student, calibration=calibration, template="chat")
     tokenizer = load_tokenizer(str(teacher))
     encoder = Encoder(tokenizer, "chat", max_request_tokens=256, max_response_tokens=num_new)
-    rows = training_set(read_examples([data or starter])[:num_requests], encoder)
-    requests = tuple(rows.examples[i].request_ids for i in range(num_requests))
+    rows = training_set(read_examples([data or starter])[: 4 * num_requests], encoder)
+    requests = tuple(example.request_ids for example in rows.examples[:num_requests])
     # Not by promptkd's loader, which sets the allocator for the whole process: peers have theirs.
     load = AutoModelForCausalLM.from_pretrained
     return Setting(

@@ -150,10 +150,11 @@ SHARES = {"share_of_peak", "against_authors_order", "against_trl", "against_whol
 
 def benchmarks() -> str:
     """The results of ``make bench``, a row per number that is compared, with its commit."""
-    rows = ["| benchmark | compared | | commit |", "|---|---|---|---|"]
+    rows = ["| benchmark | compared | | precision | commit |", "|---|---|---|---|---|"]
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         result = json.loads(path.read_text())
-        commit = result.pop("machine")["commit"]
+        machine = result.pop("machine")
+        origin = f"{machine['precision']} | {machine['commit']}"
         for keys, value in leaves(result):
             factor = FACTORS & set(keys)
             share = SHARES & set(keys)
@@ -161,7 +162,7 @@ def benchmarks() -> str:
                 what = ", ".join(key for key in keys if key not in factor | share)
                 kind = min(factor or share).replace("_", " ")
                 number = f"{value:.2f} ×" if factor else f"{100 * value:.0f} %"
-                rows.append(f"| {path.stem} | {what} | {number} {kind} | {commit} |")
+                rows.append(f"| {path.stem} | {what} | {number} {kind} | {origin} |")
     return "\n".join(rows)
 
 
