@@ -69,7 +69,7 @@ def main() -> None:
         command = [sys.executable, __file__, precision]
         result = subprocess.run(command, check=True, capture_output=True, text=True)
         rows[precision] = json.loads(result.stdout.splitlines()[-1])
-    record("loss_memory", rows)
+    record("loss_memory", rows, precision="each")
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ RESULTS = Path(__file__).parent / "results"
 DTYPE = compute_dtype("auto", torch.device("cpu"))
 """What every side multiplies in: bf16 where the processor does it itself."""
 BF16 = torch.bfloat16 == DTYPE
+PRECISION = "bf16" if BF16 else "fp32"
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ def matmul_peak(size: int = 2048, repeats: int = 5) -> float:
     return 2 * size**3 / statistics.median(seconds[1:])
 
 
-def record(name: str, row: Mapping[str, Any]) -> None:
+def record(name: str, row: Mapping[str, Any], precision: str = PRECISION) -> None:
     """Write ``results/name.json``: the row, and on what it was measured."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
@@ -246,7 +247,7 @@ def record(name: str, row: Mapping[str, Any]) -> None:
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "precision": "bf16" if BF16 else "fp32",
+        "precision": precision,
         "commit": commit,
     }
     RESULTS.mkdir(exist_ok=True)
