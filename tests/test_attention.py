@@ -74,6 +74,24 @@ def test_in_bf16_it_is_as_near_to_the_truth_as_torchs_kernel():
         assert own < max(2 * other, 2**-8)
 
 
+def test_gradients_of_master_weights_are_about_as_exact_as_with_eager_attention():
+    tokens = torch.arange(2, 2 + 2 * (BLOCK + 6)).reshape(2, -1) % 60
+
+    def gradients(dtype, attention):
+        module = tiny.model("llama", num_layers=2, seed=0)
+        model = LanguageModel(module, 64, dtype)
+        if attention:
+            module.set_attn_implementation(attention)
+        model.hidden_states(tokens)[:, -1].float().square().sum().backward()
+        weights = [w for w in module.base_model.parameters() if w.grad is not None]
+        assert all(weight.grad.dtype == torch.float32 for weight in weights)
+        return torch.cat([weight.grad.flatten() for weight in weights])
+
+    exact = gradients(torch.float32, "sdpa")
+    ours, eager = (gradients(torch.bfloat16, attention) for attention in (None, "eager"))
+    assert (ours - exact).norm() < 1.5 * (eager - exact).norm() < 0.05 * exact.norm()
+
+
 @pytest.mark.parametrize("case", ["masked", "looks both ways", "has a past"])
 def test_only_whole_causal_sequences_are_cut_into_blocks(case):
     shared = 9 if case == "has a past" else 5
