@@ -1,8 +1,8 @@
 """GFLOP/s of a few tokens times a tall matrix: torch's ``linear`` and promptkd's, by blocks.
 
-The matrices of SmolLM2-135M, fp32; 96 MB are written before each product, so that no weight is in
-a cache, as when a whole model is read for every token. Medians of nine. Writes
-results/products.json.
+SmolLM2-135M's output layer and one of its MLP's matrices, fp32; 96 MB are written before each
+product, so that no weight is in a cache, as when a whole model is read for every token. Medians of
+nine. Writes results/products.json.
 """
 
 import statistics
