@@ -10,6 +10,7 @@ attention. Everything else is torch's.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.amp.autocast_mode import custom_bwd, custom_fwd
@@ -88,45 +89,47 @@ class CausalAttention(torch.autograd.Function):
     @custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
         batch, heads, time, width = query.shape
-        groups = batch * key.shape[1]
-        # (groups, heads that share keys, time, width)
-        queries = query.reshape(groups, -1, time, width)
-        keys, values = (given.reshape(groups, time, width) for given in (key, value))
-        mixed = torch.empty_like(queries)
+        shared = key.shape[1]
+        together = heads // shared
+        # Heads that share keys lie side by side, so that a block of queries is a slice of rows.
+        queries = query.unflatten(1, (shared, together)).transpose(2, 3)
+        queries = queries.reshape(batch * shared, time * together, width)
+        keys, values = (_whole_blocks(given) for given in (key, value))
+        mixed = query.new_empty(batch, time, shared, together, width).transpose(1, 2)
         for block in _blocks(time):
-            weights = _weights(queries[:, :, block], keys, block, scale)
-            mixed[:, :, block] = (weights @ values[:, : block.stop]).unflatten(
-                1, (-1, block.stop - block.start)
-            )
+            weights = _weights(queries, keys, block, together, scale)
+            rows = weights @ values[:, : weights.shape[-1]]
+            mixed[:, :, block] = rows.view(batch, shared, -1, together, width)
         ctx.save_for_backward(queries, keys, values)
-        ctx.scale, ctx.shapes = scale, (query.shape, key.shape)
-        return mixed.view(batch, heads, time, width)
+        ctx.scale, ctx.shape = scale, mixed.shape
+        return mixed.transpose(2, 3).flatten(1, 2)
 
     @staticmethod
     @custom_bwd(device_type="cpu")
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore
         queries, keys, values = ctx.saved_tensors
-        query_shape, key_shape = ctx.shapes
-        gradient = gradient.reshape(queries.shape)
-        to_queries = torch.empty_like(queries)
+        batch, shared, time, together, width = ctx.shape
+        gradient = gradient.unflatten(1, (shared, together)).transpose(2, 3)
+        to_queries = queries.new_empty(batch, time, shared, together, width).transpose(1, 2)
         to_keys, to_values = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
-        for block in _blocks(queries.shape[2]):
-            seen = slice(0, block.stop)
-            weights = _weights(queries[:, :, block], keys, block, ctx.scale)
-            rows, outer = (x[:, :, block].flatten(1, 2) for x in (queries, gradient))
+        for block in _blocks(time):
+            weights = _weights(queries, keys, block, together, ctx.scale)
+            seen = slice(0, weights.shape[-1])
+            rows = queries[:, together * block.start : together * block.stop]
+            outer = gradient[:, :, block].reshape(rows.shape)
             to_values[:, seen] += weights.mT @ outer
             to_weights = outer @ values[:, seen].mT
             to_scores = softmax_backward(to_weights, weights, -1, weights.dtype)
-            to_keys[:, seen] += ctx.scale * (to_scores.mT @ rows)
-            to_queries[:, :, block] = (ctx.scale * (to_scores @ keys[:, seen])).unflatten(
-                1, (-1, block.stop - block.start)
-            )
-        given = to_queries.dtype
+            to_keys[:, seen] += to_scores.mT @ rows
+            to_rows = _product(to_scores, keys[:, seen], ctx.scale)
+            to_queries[:, :, block] = to_rows.view(batch, shared, -1, together, width)
+        to_keys *= ctx.scale
+        key_shape = batch, shared, time, width
         return (
-            to_queries.view(query_shape),
-            to_keys.to(given).view(key_shape),
-            to_values.to(given).view(key_shape),
+            to_queries.transpose(2, 3).flatten(1, 2),
+            to_keys[:, :time].to(queries.dtype).view(key_shape),
+            to_values[:, :time].to(queries.dtype).view(key_shape),
             None,
         )
 
@@ -135,15 +138,32 @@ def _blocks(time: int) -> list[slice]:
     return [slice(start, min(start + BLOCK, time)) for start in range(0, time, BLOCK)]
 
 
+def _whole_blocks(
+    given: Float[Tensor, "batch shared time width"],
+) -> Float[Tensor, "groups padded width"]:
+    """Zeros up to a multiple of ``BLOCK``: later than every query, and a softmax likes it."""
+    return F.pad(given, (0, 0, 0, -given.shape[2] % BLOCK)).flatten(0, 1)
+
+
+def _product(one: Tensor, other: Tensor, scale: float) -> Tensor:
+    """``scale * one @ other``, rounded once."""
+    return torch.baddbmm(one.new_empty(1, 1, 1), one, other, beta=0, alpha=scale)
+
+
 def _weights(
-    queries: Float[Tensor, "groups heads block width"],
-    keys: Float[Tensor, "groups time width"],
+    queries: Float[Tensor, "groups queries width"],
+    keys: Float[Tensor, "groups padded width"],
     block: slice,
+    together: int,
     scale: float,
 ) -> Float[Tensor, "groups rows seen"]:
-    """P of a block: what its queries (rows: heads x block) make of the keys up to its end."""
-    time, seen = block.stop - block.start, block.stop
-    later = torch.full((time, seen), -torch.inf, dtype=queries.dtype).triu_(block.start + 1)
-    later = later.repeat(queries.shape[1], 1)
-    scores = torch.baddbmm(later, queries.flatten(1, 2), keys[:, :seen].mT, alpha=scale)
+    """P of a block: what its queries make of the keys up to the block's end.
+
+    Args:
+        together: rows of ``queries`` per position, the heads that share keys.
+    """
+    rows = queries[:, together * block.start : together * block.stop]
+    scores = _product(rows, keys[:, : block.start + BLOCK].mT, scale)
+    later = scores.new_full((block.stop - block.start, BLOCK), -torch.inf).triu_(1)
+    scores.unflatten(1, (-1, together))[..., block.start :] += later.unsqueeze(1)
     return scores.softmax(-1)

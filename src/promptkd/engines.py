@@ -5,14 +5,15 @@ so batch size, batch order and number of ranks don't change what is written (bey
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     DynamicCache,
     LogitsProcessorList,
@@ -113,6 +114,7 @@ class TransformersEngine:
             module: Any = copy.deepcopy(model.module)
             module.to(model.dtype).requires_grad_(False)
             self._working_copy = LanguageModel(module, model.vocabulary, model.dtype)
+            _forget_weights(module)
 
     @torch.no_grad()
     def write(
@@ -137,12 +139,9 @@ class TransformersEngine:
             co_author: a second model that writes along.
             max_batch_tokens: rows x (request + response) written at once; bounds the caches.
         """
-        model = self._current()
-        learning = model.module.training
-        model.module.eval()  # in training mode, gradient checkpointing drops the cache silently
         order = sorted(range(len(requests)), key=lambda i: len(requests[i]), reverse=True)
         responses: dict[int, Response] = {}
-        with BlockedProducts():
+        with self._current() as model, BlockedProducts():
             while order:
                 longest = len(requests[order[0]]) + decoding.max_new_tokens
                 rows = max(1, max_batch_tokens // longest)
@@ -157,18 +156,22 @@ class TransformersEngine:
                     co_author,
                 )
                 responses.update(zip(group, written, strict=True))
-        model.module.train(learning)
         return [responses[i] for i in range(len(requests))]
 
-    def _current(self) -> LanguageModel:
-        if self._working_copy is None:
-            return self._model
-        pairs = zip(
-            self._working_copy.module.parameters(), self._model.module.parameters(), strict=True
-        )
-        for ours, theirs in pairs:
-            ours.copy_(theirs)
-        return self._working_copy
+    @contextmanager
+    def _current(self) -> Iterator[LanguageModel]:
+        """The model as it writes; in mixed precision a copy, which has weights only meanwhile."""
+        model = self._working_copy or self._model
+        learning = model.module.training
+        model.module.eval()  # in training mode, gradient checkpointing drops the cache silently
+        if model is not self._model:
+            own, learnt = model.module.parameters(), self._model.module.parameters()
+            for ours, theirs in zip(own, learnt, strict=True):
+                ours.data = theirs.detach().to(model.dtype)
+        yield model
+        if model is not self._model:
+            _forget_weights(model.module)
+        model.module.train(learning)
 
     def _write_group(
         self,
@@ -278,6 +281,11 @@ class _Author:
 
     def keep(self, rows: Tensor) -> None:
         self.cache.batch_select_indices(rows)
+
+
+def _forget_weights(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.data = parameter.data.new_empty(0)
 
 
 def left_pad(requests: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from promptkd.attention import attend_grouped
+from promptkd.elementwise import keep_inputs_alone
 from promptkd.errors import UserError
 from promptkd.memory import keep_freed_memory
 from promptkd.products import linear
@@ -113,6 +114,7 @@ class LanguageModel:
 
     def __post_init__(self) -> None:
         attend_grouped(self.module)
+        keep_inputs_alone(self.module)
 
     @property
     def device(self) -> torch.device:
