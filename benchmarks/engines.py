@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from setting import DTYPE, Setting, Side, alternate, own_process, record, setting, times_faster
 
-from promptkd.engines import Decoding, Engine, TransformersEngine, left_pad
+from promptkd.decoding import Decoding
+from promptkd.engines import Engine, TransformersEngine, left_pad
 from promptkd.memory import keep_freed_memory
 from promptkd.models import LanguageModel
 from promptkd.vllm_engine import VLLMEngine

@@ -25,8 +25,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from promptkd.data import Encoder, read_examples, training_set
+from promptkd.decoding import Decoding
 from promptkd.demo import unpack_teacher
-from promptkd.engines import Decoding, Engine, TransformersEngine
+from promptkd.engines import Engine, TransformersEngine
 from promptkd.memory import keep_freed_memory
 from promptkd.methods import build_method
 from promptkd.models import LanguageModel, compute_dtype, load_tokenizer, stop_ids

@@ -8,7 +8,8 @@ import torch
 import tiny
 from promptkd.adapters import Prefix
 from promptkd.config import recipe_from_dict
-from promptkd.engines import Decoding, TransformersEngine
+from promptkd.decoding import Decoding
+from promptkd.engines import TransformersEngine
 from promptkd.errors import UserError
 from promptkd.generation import generate
 from promptkd.methods import build_method

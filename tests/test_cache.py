@@ -9,7 +9,7 @@ import torch
 import runs
 import tiny
 from promptkd.cache import ResponseCache, cache_directory, fingerprint
-from promptkd.engines import Decoding
+from promptkd.decoding import Decoding
 from promptkd.errors import UserError
 
 DECODING = Decoding(8).to_dict()

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import tiny
-from promptkd.engines import CoAuthor, Decoding, TransformersEngine
+from promptkd.decoding import Decoding
+from promptkd.engines import CoAuthor, TransformersEngine
 from promptkd.models import LanguageModel
 from promptkd.teachers import prompt_vectors
 
@@ -224,3 +225,4 @@ def test_mixed_precision_writes_with_the_current_weights():
     assert after == fresh.write(REQUESTS, SEEDS, decoding)
     assert after != before
     assert next(module.parameters()).dtype == torch.float32
+    assert sum(weight.numel() for weight in engine._working_copy.module.parameters()) == 0

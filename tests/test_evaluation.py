@@ -12,7 +12,8 @@ import runs
 import tiny
 from promptkd.comparison import compare
 from promptkd.data import Encoder, Example, evaluation_set, read_examples
-from promptkd.engines import Decoding, TransformersEngine
+from promptkd.decoding import Decoding
+from promptkd.engines import TransformersEngine
 from promptkd.errors import UserError
 from promptkd.evaluation import evaluate, nats_per_token, predict, score
 from promptkd.metrics import bootstrap_interval, exact_match, paired_bootstrap, rouge_l

@@ -11,7 +11,8 @@ import runs
 from promptkd.api import train
 from promptkd.config import recipe_from_dict
 from promptkd.data import Encoder, evaluation_set, read_examples
-from promptkd.engines import Decoding, TransformersEngine
+from promptkd.decoding import Decoding
+from promptkd.engines import TransformersEngine
 from promptkd.errors import UserError
 from promptkd.exposure_bias import (
     curve_in_training,

@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from promptkd.products import BLOCK, FEWEST_BLOCKS, BlockedProducts, linear
+from promptkd.models import native_bf16
+from promptkd.products import BLOCK, FEWEST_BLOCKS, WritingProducts, linear
 
 
 def randn(*shape, seed=0):
@@ -26,15 +27,33 @@ def test_rows_of_a_longer_table_are_multiplied_where_they_are():
     torch.testing.assert_close(linear(tokens, shared), F.linear(tokens, shared))
 
 
-def test_modules_multiply_by_blocks_within_the_mode_alone(monkeypatch):
+def test_modules_multiply_by_blocks_within_the_context_alone(monkeypatch):
     layer, tokens = torch.nn.Linear(24, FEWEST_BLOCKS * BLOCK), randn(5, 24)
     calls = []
     monkeypatch.setattr("torch.bmm", lambda *a: calls.append(a) or torch.matmul(*a))
     with torch.no_grad():
         outside = layer(tokens)
-        assert not calls
-        with BlockedProducts():
+        with WritingProducts().within(torch.nn.Sequential(layer)):
             inside = layer(tokens)
+        assert len(calls) == 1
+        layer(tokens)
 
     assert len(calls) == 1
     torch.testing.assert_close(inside, outside)
+
+
+@pytest.mark.skipif(not native_bf16(torch.device("cpu")), reason="this processor has no bf16")
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("shape", [(1, 24), (40, 24), (2, 3, 24)])
+def test_weights_that_are_laid_out_anew_give_torchs_products(shape, biased):
+    products = WritingProducts()
+    layer = torch.nn.Linear(24, 70, bias=biased).bfloat16()
+    with torch.no_grad(), products.within(layer):
+        for seed in (1, 2):  # with the weight as it was laid out the first time
+            tokens = randn(*shape, seed=seed).bfloat16()
+            exact = F.linear(*(None if x is None else x.double() for x in (tokens, *given(layer))))
+            assert (layer(tokens) - exact).norm() < 2**-8 * exact.norm()
+
+
+def given(layer):
+    return layer.weight, layer.bias

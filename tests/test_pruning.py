@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import tiny
-from promptkd.engines import Decoding, TransformersEngine
+from promptkd.decoding import Decoding
+from promptkd.engines import TransformersEngine
 from promptkd.errors import UserError
 from promptkd.models import LanguageModel, check_head
 from promptkd.pruning import (

@@ -8,7 +8,8 @@ import torch
 
 import runs
 import tiny
-from promptkd.engines import Decoding, TransformersEngine
+from promptkd.decoding import Decoding
+from promptkd.engines import TransformersEngine
 from promptkd.errors import UserError
 from promptkd.models import LanguageModel
 from promptkd.vllm_engine import VLLMEngine
@@ -77,6 +78,15 @@ def test_a_stop_token_ends_a_response_and_is_part_of_it(engines):
 
 
 @needs_vllm
-def test_blocked_ngrams_are_refused(engines):
-    with pytest.raises(UserError, match="no_repeat_ngram_size is 6"):
-        engines[1].write(REQUESTS, SEEDS, Decoding(12, no_repeat_ngram_size=6))
+@pytest.mark.parametrize(
+    "decoding",
+    [
+        Decoding(12),
+        Decoding(12, temperature=0.7, top_p=0.9, top_k=20),
+        Decoding(30, temperature=0.2, no_repeat_ngram_size=2),
+    ],
+)
+def test_samples_are_those_of_the_transformers_engine(engines, decoding):
+    _, ours, plain = engines
+    requests, seeds = REQUESTS * 4, [(3, i) for i in range(4 * len(REQUESTS))]
+    assert ours.write(requests, seeds, decoding) == plain.write(requests, seeds, decoding)

@@ -19,7 +19,8 @@ from promptkd.data import (
     steps_of_epochs,
     training_set,
 )
-from promptkd.engines import Decoding, Engine, TransformersEngine
+from promptkd.decoding import Decoding
+from promptkd.engines import Engine, TransformersEngine
 from promptkd.errors import UserError
 from promptkd.models import (
     LanguageModel,

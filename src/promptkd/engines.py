@@ -7,55 +7,20 @@ so batch size, batch order and number of ranks don't change what is written (bey
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import (
-    DynamicCache,
-    LogitsProcessorList,
-    NoRepeatNGramLogitsProcessor,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import DynamicCache
 
-from promptkd.config import Recipe
+from promptkd.decoding import Chooser, Decoding
 from promptkd.keys_values import reserved_cache
 from promptkd.models import LanguageModel
-from promptkd.products import BlockedProducts
+from promptkd.products import WritingProducts
 
 Tokens = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Decoding:
-    """How tokens are chosen; kept beside every score.
-
-    Attributes:
-        max_new_tokens: including the stop token.
-        temperature: 0 is greedy.
-        top_k: 0 keeps every token.
-        no_repeat_ngram_size: 0 blocks nothing. The authors' test script blocks repeated 6-grams,
-            their validation and training don't.
-    """
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    no_repeat_ngram_size: int = 0
-
-    @classmethod
-    def of_recipe(cls, recipe: Recipe) -> "Decoding":
-        """As the recipe's run samples in training and validation, where nothing is blocked."""
-        s = recipe.sampling
-        return cls(recipe.data.max_response_tokens, s.temperature, s.top_p, s.top_k)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -141,13 +106,16 @@ class TransformersEngine:
         """
         order = sorted(range(len(requests)), key=lambda i: len(requests[i]), reverse=True)
         responses: dict[int, Response] = {}
-        with self._current() as model, BlockedProducts():
+        others = [co_author.model.module] if co_author else []
+        products = WritingProducts()
+        with self._current() as model, products.within(model.module, *others):
             while order:
                 longest = len(requests[order[0]]) + decoding.max_new_tokens
                 rows = max(1, max_batch_tokens // longest)
                 group, order = order[:rows], order[rows:]
                 written = self._write_group(
                     model,
+                    products,
                     [requests[i] for i in group],
                     [seeds[i] for i in group],
                     decoding,
@@ -176,6 +144,7 @@ class TransformersEngine:
     def _write_group(
         self,
         model: LanguageModel,
+        products: WritingProducts,
         requests: list[Tokens],
         seeds: list[Sequence[int]],
         decoding: Decoding,
@@ -184,16 +153,14 @@ class TransformersEngine:
         co_author: CoAuthor | None,
     ) -> list[Response]:
         device = model.device
-        uniforms = torch.from_numpy(
-            np.stack([np.random.default_rng(s).random(decoding.max_new_tokens) for s in seeds])
-        ).to(device, torch.float32)
+        choose = Chooser(decoding)
+        uniforms = torch.stack([choose.uniforms(seed) for seed in seeds]).to(device)
         past = None if prefix is None else prefix.cache(len(requests))
         tokens, mask = left_pad(requests, device)
         capacity = tokens.shape[1] + decoding.max_new_tokens
-        authors = [_Author(model, soft_prompt, past, capacity)]
+        authors = [_Author(model, products, soft_prompt, past, capacity)]
         if co_author:
-            authors.append(_Author(co_author.model, None, None, capacity))
-        warpers = _warpers(decoding)
+            authors.append(_Author(co_author.model, products, None, None, capacity))
         num_rows = len(tokens)
         history = tokens.masked_fill(~mask, -1)  # padding is part of no n-gram
         rows = torch.arange(num_rows, device=device)  # which request each live row answers
@@ -206,7 +173,7 @@ class TransformersEngine:
                 spoken = [scores.log_softmax(-1) for scores in spoken]
                 share = torch.tensor([1 - co_author.share, co_author.share]).log()
                 mixed = torch.logaddexp(share[0] + spoken[0], share[1] + spoken[1])
-            chosen = _choose(mixed, uniforms[rows, time], history, decoding, warpers)
+            chosen = choose(mixed, uniforms[rows, time], history)
             for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
                 token_ids[row].append(token)
             if co_author:
@@ -240,11 +207,13 @@ class _Author:
     def __init__(
         self,
         model: LanguageModel,
+        products: WritingProducts,
         soft_prompt: Tensor | None,
         past: DynamicCache | None,
         capacity: int,
     ):
         self.model = model
+        self.products = products
         self.soft_prompt = soft_prompt
         front = 0 if soft_prompt is None else len(soft_prompt)
         self.cache = reserved_cache(model.module.config, front + capacity) if past is None else past
@@ -253,7 +222,8 @@ class _Author:
 
     def next_scores(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "rows vocab"]:
         """Log-probabilities up to a constant per row, which choosing a token doesn't see."""
-        return self.head.cap(self.head.logits(self._advance(tokens, mask)))
+        hidden = self._advance(tokens, mask).to(self.head.dtype)
+        return self.head.cap(self.products.linear(hidden, *self.head.matrix))
 
     def _advance(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "rows width"]:
         first = self.cache.get_seq_length() == self.past_length
@@ -297,37 +267,6 @@ def left_pad(requests: Sequence[Tokens], device: torch.device) -> tuple[Tensor, 
         tokens[row, width - len(request) :] = torch.tensor(request)
         mask[row, width - len(request) :] = True
     return tokens.to(device), mask.to(device)
-
-
-def _warpers(decoding: Decoding) -> LogitsProcessorList:
-    warpers = LogitsProcessorList()
-    if decoding.no_repeat_ngram_size:
-        warpers.append(NoRepeatNGramLogitsProcessor(decoding.no_repeat_ngram_size))
-    if decoding.top_k:
-        warpers.append(TopKLogitsWarper(decoding.top_k))
-    if decoding.top_p < 1:
-        warpers.append(TopPLogitsWarper(decoding.top_p))
-    return warpers
-
-
-def _choose(
-    scores: Float[Tensor, "rows vocab"],
-    uniforms: Float[Tensor, " rows"],
-    history: Tensor,
-    decoding: Decoding,
-    warpers: LogitsProcessorList,
-) -> Tensor:
-    """Greedy, or the inverse of the cumulative distribution at the row's uniform number."""
-    if decoding.temperature not in (0.0, 1.0):
-        scores = scores / decoding.temperature
-    if warpers:
-        scores = warpers(history, scores)  # pyright: ignore[reportArgumentType]
-    if decoding.temperature == 0:
-        return scores.argmax(-1)
-    cumulative = (scores - scores.amax(-1, keepdim=True)).exp_().cumsum(-1)
-    threshold = (uniforms * cumulative[:, -1])[:, None]
-    chosen = torch.searchsorted(cumulative, threshold, right=True)[:, 0]
-    return chosen.clamp_max(scores.shape[-1] - 1)
 
 
 def _cut_after_stop(ids: list[int], stop: list[int]) -> Tokens:

@@ -13,8 +13,9 @@ from tqdm import tqdm
 
 from promptkd.config import load_recipe
 from promptkd.data import Dataset, Encoder, evaluation_set, read_examples
+from promptkd.decoding import Decoding
 from promptkd.divergences import reverse_kl
-from promptkd.engines import Decoding, Engine, TransformersEngine
+from promptkd.engines import Engine, TransformersEngine
 from promptkd.errors import UserError
 from promptkd.metrics import exact_match, mean_and_deviation, rouge_l
 from promptkd.models import (

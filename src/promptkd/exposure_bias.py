@@ -19,8 +19,9 @@ import torch
 from torch import tensor
 
 from promptkd.data import Dataset, evaluation_set, read_examples
+from promptkd.decoding import Decoding
 from promptkd.divergences import forward_kl
-from promptkd.engines import Decoding, Engine, TransformersEngine
+from promptkd.engines import Engine, TransformersEngine
 from promptkd.errors import UserError
 from promptkd.exposure_curves import (
     NO_GAP,

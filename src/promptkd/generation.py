@@ -10,7 +10,8 @@ import torch
 from promptkd.adapters import load_prefix
 from promptkd.config import load_recipe
 from promptkd.data import Encoder, Example
-from promptkd.engines import Decoding, TransformersEngine
+from promptkd.decoding import Decoding
+from promptkd.engines import TransformersEngine
 from promptkd.errors import UserError
 from promptkd.models import (
     LanguageModel,

@@ -12,8 +12,8 @@ from torch import Tensor
 from promptkd.checkpoints import writing
 from promptkd.config import Recipe, load_recipe
 from promptkd.data import Encoder
+from promptkd.decoding import Decoding
 from promptkd.divergences import LogProbs, PerToken
-from promptkd.engines import Decoding
 from promptkd.errors import UserError
 from promptkd.models import (
     Head,

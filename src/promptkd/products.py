@@ -1,22 +1,25 @@
-"""Products of tokens with weight matrices, on a processor: the same numbers, sooner.
+"""Products of a few tokens with weight matrices, on a processor: the same numbers, sooner.
 
-torch hands ``tokens @ weight.T`` to its BLAS as one job, which for few tokens and a tall matrix
-reaches a quarter of the memory's speed. Cut into blocks of rows, which are multiplied side by side,
-the same BLAS is twice as fast at 8 tokens and 1.4 times as fast at 160 (docs/log.md).
+While text is written, every token reads every weight, and torch's ``linear`` reaches a quarter of
+the memory's speed. In fp32 a product cut into blocks of rows, which are multiplied side by side, is
+twice as fast; in bf16 one with weights laid out anew is (benchmarks/products.py).
 """
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
 
 BLOCK = 64
 """Rows of a block; a divisor of nearly every model's widths."""
 FEWEST_BLOCKS = 16
 """A matrix of fewer rows gains nothing, or loses (benchmarks/products.py)."""
+FEW_TOKENS = 16
+"""What oneDNN lays weights out for; more tokens are as fast as with ``linear``, or faster."""
 
 
 def linear(
@@ -40,10 +43,45 @@ def linear(
     return result.view(*tokens.shape[:-1], len(weight))
 
 
-class BlockedProducts(TorchFunctionMode):
-    """Within it, every module's ``torch.nn.functional.linear`` is this module's."""
+class WritingProducts:
+    """Products while text is written: weights don't change, and nothing learns.
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return (linear if func is F.linear else func)(*args, **(kwargs or {}))
+    In bf16 a weight is laid out for oneDNN when it is first used, by the operators that torch's
+    own compiler uses.
+    """
+
+    def __init__(self):
+        self._packed: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @contextmanager
+    def within(self, *modules: nn.Module) -> Iterator[None]:
+        """Linear layers of the modules multiply so until the end."""
+        layers = [
+            layer for module in modules for layer in module.modules() if type(layer) is nn.Linear
+        ]
+        for layer in layers:
+            layer.forward = partial(self._forward, layer)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
+
+    def _forward(self, layer: nn.Linear, input: Tensor) -> Tensor:
+        return self.linear(input, layer.weight, layer.bias)
+
+    def linear(self, tokens: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See the module's ``linear``."""
+        in_bf16 = weight.dtype == tokens.dtype == torch.bfloat16
+        if weight.device.type != "cpu" or not in_bf16 or not _lays_out_bf16():
+            return linear(tokens, weight, bias)
+        if id(weight) not in self._packed:
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight, FEW_TOKENS)
+            self._packed[id(weight)] = weight, packed  # alive, or its id could be another's
+        packed = self._packed[id(weight)][1]
+        return torch.ops.mkldnn._linear_pointwise(tokens, packed, bias, "none", [], "")
+
+
+@cache
+def _lays_out_bf16() -> bool:
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()

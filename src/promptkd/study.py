@@ -15,7 +15,7 @@ from promptkd.assembly import assemble
 from promptkd.composition import Method
 from promptkd.config import SamplingSection
 from promptkd.data import Example, read_examples
-from promptkd.engines import Decoding
+from promptkd.decoding import Decoding
 from promptkd.errors import UserError
 from promptkd.evaluation import evaluate
 from promptkd.methods import build_method

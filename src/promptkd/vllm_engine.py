@@ -1,8 +1,7 @@
 """Writing responses with vLLM, in this process; the student's weights are pushed before each time.
 
-vLLM is optional (``pip install 'promptkd[vllm]'``) and imported only when chosen. It samples with
-its own random numbers: a response is a function of request, seed and weights here too, but not the
-one that the transformers engine writes.
+vLLM is optional (``pip install 'promptkd[vllm]'``) and imported only when chosen. Its tokens are
+chosen by ``decoding.Chooser``, as every engine's: up to rounding, the same responses are written.
 """
 
 import copy
@@ -11,12 +10,13 @@ import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from promptkd.engines import Decoding, Response, Tokens
+from promptkd.decoding import Chooser, Decoding
+from promptkd.engines import Response, Tokens, left_pad
 from promptkd.errors import UserError
 from promptkd.models import LanguageModel
 
@@ -68,6 +68,8 @@ class VLLMEngine:
                 generation_config="vllm",
                 enforce_eager=True,
                 disable_log_stats=True,
+                async_scheduling=False,  # a token is chosen by all that came before it
+                logits_processors=[_chosen_tokens()],
                 **options,
             )
 
@@ -77,33 +79,23 @@ class VLLMEngine:
         seeds: Sequence[Sequence[int]],
         decoding: Decoding,
     ) -> list[Response]:
-        """One response per request, in the order of the requests; see ``TransformersEngine``.
-
-        Raises:
-            UserError: for n-gram blocking, which vLLM doesn't have.
-        """
-        if decoding.no_repeat_ngram_size:
-            raise UserError(
-                f"no_repeat_ngram_size is {decoding.no_repeat_ngram_size}, which vLLM doesn't do. "
-                "Use sampling.engine=transformers."
-            )
+        """One response per request, in the order of the requests; see ``TransformersEngine``."""
+        choose = Chooser(decoding)
         with _own_threads_back():
             self._push_weights()
             outputs = self._engine.generate(
                 [{"prompt_token_ids": list(request)} for request in requests],
-                [self._sampling(seed, decoding) for seed in seeds],
+                [self._sampling(choose, seed, decoding) for seed in seeds],
                 use_tqdm=False,
             )
         assert len(outputs) == len(requests)
         return [Response(tuple(output.outputs[0].token_ids)) for output in outputs]
 
-    def _sampling(self, seed: Sequence[int], decoding: Decoding) -> Any:
+    def _sampling(self, choose: Chooser, seed: Sequence[int], decoding: Decoding) -> Any:
         return self._parameters(
             max_tokens=decoding.max_new_tokens,
-            temperature=decoding.temperature,
-            top_p=decoding.top_p,
-            top_k=decoding.top_k,
-            seed=int(np.random.SeedSequence(list(seed)).generate_state(1)[0]),
+            temperature=0.0,  # the scores say which token was chosen
+            extra_args={"choose": choose, "uniforms": choose.uniforms(seed)},
             stop_token_ids=self.stop_ids.tolist(),
             ignore_eos=True,  # the stop tokens say all
             detokenize=False,
@@ -123,6 +115,53 @@ class VLLMEngine:
         for name, tensor in module.named_parameters():
             shared = tensor[: self._model.vocabulary] if id(tensor) in tables else tensor
             yield name, shared.detach().to(self._model.dtype)
+
+
+@dataclass
+class _Row:
+    """A request in vLLM's batch."""
+
+    choose: Chooser
+    uniforms: torch.Tensor
+    request: list[int]
+    response: list[int]  # vLLM's own list, which grows
+
+
+def _chosen_tokens() -> type:
+    """A logits processor of vLLM's that leaves the argmax no choice."""
+    processors: Any = importlib.import_module("vllm.v1.sample.logits_processor")
+    follow_batch = processors.builtin.process_dict_updates
+
+    class ChosenTokens(processors.LogitsProcessor):
+        def __init__(self, config: Any, device: torch.device, is_pin_memory: bool):
+            self._device = device
+            self._rows: dict[int, _Row] = {}
+
+        def is_argmax_invariant(self) -> bool:
+            return False
+
+        def update_state(self, batch_update: Any) -> None:
+            follow_batch(self._rows, batch_update, _row)
+
+        def apply(self, logits: torch.Tensor) -> torch.Tensor:
+            rows = [self._rows[index] for index in range(len(logits))]
+            choose, history = rows[0].choose, None  # one call of write, one decoding
+            if choose.reads_history:
+                texts, there = left_pad(
+                    [(*row.request, *row.response) for row in rows], self._device
+                )
+                history = texts.masked_fill(~there, -1)
+            numbers = torch.stack([row.uniforms[len(row.response)] for row in rows])
+            chosen = choose(logits, numbers.to(logits.device), history)
+            return logits.scatter_(1, chosen[:, None], torch.inf)
+
+    return ChosenTokens
+
+
+def _row(parameters: Any, request: list[int] | None, response: list[int]) -> _Row | None:
+    if not parameters.extra_args:  # vLLM tries itself out before it starts
+        return None
+    return _Row(**parameters.extra_args, request=request or [], response=response)
 
 
 @contextmanager

@@ -6,7 +6,8 @@ from typing import Any
 
 from promptkd.cache import ResponseCache, fingerprint
 from promptkd.data import EncodedExample, Encoder, Example
-from promptkd.engines import CoAuthor, Decoding, Engine, Response, TransformersEngine
+from promptkd.decoding import Decoding
+from promptkd.engines import CoAuthor, Engine, Response, TransformersEngine
 from promptkd.models import LanguageModel, stop_ids
 from promptkd.rollouts import Rollout, Writers
 
