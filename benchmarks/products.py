@@ -1,9 +1,9 @@
 """GFLOP/s of a few tokens times a tall matrix: torch's ``linear`` and promptkd's.
 
-SmolLM2-135M's output layer and one of its MLP's matrices, fp32 (promptkd multiplies by blocks) and
-bf16 (a weight is laid out anew, once before a text is written: not timed here); 96 MB are written
-before each product, so that no weight is in a cache, as when a whole model is read for every token.
-Medians of nine. Writes results/products.json.
+SmolLM2-135M's output layer and one of its MLP's matrices. A weight is laid out anew, once before a
+text is written, which is not timed here. 96 MB are written before each product, so that no weight
+is in a cache, as when a whole model is read for every token. Medians of nine. Writes
+results/products.*.json.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from setting import record
 from promptkd.products import WritingProducts
 
 TOKENS = (1, 8, 16, 64, 162)
-SHAPES = {"head": (49152, 576), "up": (1536, 576)}  # shorter ones are not cut
+SHAPES = {"head": (49152, 576), "up": (1536, 576)}
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
         flops = 2 * num_tokens * rows * width
         rates[key] = {name: round(flops / own / 1e9, 1) for name, own in medians.items()}
         ratios[key] = round(medians["torch"] / medians["promptkd"], 2)
-    record("products", {"gflops": rates, "times_faster": ratios}, precision="each")
+    record("products", {"gflops": rates, "times_faster": ratios})
 
 
 if __name__ == "__main__":

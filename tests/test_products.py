@@ -1,10 +1,9 @@
-"""Products by blocks are torch's own, in every shape, and modules use them only when asked."""
+"""Products by blocks or with weights laid out anew are torch's own, in every shape."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from promptkd.models import native_bf16
 from promptkd.products import BLOCK, FEWEST_BLOCKS, WritingProducts, linear
 
 
@@ -27,10 +26,10 @@ def test_rows_of_a_longer_table_are_multiplied_where_they_are():
     torch.testing.assert_close(linear(tokens, shared), F.linear(tokens, shared))
 
 
-def test_modules_multiply_by_blocks_within_the_context_alone(monkeypatch):
-    layer, tokens = torch.nn.Linear(24, FEWEST_BLOCKS * BLOCK), randn(5, 24)
-    calls = []
-    monkeypatch.setattr("torch.bmm", lambda *a: calls.append(a) or torch.matmul(*a))
+def test_modules_lay_out_their_weights_within_the_context_alone(monkeypatch):
+    layer, tokens = torch.nn.Linear(24, 70), randn(5, 24)
+    calls, given = [], WritingProducts.linear
+    monkeypatch.setattr(WritingProducts, "linear", lambda *a: calls.append(a) or given(*a))
     with torch.no_grad():
         outside = layer(tokens)
         with WritingProducts().within(torch.nn.Sequential(layer)):
@@ -42,17 +41,17 @@ def test_modules_multiply_by_blocks_within_the_context_alone(monkeypatch):
     torch.testing.assert_close(inside, outside)
 
 
-@pytest.mark.skipif(not native_bf16(torch.device("cpu")), reason="this processor has no bf16")
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("shape", [(1, 24), (40, 24), (2, 3, 24)])
-def test_weights_that_are_laid_out_anew_give_torchs_products(shape, biased):
+@pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
+def test_weights_that_are_laid_out_anew_give_torchs_products(dtype, error, shape, biased):
     products = WritingProducts()
-    layer = torch.nn.Linear(24, 70, bias=biased).bfloat16()
+    layer = torch.nn.Linear(24, 70, bias=biased).to(dtype)
     with torch.no_grad(), products.within(layer):
         for seed in (1, 2):  # with the weight as it was laid out the first time
-            tokens = randn(*shape, seed=seed).bfloat16()
+            tokens = randn(*shape, seed=seed).to(dtype)
             exact = F.linear(*(None if x is None else x.double() for x in (tokens, *given(layer))))
-            assert (layer(tokens) - exact).norm() < 2**-8 * exact.norm()
+            assert (layer(tokens) - exact).norm() < error * exact.norm()
 
 
 def given(layer):
