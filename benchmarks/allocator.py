@@ -1,6 +1,6 @@
 """What it saves to keep freed memory: a PromptKD step's learning with glibc's defaults and without.
 
-8 responses of 128 random tokens; each side has a process of its own. Writes results/allocator.json.
+8 responses of 128 random tokens; a process for each side. Writes results/allocator.*.json.
 """
 
 import random

@@ -1,7 +1,7 @@
 """Attention over whole sequences: torch's kernel and promptkd's grouped products.
 
 SmolLM2-135M's heads (9 of queries on 3 of keys, width 64), bf16 and fp32 (where promptkd leaves it
-to torch); forward, and forward with backward; medians of nine. Writes results/attention.json.
+to torch); forward, and forward with backward; medians of nine. Writes results/attention.*.json.
 """
 
 import statistics
@@ -59,7 +59,7 @@ def main() -> None:
                 name = f"{str(dtype).removeprefix('torch.')}, {rows} x {length}, {what}"
                 seconds[name] = {side: round(ms, 2) for side, ms in taken.items()}
                 ratios[name] = round(taken["torch"] / taken["products"], 2)
-    record("attention", {"milliseconds": seconds, "times_faster": ratios}, precision="each")
+    record("attention", {"milliseconds": seconds, "times_faster": ratios})
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 SmolLM2-135M's widths, 1,448 tokens, bf16 and fp32; forward, forward with backward, and what is kept
 for the backward pass beside the inputs; medians of 31, the sides alternating. Writes
-results/elementwise.json.
+results/elementwise.*.json.
 """
 
 import statistics
@@ -92,7 +92,7 @@ def main() -> None:
                 milliseconds[f"{name}, {what}"] = taken
                 ratios[f"{name}, {what}"] = round(taken["transformers"] / taken["promptkd"], 2)
     row = {"milliseconds": milliseconds, "times_faster": ratios, "bytes_kept": kept}
-    record("elementwise", row, precision="each")
+    record("elementwise", row)
 
 
 if __name__ == "__main__":

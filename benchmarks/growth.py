@@ -1,6 +1,6 @@
 """How a PromptKD step grows with response length, batch, vocabulary and layers, one at a time.
 
-Median seconds of three steps after one that warms up, by phase. Writes results/growth.json.
+Median seconds of three steps after one that warms up, by phase. Writes results/growth.*.json.
 """
 
 import statistics

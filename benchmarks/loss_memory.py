@@ -3,7 +3,7 @@
 The student's loss and the adaptation's KL towards it, gradients to both models included: what a
 step of PromptKD does in `with_student` mode. In fp32, and in bf16 where the processor multiplies it
 (fp32 master weights for the student). Bytes and seconds, each precision in a process of its own;
-writes results/loss_memory.json.
+writes results/loss_memory.*.json.
 
     python benchmarks/loss_memory.py [fp32|bf16 [ENTRIES_PER_CHUNK ENTRIES_PER_TILE]]
 
@@ -69,7 +69,7 @@ def main() -> None:
         command = [sys.executable, __file__, precision]
         result = subprocess.run(command, check=True, capture_output=True, text=True)
         rows[precision] = json.loads(result.stdout.splitlines()[-1])
-    record("loss_memory", rows, precision="each")
+    record("loss_memory", rows)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Each side takes two steps in a process of its own: the second one's peak resident memory, less what
 the process held before it loaded anything, less both models' weights, the gradients and AdamW's
 state. promptkd also with other budgets (micro_batch_tokens) and more requests, and its writing
-alone. Writes results/memory.json.
+alone. Writes results/memory.*.json.
 """
 
 import importlib.util

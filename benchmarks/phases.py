@@ -2,7 +2,7 @@
 
 8 requests x 128 new tokens; the methods take turns; each engine has a process of its own (vLLM if
 it is installed). Floating-point operations are those of the products with weights
-(``step.Cost``). Writes results/phases.json.
+(``step.Cost``). Writes results/phases.*.json.
 """
 
 import importlib.util

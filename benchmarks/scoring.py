@@ -1,7 +1,8 @@
 """Seconds to score 10,000 predictions against their references: ROUGE-L, exact match, intervals.
 
 Predictions and references are sentences of the packaged starter data, shuffled with seed 0 and
-joined to some 60 words each, so that lengths and vocabulary are real. Writes results/scoring.json.
+joined to some 60 words each, so that lengths and vocabulary are real.
+Writes results/scoring.*.json.
 """
 
 import random

@@ -239,8 +239,8 @@ def matmul_peak(size: int = 2048, repeats: int = 5) -> float:
     return 2 * size**3 / statistics.median(seconds[1:])
 
 
-def record(name: str, row: Mapping[str, Any], precision: str = PRECISION) -> None:
-    """Write ``results/name.json``: the row, and on what it was measured."""
+def record(name: str, row: Mapping[str, Any]) -> None:
+    """Write ``results/name.PRECISION.json``: the row, and on what it was measured."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
@@ -248,11 +248,12 @@ def record(name: str, row: Mapping[str, Any], precision: str = PRECISION) -> Non
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "precision": precision,
+        "precision": PRECISION,
         "commit": commit,
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps({**row, "machine": machine}, indent=1) + "\n")
+    path = RESULTS / f"{name}.{PRECISION}.json"
+    path.write_text(json.dumps({**row, "machine": machine}, indent=1) + "\n")
     print(json.dumps(row))
 
 

@@ -149,12 +149,12 @@ SHARES = {"share_of_peak", "against_authors_order", "against_trl", "against_whol
 
 
 def benchmarks() -> str:
-    """The results of ``make bench``, a row per number that is compared, with its commit."""
-    rows = ["| benchmark | compared | | precision | commit |", "|---|---|---|---|---|"]
+    """The results of ``make bench``, a row per number that is compared, a column per processor."""
+    cells: dict[tuple[str, str], dict[str, str]] = {}
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        name, precision = path.stem.split(".")
         result = json.loads(path.read_text())
-        machine = result.pop("machine")
-        origin = f"{machine['precision']} | {machine['commit']}"
+        commit = result.pop("machine")["commit"]
         for keys, value in leaves(result):
             factor = FACTORS & set(keys)
             share = SHARES & set(keys)
@@ -162,7 +162,11 @@ def benchmarks() -> str:
                 what = ", ".join(key for key in keys if key not in factor | share)
                 kind = min(factor or share).replace("_", " ")
                 number = f"{value:.2f} ×" if factor else f"{100 * value:.0f} %"
-                rows.append(f"| {path.stem} | {what} | {number} {kind} | {origin} |")
+                row = cells.setdefault((name, f"{what} | {kind}"), {})
+                row[precision] = f"{number} ({commit})"
+    rows = ["| benchmark | compared | | bf16 | fp32 |", "|---|---|---|---|---|"]
+    for (name, compared), row in cells.items():
+        rows.append(f"| {name} | {compared} | {row.get('bf16', '')} | {row.get('fp32', '')} |")
     return "\n".join(rows)
 
 

@@ -1,6 +1,6 @@
 """Writing responses with vLLM, in this process; the student's weights are pushed before each time.
 
-vLLM is optional (``pip install 'promptkd[vllm]'``) and imported only when chosen. Its tokens are
+vLLM is optional (docs/quickstart.md) and imported only when chosen. Its tokens are
 chosen by ``decoding.Chooser``, as every engine's: up to rounding, the same responses are written.
 """
 
@@ -49,7 +49,8 @@ class VLLMEngine:
         except ImportError:
             raise UserError(
                 "sampling.engine is vllm, which is not installed. "
-                "Run: pip install 'promptkd[vllm]', or use sampling.engine=transformers."
+                "Run: pip install 'promptkd[vllm]' (on a processor as docs/quickstart.md says), "
+                "or use sampling.engine=transformers."
             ) from None
         self._parameters = vllm.SamplingParams
         with tempfile.TemporaryDirectory() as directory, _own_threads_back():
