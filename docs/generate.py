@@ -5,6 +5,7 @@ tests/test_docs.py fails when one of them is not what this script would write.
 """
 
 import ast
+import csv
 import dataclasses
 import inspect
 import json
@@ -146,11 +147,32 @@ def file_tree(paths: Iterable[Path]) -> str:
 
 FACTORS = {"times_faster", "against_generate", "against_gkd"}
 SHARES = {"share_of_peak", "against_authors_order", "against_trl", "against_whole_logits"}
+PRECISIONS = ("bf16", "fp32")
+
+
+def targets() -> str:
+    """What ``make bench`` is for: the rows that benchmarks/targets.csv names, and their bounds."""
+    rows = ["| | should be | bf16 | fp32 |", "|---|---|---|---|"]
+    known = compared()
+    for target in csv.DictReader((ROOT / "benchmarks" / "targets.csv").open()):
+        found = known[target["benchmark"], target["compared"], target["kind"]]
+        numbers = (found.get(precision, "").partition(" (")[0] for precision in PRECISIONS)
+        rows.append(f"| {target['what']} | {target['should be']} | {' | '.join(numbers)} |")
+    return "\n".join(rows)
 
 
 def benchmarks() -> str:
-    """The results of ``make bench``, a row per number that is compared, a column per processor."""
-    cells: dict[tuple[str, str], dict[str, str]] = {}
+    """A row per number that is compared, a column per processor, each with its commit."""
+    rows = ["| benchmark | compared | | bf16 | fp32 |", "|---|---|---|---|---|"]
+    for row, numbers in compared().items():
+        cells = (*row, *(numbers.get(precision, "") for precision in PRECISIONS))
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def compared() -> dict[tuple[str, str, str], dict[str, str]]:
+    """(benchmark, what, kind) -> precision -> the number and its commit."""
+    rows: dict[tuple[str, str, str], dict[str, str]] = {}
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
         name, precision = path.stem.split(".")
         result = json.loads(path.read_text())
@@ -162,12 +184,8 @@ def benchmarks() -> str:
                 what = ", ".join(key for key in keys if key not in factor | share)
                 kind = min(factor or share).replace("_", " ")
                 number = f"{value:.2f} ×" if factor else f"{100 * value:.0f} %"
-                row = cells.setdefault((name, f"{what} | {kind}"), {})
-                row[precision] = f"{number} ({commit})"
-    rows = ["| benchmark | compared | | bf16 | fp32 |", "|---|---|---|---|---|"]
-    for (name, compared), row in cells.items():
-        rows.append(f"| {name} | {compared} | {row.get('bf16', '')} | {row.get('fp32', '')} |")
-    return "\n".join(rows)
+                rows.setdefault((name, what, kind), {})[precision] = f"{number} ({commit})"
+    return rows
 
 
 def leaves(tree: dict[str, Any], keys: tuple[str, ...] = ()) -> Iterable[tuple[Any, float]]:
@@ -186,6 +204,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "command line": command_pages,
     "files": main_files,
     "all files": all_files,
+    "targets": targets,
     "benchmarks": benchmarks,
 }
 
