@@ -13,7 +13,7 @@ from promptkd.composition import Method, Term
 from promptkd.errors import UserError
 from promptkd.models import LanguageModel, select_responses
 from promptkd.objectives import CrossEntropy, Divergence, States, Tiling, accumulate
-from promptkd.rollouts import Reference, Rollout, Stateless, pad, reference_rollouts
+from promptkd.rollouts import CUT_COST, Reference, Rollout, Stateless, pad, reference_rollouts
 from promptkd.step import Learner, LossNotFinite, Step
 from promptkd.teachers import Adaptation, Frozen, SoftPrompt, TextPrompt
 
@@ -88,6 +88,20 @@ def assert_same_updates(actual, expected, tolerance=1e-5):
     scale = torch.cat([e.flatten() for e in expected.values()]).norm()
     for name, value in expected.items():
         assert (actual[name] - value).norm() <= tolerance * max(value.norm(), 1e-2 * scale), name
+
+
+def test_cuts_within_one_budget_change_nothing_and_compute_nothing_twice(monkeypatch):
+    passes = []
+    given = LanguageModel.hidden_states
+    monkeypatch.setattr(LanguageModel, "hidden_states", lambda *a: passes.append(a) or given(*a))
+    whole, _ = updates("llama", promptkd_method(), [written()], micro_batch_tokens=10_000)
+    assert len(passes) == 4  # the student's, the adapted teacher's twice, the plain one's
+    passes.clear()
+    monkeypatch.setitem(CUT_COST, "cpu", 0)
+    cut, _ = updates("llama", promptkd_method(), [written()], micro_batch_tokens=10_000)
+    num_lengths = len({rollout.num_tokens for rollout in written()})
+    assert len(passes) == 4 * num_lengths
+    assert_same_updates(cut, whole)
 
 
 @pytest.mark.parametrize("teacher_step", ["before_student", "with_student"])

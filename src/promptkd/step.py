@@ -159,16 +159,20 @@ class Step:
         adaptation = self.method.adaptation
         coefficient = adaptation.coefficient(step, max_steps) if adaptation else 0.0
         together = self.teacher_step == "with_student"
-        kept = None
+        kept: dict[int, States] = {}
         if adaptation and not together:
-            for piece in pieces:
-                # One micro-batch: its student graph is kept and nothing is recomputed.
-                student = self._student_states(piece.batch, len(pieces) == 1, metrics.cost)
-                kept = student if len(pieces) == 1 else None
+            # Where all fits the budget, the student's graphs are kept and nothing is done twice.
+            num_tokens = sum(piece.batch.tokens.numel() for piece in pieces)
+            keeps = len(pieces) == 1 or num_tokens <= self.micro_batch_tokens
+            for place, piece in enumerate(pieces):
+                student = self._student_states(piece.batch, keeps, metrics.cost)
+                if keeps:
+                    kept[place] = student
                 self._evaluate(piece, student, step, coefficient, metrics, adapt=True, learn=False)
             self._update("teacher", self.teacher_learner, metrics, ("towards_student",), step)
-        for piece in pieces:
-            student = kept or self._student_states(piece.batch, True, metrics.cost)
+        for place, piece in enumerate(pieces):
+            student = kept.pop(place, None)
+            student = student or self._student_states(piece.batch, True, metrics.cost)
             adapt = adaptation is not None and together
             self._evaluate(piece, student, step, coefficient, metrics, adapt=adapt, learn=True)
         if adaptation and together:
