@@ -153,8 +153,8 @@ PRECISIONS = ("bf16", "fp32")
 def targets() -> str:
     """What ``make bench`` is for: the rows that benchmarks/targets.csv names, and their bounds."""
     rows = ["| | should be | bf16 | fp32 |", "|---|---|---|---|"]
-    known = compared()
-    for target in csv.DictReader((ROOT / "benchmarks" / "targets.csv").open()):
+    known, text = compared(), (ROOT / "benchmarks" / "targets.csv").read_text()
+    for target in csv.DictReader(text.splitlines()):
         found = known[target["benchmark"], target["compared"], target["kind"]]
         numbers = (found.get(precision, "").partition(" (")[0] for precision in PRECISIONS)
         rows.append(f"| {target['what']} | {target['should be']} | {' | '.join(numbers)} |")
