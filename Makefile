@@ -53,7 +53,7 @@ fmt: $(STAMP)  ## format and mend what ruff can
 docs: $(STAMP)  ## write the generated parts of README.md and docs/ anew
 	$(BIN)/python docs/generate.py
 
-bench: $(VLLM_STAMP)  ## benchmarks/results/*.json and docs/benchmarks.md, 40 to 90 minutes; DATA= for real lengths
+bench: $(VLLM_STAMP)  ## benchmarks/results/*.json and docs/benchmarks.md, an hour or two; DATA= for real lengths
 	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[bench]'
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 	$(BIN)/python benchmarks/authors_order.py $(DATA)
