@@ -30,7 +30,7 @@ $(VLLM_STAMP): $(STAMP)
 demo: $(STAMP)  ## a real teacher, a distilled student and a report, within ten minutes on two cores
 	$(BIN)/promptkd demo
 
-check: lint types test  ## all that must be green: exactly what CI runs
+check: lint types test  ## all that must be green: what CI runs
 
 lint: $(STAMP)  ## style, formatting and the direction of imports, without changing anything
 	$(BIN)/ruff check .
