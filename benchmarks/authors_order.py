@@ -7,7 +7,7 @@ The other side works as their script does: micro-batches of two, each written by
 fp32 logits, prompt and student gradients side by side until both are updated; as with DeepSpeed,
 passes are in one precision and AdamW works on an fp32 copy. Same models, same requests. Each side
 has a process of its own, because promptkd sets the allocator and vLLM more. Without DATA every
-response has 128 tokens, and with promptkd[vllm] installed there are vLLM rows. With DATA lengths
+response has 128 tokens, and with vLLM installed there are vLLM rows. With DATA lengths
 are as they come, and times are per response token. Writes results/authors_order.*.json or
 results/authors_order_real.*.json.
 """

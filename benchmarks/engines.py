@@ -1,6 +1,6 @@
 """Tokens per second of each engine and of plain ``generate``: 8 and 16 requests, 128 tokens each.
 
-Plain ``generate`` has a process of its own. The vLLM row needs promptkd[vllm]; its time includes
+Plain ``generate`` has a process of its own. The vLLM row needs vLLM; its time includes
 pushing the weights. Writes results/engines.*.json.
 """
 

@@ -3,7 +3,7 @@
 Reverse KL, the same models, requests, batch, response length and sampling settings; TRL's own
 defaults otherwise (gradient checkpointing on), and without it; the precision is the same.
 TRL's loop calls ours, which have a process each, after each of its steps, so the sides alternate.
-Needs trl==1.16.0; with promptkd[vllm], a vLLM row too. Writes results/trl_step.*.json.
+Needs trl==1.16.0; with vLLM, a vLLM row too. Writes results/trl_step.*.json.
 """
 
 import importlib.util

