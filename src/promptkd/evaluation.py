@@ -25,15 +25,14 @@ from promptkd.models import (
     embedding_rows,
     load_model,
     load_tokenizer,
-    same_tokenizer,
     select_responses,
-    shared_vocabulary,
     stop_ids,
 )
 from promptkd.objectives import States, accumulate
 from promptkd.predictions import Prediction, save_evaluation, summarise
 from promptkd.rollouts import Rollout, reference_rollouts, split_by_length
 from promptkd.suites import PAPER_SEEDS, listed, name_of
+from promptkd.vocabularies import same_tokenizer, shared_vocabulary
 
 
 def predict(

@@ -24,11 +24,11 @@ from promptkd.models import (
     load_model,
     load_tokenizer,
     select_responses,
-    shared_vocabulary,
     stop_ids,
 )
 from promptkd.objectives import States, accumulate
 from promptkd.rollouts import Rollout, split_by_length
+from promptkd.vocabularies import shared_vocabulary
 
 
 @dataclass(frozen=True)

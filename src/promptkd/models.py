@@ -13,17 +13,21 @@ from typing import Any
 
 import peft
 import torch
+import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from promptkd.attention import attend_grouped
+from promptkd.attention import attend_grouped, can_pack, end_to_end
 from promptkd.elementwise import keep_inputs_alone
 from promptkd.errors import UserError
 from promptkd.memory import keep_freed_memory
 from promptkd.products import linear
+
+PADDING = -1
+"""In place of a token, where a row of tokens has ended or not begun."""
 
 
 @dataclass(frozen=True)
@@ -146,44 +150,53 @@ class LanguageModel:
         self,
         tokens: Int[Tensor, "batch time"],
         soft_prompt: Float[Tensor, "length width"] | None = None,
-        attention_mask: Bool[Tensor, "batch time"] | None = None,
         past_key_values: Any = None,
         past_length: int = 0,
     ) -> Float[Tensor, "batch time width"]:
         """Last hidden states at the tokens (the soft prompt's own are cut off again).
 
-        Without a mask the tokens are taken to be right-padded: causality hides what comes after a
-        token, and positions count from 0 (from the soft prompt's first vector, if there is one).
-        With a mask, positions count the attended tokens, so left padding changes nothing.
+        Positions count the tokens of a row from 0 (from the soft prompt's first vector, if there is
+        one). Rows that end early are packed into one, if they can be, and no product sees padding.
 
         Args:
-            tokens: token ids.
+            tokens: token ids; ``PADDING`` after a row's last or before its first.
             soft_prompt: vectors put in front of the embeddings, as in PromptKD's teacher.
-            attention_mask: true at real tokens; only needed for left padding.
             past_key_values: keys and values put in front (prefix tuning).
             past_length: how many positions they hold.
+
+        Returns:
+            Nothing of meaning at padding.
         """
-        batch = tokens.shape[0]
-        arguments: dict[str, Any] = {"input_ids": tokens}
-        length = 0
+        name, inputs, length = "input_ids", tokens.clamp_min(0), past_length
         if soft_prompt is not None:
-            length = soft_prompt.shape[0]
-            embeddings = self.module.get_input_embeddings()(tokens)
-            front = soft_prompt.to(embeddings.dtype).expand(batch, -1, -1)
-            arguments = {"inputs_embeds": torch.cat([front, embeddings], dim=1)}
-        if attention_mask is None and past_length:
-            attention_mask = torch.ones_like(tokens, dtype=torch.bool)
-        if attention_mask is not None:
-            front_mask = attention_mask.new_ones(batch, past_length + length)
-            mask = torch.cat([front_mask, attention_mask], dim=1).long()
-            arguments["attention_mask"] = mask
-            arguments["position_ids"] = (mask.cumsum(-1) - 1).clamp_min(0)[:, past_length:]
+            name, length = "inputs_embeds", len(soft_prompt)
+            embeddings = self.module.get_input_embeddings()(inputs)
+            front = soft_prompt.to(embeddings.dtype).expand(len(tokens), -1, -1)
+            inputs = torch.cat([front, embeddings], dim=1)
+        real = F.pad(tokens != PADDING, (length, 0), value=True)
+        positions = (real.cumsum(-1) - 1).clamp_min(0)
+        packed = not real.all() and not past_length and self.packs(real.shape[1])
+        arguments: dict[str, Any] = {name: inputs}
+        if packed:
+            arguments = {name: inputs[real][None], "position_ids": positions[real][None]}
+            arguments |= end_to_end(real.sum(1).tolist())
+        elif past_length or not real.all():
+            arguments |= {"attention_mask": real.long(), "position_ids": positions[:, past_length:]}
         trunk: Any = self.module.base_model
         with self.autocast():
             output = trunk(
                 **arguments, past_key_values=past_key_values, use_cache=past_key_values is not None
             )
-        return output.last_hidden_state[:, length:]
+        hidden = output.last_hidden_state
+        if packed:
+            rows = hidden.new_zeros(*real.shape, hidden.shape[-1])
+            rows[real] = hidden[0]
+            hidden = rows
+        return hidden[:, hidden.shape[1] - tokens.shape[1] :]
+
+    def packs(self, longest: int) -> bool:
+        """Whether rows of at most ``longest`` tokens, prompt included, are packed into one."""
+        return can_pack(self.module, longest)
 
     def autocast(self) -> Any:
         if self.dtype == self.module.dtype:
@@ -283,48 +296,6 @@ def check_context(
         )
 
 
-def first_difference(
-    student: dict[str, int], teacher: dict[str, int]
-) -> tuple[int, str, str] | None:
-    """The lowest id whose token differs between two token tables, with both tokens."""
-    by_id = {i: token for token, i in student.items()}
-    by_id_teacher = {i: token for token, i in teacher.items()}
-    for i in range(max(*by_id, *by_id_teacher) + 1):
-        if by_id.get(i) != by_id_teacher.get(i):
-            return i, by_id.get(i, "(none)"), by_id_teacher.get(i, "(none)")
-    return None
-
-
-def shared_vocabulary(
-    student_tokenizer: Any, teacher_tokenizer: Any, student: Any, teacher: Any
-) -> int:
-    """How many token ids are compared: the rows both models have, if the token tables are equal.
-
-    Raises:
-        UserError: if the tables differ, naming the first id that does.
-    """
-    difference = first_difference(student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab())
-    if difference:
-        i, own, other = difference
-        raise UserError(
-            f"Student and teacher have different tokenizers: token {i} is {own!r} for the student "
-            f"and {other!r} for the teacher. Token-level methods compare them entry by entry. Use "
-            "a teacher with the student's tokenizer, or the method 'seqkd', which needs only text."
-        )
-    rows = min(embedding_rows(module) for module in (student, teacher))
-    tokens = max(student_tokenizer.get_vocab().values()) + 1
-    if rows < tokens:
-        raise UserError(
-            f"The tokenizer has {tokens} tokens, but one of the models has only {rows} embedding "
-            "rows. The tokenizer doesn't belong to that model."
-        )
-    return rows
-
-
-def same_tokenizer(student_tokenizer: Any, teacher_tokenizer: Any) -> bool:
-    return first_difference(student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()) is None
-
-
 def native_bf16(device: torch.device) -> bool:
     """Whether the processor multiplies bf16 matrices itself (emulation is 10 times slower)."""
     if device.type == "cuda":
@@ -340,23 +311,29 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 @torch.no_grad()
 def check_head(model: LanguageModel, name: str) -> None:
-    """Prove that trunk and head, as split here, give the model's own logits.
+    """Prove that trunk and head, as split here, give the model's own logits, packed rows or not.
 
     Raises:
         UserError: if the model does something else between or after them.
     """
-    tokens = torch.arange(1, 9, device=model.device).clamp_max(model.vocabulary - 1)[None]
-    with model.autocast():
-        own = model.module(input_ids=tokens, use_cache=False)  # it attends as the trunk alone does
-    expected = own.logits[0, :, : model.vocabulary].float()
-    hidden = model.hidden_states(tokens)[0]
-    actual = model.head.logprobs(hidden)
-    worst = (actual - expected.log_softmax(-1)).abs().max().item()
+    lengths = 8, 5
+    tokens = torch.full((2, max(lengths)), PADDING, device=model.device)
+    for row, length in zip(tokens, lengths, strict=True):
+        row[:length] = torch.arange(1, 1 + length, device=model.device)
+    tokens.clamp_max_(model.vocabulary - 1)
+    hidden, worst = model.hidden_states(tokens), 0.0
+    for row, length in enumerate(lengths):
+        with model.autocast():
+            own = model.module(input_ids=tokens[row : row + 1, :length], use_cache=False)
+        expected = own.logits[0, :, : model.vocabulary].float().log_softmax(-1)
+        actual = model.head.logprobs(hidden[row, :length])
+        worst = max(worst, (actual - expected).abs().max().item())
     if not worst < (1e-3 if model.dtype == torch.float32 else 0.3):
         raise UserError(
             f"{name} ({type(model.module).__name__}): log-probabilities from its trunk and output "
             f"layer differ from its own by {worst:.3g} nats. This architecture does something "
-            "after its output layer that promptkd doesn't know; please report it."
+            "that promptkd doesn't know after its output layer, or between the rows of a batch; "
+            "please report it."
         )
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from promptkd.data import Batch, EncodedExample
 from promptkd.errors import UserError
+from promptkd.models import PADDING
 
 Tokens = tuple[int, ...]
 
@@ -279,7 +280,7 @@ def reference_rollouts(examples: Iterable[EncodedExample]) -> list[Rollout]:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rollouts of similar length, right-padded into one rectangle."""
+    """Rollouts of similar length, right-padded into one rectangle with ``models.PADDING``."""
 
     rollouts: tuple[Rollout, ...]
     tokens: Int[Tensor, "batch time"]
@@ -294,11 +295,16 @@ class MicroBatch:
         values = [value for rollout in self.rollouts for value in rollout.annotations[name]]
         return torch.tensor(values, device=self.tokens.device)
 
+    @property
+    def num_tokens(self) -> int:
+        """Without padding."""
+        return sum(rollout.num_tokens for rollout in self.rollouts)
+
 
 def pad(rollouts: Sequence[Rollout], device: torch.device, length: int = 0) -> MicroBatch:
-    """Put rollouts side by side. Padding holds token 0: causality and masks hide it."""
+    """Put rollouts side by side."""
     length = max(length, *(rollout.num_tokens for rollout in rollouts))
-    tokens = torch.zeros(len(rollouts), length, dtype=torch.long)
+    tokens = torch.full((len(rollouts), length), PADDING)
     response_mask = torch.zeros(len(rollouts), length, dtype=torch.bool)
     for row, rollout in enumerate(rollouts):
         start, end = len(rollout.request_ids), rollout.num_tokens
@@ -307,34 +313,17 @@ def pad(rollouts: Sequence[Rollout], device: torch.device, length: int = 0) -> M
     return MicroBatch(tuple(rollouts), tokens.to(device), response_mask.to(device))
 
 
-CUT_COST = {"cpu": 192, "cuda": 2048}
-"""Tokens that a micro-batch costs beyond its own. On two cores in fp32, one more costs a pass 85 to
-108 tokens' time, whatever its length (docs/log.md); in bf16 a token takes less. A card's: assumed.
-"""
-
-
 def split_by_length(
     rollouts: Sequence[Rollout], micro_batch_tokens: int, device: torch.device
 ) -> list[MicroBatch]:
-    """Sort by length, longest first, and cut where it costs least.
+    """Sort by length, longest first, and cut so that rows x longest stays within the budget.
 
-    A micro-batch costs its tokens, padding included, and ``CUT_COST`` more: of all cuts that keep
-    rows x longest within the budget, those of the lowest sum are chosen. A single rollout longer
-    than the budget gets a micro-batch of its own.
+    A single rollout longer than the budget gets a micro-batch of its own.
     """
     ordered = sorted(rollouts, key=lambda r: r.num_tokens, reverse=True)
-    # cheapest[i] of the rollouts from i on: (cost, where the first micro-batch ends).
-    cheapest = [(0, len(ordered))] * (len(ordered) + 1)
-    for start in reversed(range(len(ordered))):
-        longest = ordered[start].num_tokens
-        rows = max(1, min(len(ordered) - start, micro_batch_tokens // longest))
-        cheapest[start] = min(
-            (CUT_COST[device.type] + taken * longest + cheapest[start + taken][0], start + taken)
-            for taken in range(1, rows + 1)
-        )
     batches, start = [], 0
     while start < len(ordered):
-        end = cheapest[start][1]
-        batches.append(pad(ordered[start:end], device))
-        start = end
+        rows = max(1, micro_batch_tokens // ordered[start].num_tokens)
+        batches.append(pad(ordered[start : start + rows], device))
+        start += rows
     return batches

@@ -36,8 +36,8 @@ class Cost:
 
     Attributes:
         seconds: of wall-clock time.
-        flops: floating-point operations in products with the models' weights; attention's own
-            products are not counted.
+        flops: floating-point operations in products of real tokens with the models' weights;
+            attention's own products are not counted.
     """
 
     def __init__(self, device: torch.device):
@@ -162,8 +162,8 @@ class Step:
         kept: dict[int, States] = {}
         if adaptation and not together:
             # Where all fits the budget, the student's graphs are kept and nothing is done twice.
-            num_tokens = sum(piece.batch.tokens.numel() for piece in pieces)
-            keeps = len(pieces) == 1 or num_tokens <= self.micro_batch_tokens
+            num_positions = sum(self._num_positions(piece.batch) for piece in pieces)
+            keeps = len(pieces) == 1 or num_positions <= self.micro_batch_tokens
             for place, piece in enumerate(pieces):
                 student = self._student_states(piece.batch, keeps, metrics.cost)
                 if keeps:
@@ -190,18 +190,22 @@ class Step:
             for term, count in zip(terms, counts.tolist(), strict=True)
             if term.objective.needs_teacher
         )
-        pieces, padded, real = [], 0, 0
+        pieces = []
         for term, written, count in zip(terms, rollouts, counts.tolist(), strict=True):
             for batch in split_by_length(written, self.micro_batch_tokens, device):
-                padded += batch.tokens.numel()
-                real += sum(rollout.num_tokens for rollout in batch.rollouts)
                 adaptation_weight = 1 / adapting if term.objective.needs_teacher else 0.0
                 pieces.append(Piece(term, batch, term.weight / count, adaptation_weight))
-        metrics = StepMetrics(Cost(device), adapting, padding_share=1 - real / padded)
-        return pieces, metrics
+        real = sum(piece.batch.num_tokens for piece in pieces)
+        positions = sum(self._num_positions(piece.batch) for piece in pieces)
+        return pieces, StepMetrics(Cost(device), adapting, padding_share=1 - real / positions)
+
+    def _num_positions(self, batch: MicroBatch) -> int:
+        """That the student's products see: padding is among them where rows can't be packed."""
+        packed = self.student.packs(batch.tokens.shape[1])
+        return batch.num_tokens if packed else batch.tokens.numel()
 
     def _student_states(self, batch: MicroBatch, learns: bool, cost: Cost) -> States:
-        cost.count_trunk("student", self.student, batch.tokens.numel(), 2 * learns)
+        cost.count_trunk("student", self.student, batch.num_tokens, 2 * learns)
         with torch.set_grad_enabled(learns), cost.timed("student"):
             hidden = self.student.hidden_states(batch.tokens)
             return States(select_responses(hidden, batch.response_mask), self.student.head, learns)
@@ -211,7 +215,7 @@ class Step:
     ) -> States:
         assert self.teacher is not None
         voice = self.teacher.plain_hidden_states if plain else self.teacher.hidden_states
-        cost.count_trunk("teacher", self.teacher.model, batch.tokens.numel(), int(learns))
+        cost.count_trunk("teacher", self.teacher.model, batch.num_tokens, int(learns))
         with torch.set_grad_enabled(learns), cost.timed("teacher"):
             hidden = voice(batch.tokens)
             return States(

@@ -19,12 +19,13 @@ from promptkd.decoding import Decoding
 from promptkd.errors import UserError
 from promptkd.evaluation import evaluate
 from promptkd.methods import build_method
-from promptkd.models import load_tokenizer, same_tokenizer
+from promptkd.models import load_tokenizer
 from promptkd.report import report
 from promptkd.report_data import Evaluation, read_evaluations
 from promptkd.run_directory import RunDirectory
 from promptkd.study_file import PlannedRun, Study, planned_runs
 from promptkd.study_table import Failure, Findings, Line, study_table
+from promptkd.vocabularies import same_tokenizer
 
 Scores = dict[str, Evaluation]
 """Of one model, by data set."""

@@ -18,7 +18,7 @@ import torch
 from promptkd.decoding import Chooser, Decoding
 from promptkd.engines import Response, Tokens, left_pad
 from promptkd.errors import UserError
-from promptkd.models import LanguageModel
+from promptkd.models import PADDING, LanguageModel
 
 GPU_SHARE = 0.3
 """Of the card's memory, for vLLM's weights and cache; training needs the rest."""
@@ -151,7 +151,7 @@ def _chosen_tokens() -> type:
                 texts, there = left_pad(
                     [(*row.request, *row.response) for row in rows], self._device
                 )
-                history = texts.masked_fill(~there, -1)
+                history = texts.masked_fill(~there, PADDING)
             numbers = torch.stack([row.uniforms[len(row.response)] for row in rows])
             chosen = choose(logits, numbers.to(logits.device), history)
             return logits.scatter_(1, chosen[:, None], torch.inf)
