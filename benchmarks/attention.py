@@ -1,7 +1,8 @@
 """Attention over whole sequences: torch's kernel and promptkd's grouped products.
 
-SmolLM2-135M's heads (9 of queries on 3 of keys, width 64), bf16 and fp32 (where promptkd leaves it
-to torch); forward, and forward with backward; medians of nine. Writes results/attention.*.json.
+SmolLM2-135M's heads (9 of queries on 3 of keys, width 64), bf16 if the processor has it, and fp32
+(where promptkd leaves it to torch); forward, and forward with backward; medians of nine. Writes
+results/attention.*.json.
 """
 
 import statistics
@@ -10,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from setting import record
+from setting import DTYPES, record
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -43,7 +44,7 @@ def main() -> None:
     torch.manual_seed(0)
     seconds: dict[str, dict[str, float]] = {}
     ratios: dict[str, float] = {}
-    for dtype in (torch.bfloat16, torch.float32):
+    for dtype in DTYPES:
         for rows, length in SEQUENCES:
             # Heads lie side by side in memory, as a projection writes them.
             shapes = [(rows, length, heads, WIDTH) for heads in (HEADS, SHARED, SHARED)]

@@ -42,6 +42,8 @@ DTYPE = compute_dtype("auto", torch.device("cpu"))
 """What every side multiplies in: bf16 where the processor does it itself."""
 BF16 = torch.bfloat16 == DTYPE
 PRECISION = "bf16" if BF16 else "fp32"
+DTYPES = (torch.bfloat16, torch.float32) if BF16 else (torch.float32,)
+"""In which the processor multiplies by itself."""
 
 
 @dataclass(frozen=True)
