@@ -175,12 +175,13 @@ class LanguageModel:
             inputs = torch.cat([front, embeddings], dim=1)
         real = F.pad(tokens != PADDING, (length, 0), value=True)
         positions = (real.cumsum(-1) - 1).clamp_min(0)
-        packed = not real.all() and not past_length and self.packs(real.shape[1])
+        ragged = not real.all()
+        packed = ragged and not past_length and self.packs(real.shape[1])
         arguments: dict[str, Any] = {name: inputs}
         if packed:
             arguments = {name: inputs[real][None], "position_ids": positions[real][None]}
             arguments |= end_to_end(real.sum(1).tolist())
-        elif past_length or not real.all():
+        elif ragged or past_length:
             arguments |= {"attention_mask": real.long(), "position_ids": positions[:, past_length:]}
         trunk: Any = self.module.base_model
         with self.autocast():
