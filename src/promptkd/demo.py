@@ -93,7 +93,7 @@ def demo(output: Path) -> Path:
                 "student": {"model": str(warm)},
                 "method": {"name": "promptkd"},
                 "optimization": {
-                    "max_steps": 8,
+                    "max_steps": 7,
                     "global_batch_size": 8,
                     "learning_rate": 5e-5,
                     "teacher_learning_rate": 5e-3,
