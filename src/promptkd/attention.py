@@ -53,7 +53,7 @@ def can_pack(module: PreTrainedModel, longest: int) -> bool:
     )
 
 
-def end_to_end(lengths: list[int]) -> dict[str, Any]:
+def packed_arguments(lengths: list[int]) -> dict[str, Any]:
     """A trunk's arguments for one row in which sequences of ``lengths`` follow each other.
 
     A mask of four axes is handed on as it is, and nobody reads it; transformers would make one of

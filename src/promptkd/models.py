@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from promptkd.attention import attend_grouped, can_pack, end_to_end
+from promptkd.attention import attend_grouped, can_pack, packed_arguments
 from promptkd.elementwise import keep_inputs_alone
 from promptkd.errors import UserError
 from promptkd.memory import keep_freed_memory
@@ -180,7 +180,7 @@ class LanguageModel:
         arguments: dict[str, Any] = {name: inputs}
         if packed:
             arguments = {name: inputs[real][None], "position_ids": positions[real][None]}
-            arguments |= end_to_end(real.sum(1).tolist())
+            arguments |= packed_arguments(real.sum(1).tolist())
         elif ragged or past_length:
             arguments |= {"attention_mask": real.long(), "position_ids": positions[:, past_length:]}
         trunk: Any = self.module.base_model

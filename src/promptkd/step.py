@@ -86,10 +86,16 @@ class StepMetrics:
 
 @dataclass(frozen=True)
 class Piece:
-    """One micro-batch of one term; ``weight`` is what one of its tokens weighs in the step."""
+    """One micro-batch of one term.
+
+    Attributes:
+        num_positions: that the student's products see, padding where rows can't be packed.
+        weight: what one of its tokens weighs in the step.
+    """
 
     term: Term
     batch: MicroBatch
+    num_positions: int
     weight: float
     adaptation_weight: float
 
@@ -162,7 +168,7 @@ class Step:
         kept: dict[int, States] = {}
         if adaptation and not together:
             # Where all fits the budget, the student's graphs are kept and nothing is done twice.
-            num_positions = sum(self._num_positions(piece.batch) for piece in pieces)
+            num_positions = sum(piece.num_positions for piece in pieces)
             keeps = len(pieces) == 1 or num_positions <= self.micro_batch_tokens
             for place, piece in enumerate(pieces):
                 student = self._student_states(piece.batch, keeps, metrics.cost)
@@ -193,16 +199,14 @@ class Step:
         pieces = []
         for term, written, count in zip(terms, rollouts, counts.tolist(), strict=True):
             for batch in split_by_length(written, self.micro_batch_tokens, device):
+                packed = self.student.packs(batch.tokens.shape[1])
+                positions = batch.num_tokens if packed else batch.tokens.numel()
                 adaptation_weight = 1 / adapting if term.objective.needs_teacher else 0.0
-                pieces.append(Piece(term, batch, term.weight / count, adaptation_weight))
+                weights = term.weight / count, adaptation_weight
+                pieces.append(Piece(term, batch, positions, *weights))
         real = sum(piece.batch.num_tokens for piece in pieces)
-        positions = sum(self._num_positions(piece.batch) for piece in pieces)
-        return pieces, StepMetrics(Cost(device), adapting, padding_share=1 - real / positions)
-
-    def _num_positions(self, batch: MicroBatch) -> int:
-        """That the student's products see: padding is among them where rows can't be packed."""
-        packed = self.student.packs(batch.tokens.shape[1])
-        return batch.num_tokens if packed else batch.tokens.numel()
+        seen = sum(piece.num_positions for piece in pieces)
+        return pieces, StepMetrics(Cost(device), adapting, padding_share=1 - real / seen)
 
     def _student_states(self, batch: MicroBatch, learns: bool, cost: Cost) -> States:
         cost.count_trunk("student", self.student, batch.num_tokens, 2 * learns)
