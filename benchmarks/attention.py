@@ -15,8 +15,8 @@ from setting import DTYPES, record
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from promptkd.attention import CausalAttention
-from promptkd.memory import keep_freed_memory
+from promptkd.kernels.allocator import keep_freed_memory
+from promptkd.kernels.attention import CausalAttention
 
 SEQUENCES = ((16, 60), (8, 173), (4, 512), (2, 1024))
 HEADS, SHARED, WIDTH = 9, 3, 64

@@ -16,8 +16,8 @@ from setting import record
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from promptkd.elementwise import RMSNorm, SwiGLU
-from promptkd.memory import keep_freed_memory
+from promptkd.kernels.allocator import keep_freed_memory
+from promptkd.kernels.norms_and_gates import RMSNorm, SwiGLU
 
 TOKENS, WIDTH, GATES = 1448, 576, 1536
 EPSILON = 1e-5

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from setting import DTYPE, Setting, Side, alternate, own_process, record, setting, times_faster
 
-from promptkd.decoding import Decoding
-from promptkd.engines import Engine, TransformersEngine, left_pad
-from promptkd.memory import keep_freed_memory
-from promptkd.models import LanguageModel
-from promptkd.vllm_engine import VLLMEngine
+from promptkd.generation.sampling import Decoding
+from promptkd.generation.transformers_engine import Engine, TransformersEngine, left_pad
+from promptkd.generation.vllm_engine import VLLMEngine
+from promptkd.kernels.allocator import keep_freed_memory
+from promptkd.models.language_model import LanguageModel
 
 
 def by_engine(engine: Engine, setting: Setting) -> Side:

@@ -20,7 +20,8 @@ from dataclasses import asdict
 import torch
 
 from promptkd.divergences import reverse_kl
-from promptkd.models import Head, compute_dtype, native_bf16
+from promptkd.models.language_model import Head
+from promptkd.models.loading import compute_dtype, native_bf16
 from promptkd.objectives import TILINGS, States, Tiling, accumulate
 
 TOKENS, ENTRIES, WIDTH = 4096, 49152, 576

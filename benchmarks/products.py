@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from setting import DTYPES, record
 
-from promptkd.products import WritingProducts
+from promptkd.kernels.matmul import WritingProducts
 
 TOKENS = (1, 8, 16, 64, 162)
 SHAPES = {"head": (49152, 576), "up": (1536, 576)}

@@ -12,7 +12,7 @@ from importlib import resources
 from setting import record
 
 from promptkd.data import read_examples
-from promptkd.metrics import bootstrap_interval, exact_match, rouge_l
+from promptkd.evaluation.metrics import bootstrap_interval, exact_match, rouge_l
 
 NUM, WORDS = 10_000, 60
 

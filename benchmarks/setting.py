@@ -25,16 +25,17 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from promptkd.data import Encoder, read_examples, training_set
-from promptkd.decoding import Decoding
 from promptkd.demo import unpack_teacher
-from promptkd.engines import Engine, TransformersEngine
-from promptkd.memory import keep_freed_memory
+from promptkd.generation.sampling import Decoding
+from promptkd.generation.transformers_engine import Engine, TransformersEngine
+from promptkd.generation.vllm_engine import VLLMEngine
+from promptkd.kernels.allocator import keep_freed_memory
 from promptkd.methods import build_method
-from promptkd.models import LanguageModel, compute_dtype, load_tokenizer, stop_ids
+from promptkd.models.language_model import LanguageModel
+from promptkd.models.loading import compute_dtype, load_tokenizer, stop_ids
 from promptkd.pruning import init_student
 from promptkd.rollouts import Rollout
-from promptkd.step import Cost, Learner, Step, StepMetrics
-from promptkd.vllm_engine import VLLMEngine
+from promptkd.training.step import Cost, Learner, Step, StepMetrics
 
 MODELS = Path("runs/benchmarks")
 RESULTS = Path(__file__).parent / "results"

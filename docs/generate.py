@@ -124,25 +124,32 @@ def command_pages() -> str:
 
 
 def all_files() -> str:
-    """The package's files, each with the first line of its docstring."""
-    return file_tree(PACKAGE.glob("*.py"))
-
-
-def main_files() -> str:
-    """The same without the parts of a part: report.py, but not report_tables.py."""
-    names = {path.stem for path in PACKAGE.glob("*.py")}
-    paths = PACKAGE.glob("*.py")
-    return file_tree(p for p in paths if p.stem.partition("_")[0] not in names - {p.stem})
-
-
-def file_tree(paths: Iterable[Path]) -> str:
-    rows = []
-    for path in sorted(paths):
-        if path.stem.startswith("__"):
-            continue
-        text = (ast.get_docstring(ast.parse(path.read_text())) or "").splitlines()[0]
-        rows.append(f"  {path.name:20} {text.replace('``', '')}")
+    """Every file with the first line of its docstring, folder by folder."""
+    rows = [f"  {path.name:22} {summary(path)}" for path in modules(PACKAGE)]
+    for folder in folders():
+        rows.append(f"  {folder.name + '/':22} {summary(folder / '__init__.py')}")
+        rows += [f"    {path.name:20} {summary(path)}" for path in modules(folder)]
     return "```\nsrc/promptkd/\n" + "\n".join(rows) + "\n```"
+
+
+def rooms() -> str:
+    """The folders, and in one line the files beside them."""
+    flat = ", ".join(path.stem for path in modules(PACKAGE))
+    rows = [f"  {folder.name + '/':12} {summary(folder / '__init__.py')}" for folder in folders()]
+    return f"```\nsrc/promptkd/\n  {flat}\n" + "\n".join(rows) + "\n```"
+
+
+def modules(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.py") if not path.stem.startswith("__"))
+
+
+def folders() -> list[Path]:
+    return sorted(path.parent for path in PACKAGE.glob("*/__init__.py"))
+
+
+def summary(path: Path) -> str:
+    text = ast.get_docstring(ast.parse(path.read_text())) or ""
+    return text.splitlines()[0].replace("``", "")
 
 
 FACTORS = {"times_faster", "against_generate", "against_gkd"}
@@ -205,7 +212,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "methods": method_pages,
     "commands": commands,
     "command line": command_pages,
-    "files": main_files,
+    "rooms": rooms,
     "all files": all_files,
     "targets": targets,
     "benchmarks": benchmarks,

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from promptkd.judge import judge
+from promptkd.judge.judge import judge
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ _SERVER.set_forkserver_preload(
     [
         "promptkd.api",
         "promptkd.cli",
-        "promptkd.model_card",
+        "promptkd.training.model_card",
         "transformers.models.llama.modeling_llama",
         "transformers.models.auto.tokenization_auto",
     ]

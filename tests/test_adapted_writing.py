@@ -8,14 +8,14 @@ import torch
 import tiny
 from promptkd.adapters import Prefix
 from promptkd.config import recipe_from_dict
-from promptkd.decoding import Decoding
-from promptkd.engines import TransformersEngine
 from promptkd.errors import UserError
-from promptkd.generation import generate
+from promptkd.evaluation.side_by_side import generate
+from promptkd.generation.sampling import Decoding
+from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.methods import build_method
-from promptkd.models import LanguageModel
+from promptkd.models.language_model import LanguageModel
 from promptkd.teachers import TextPrompt
-from promptkd.trainer import Trainer
+from promptkd.training.trainer import Trainer
 
 TEXT = "Suppose you are a student."
 REQUESTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13)]

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import tiny
 from promptkd.adapters import LoRA, Prefix, load_prefix
 from promptkd.errors import UserError
-from promptkd.models import LanguageModel
+from promptkd.models.language_model import LanguageModel
 from promptkd.teachers import SoftPrompt, TextPrompt
 
 ARCHITECTURES = ("gpt2", "opt", "llama", "qwen3")

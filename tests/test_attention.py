@@ -6,14 +6,14 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import tiny
-from promptkd.attention import (
+from promptkd.kernels.attention import (
     BLOCK,
     CausalAttention,
     attend_grouped,
     grouped_sdpa,
     packed_arguments,
 )
-from promptkd.models import LanguageModel
+from promptkd.models.language_model import LanguageModel
 
 
 def randn(*shape, seed=0, dtype=torch.float64):

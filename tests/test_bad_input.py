@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerFast
 
 import runs
 import tiny
-from promptkd.checkpoints import load_latest, saved_checkpoints
 from promptkd.cli import main
 from promptkd.config import Tracker
+from promptkd.training.checkpoints import load_latest, saved_checkpoints
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import torch
 
 import runs
 import tiny
-from promptkd.cache import ResponseCache, cache_directory, fingerprint
-from promptkd.decoding import Decoding
 from promptkd.errors import UserError
+from promptkd.generation.response_cache import ResponseCache, cache_directory, fingerprint
+from promptkd.generation.sampling import Decoding
 
 DECODING = Decoding(8).to_dict()
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from promptkd.checkpoints import (
+from promptkd.training.checkpoints import (
     Checkpoint,
     load_latest,
     out_of_space,

@@ -12,11 +12,11 @@ from safetensors.torch import load_file
 import runs
 import tiny
 from promptkd.api import train
-from promptkd.checkpoints import saved_checkpoints
 from promptkd.config import recipe_from_dict
 from promptkd.methods import METHODS, build_method
 from promptkd.rollouts import Source
-from promptkd.trainer import Trainer
+from promptkd.training.checkpoints import saved_checkpoints
+from promptkd.training.trainer import Trainer
 
 OPTIONS = {
     "kd": {"kl_share": 0.5},

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from promptkd.decoding import BLOCK, Chooser, Decoding
+from promptkd.generation.sampling import BLOCK, Chooser, Decoding
 
 
 @pytest.mark.parametrize("vocabulary", [7, BLOCK, 5 * BLOCK + 3])

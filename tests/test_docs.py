@@ -24,11 +24,17 @@ from promptkd.methods import METHODS, build_method
 from tiny import save_pair, write_data
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "src" / "promptkd"
 PAGES = sorted([*ROOT.glob("*.md"), *(p for p in ROOT.glob("docs/*.md") if p.name != "log.md")])
 MAP = (ROOT / "docs" / "paper-map.md").read_text()
-DOCTESTED = sorted(
-    path.stem for path in (ROOT / "src" / "promptkd").glob("*.py") if ">>>" in path.read_text()
-)
+
+
+def module_name(path: Path) -> str:
+    """``evaluation.metrics`` for src/promptkd/evaluation/metrics.py."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+DOCTESTED = sorted(module_name(path) for path in PACKAGE.rglob("*.py") if ">>>" in path.read_text())
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -46,10 +52,12 @@ def load(path: Path) -> Any:
 
 def resolve(dotted: str) -> Any:
     """The object that ``promptkd.module.name`` stands for."""
-    package, module, *names = dotted.split(".")
-    value: Any = importlib.import_module(f"{package}.{module}")
-    for name in names:
-        value = getattr(value, name)
+    value: Any = importlib.import_module("promptkd")
+    name = value.__name__
+    for part in dotted.split(".")[1:]:
+        name = f"{name}.{part}"
+        value = sys.modules.get(name) or getattr(value, part, None)
+        value = value or importlib.import_module(name)
     return value
 
 
@@ -211,7 +219,7 @@ def test_every_public_name_has_a_docstring():
 
 
 def test_every_module_says_what_it_is():
-    for path in (ROOT / "src" / "promptkd").glob("*.py"):
+    for path in PACKAGE.rglob("*.py"):
         if path.name != "__main__.py":
             assert ast.get_docstring(ast.parse(path.read_text())), path.name
 
@@ -224,7 +232,7 @@ def test_the_examples_in_docstrings_are_right(name):
 
 
 def test_the_mathematics_has_examples():
-    assert {"divergences", "metrics", "pruning", "schedules"} <= set(DOCTESTED)
+    assert {"divergences", "evaluation.metrics", "pruning", "training.schedules"} <= set(DOCTESTED)
 
 
 # -- size
@@ -246,7 +254,7 @@ def test_every_field_of_the_metrics_page_is_written_by_the_trainer():
     page = (ROOT / "docs" / "run-directory.md").read_text()
     table = page.partition("| field | meaning |")[2].partition("\n\n")[0]
     fields = set(re.findall(r"`(\w+)`", "".join(re.findall(r"(?m)^\| (.*?) \|", table))))
-    source = (ROOT / "src" / "promptkd" / "trainer.py").read_text()
+    source = (PACKAGE / "training" / "trainer.py").read_text()
     assert len(fields) > 10
     for name in fields:
         assert f'"{name}"' in source or name.startswith("gradient_norm_"), name

@@ -8,8 +8,8 @@ from torch.nn.functional import silu
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import tiny
-from promptkd.elementwise import RMSNorm, SwiGLU, keep_inputs_alone
-from promptkd.models import LanguageModel
+from promptkd.kernels.norms_and_gates import RMSNorm, SwiGLU, keep_inputs_alone
+from promptkd.models.language_model import LanguageModel
 
 
 def randn(*shape, seed=0, dtype=torch.float32):

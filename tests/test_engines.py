@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import tiny
-from promptkd.decoding import Decoding
-from promptkd.engines import CoAuthor, TransformersEngine
-from promptkd.models import LanguageModel
+from promptkd.generation.sampling import Decoding
+from promptkd.generation.transformers_engine import CoAuthor, TransformersEngine
+from promptkd.models.language_model import LanguageModel
 from promptkd.teachers import prompt_vectors
 
 STOP = (0, 17, 33, 50, 71)

@@ -10,18 +10,18 @@ import torch
 
 import runs
 import tiny
-from promptkd.comparison import compare
 from promptkd.data import Encoder, Example, evaluation_set, read_examples
-from promptkd.decoding import Decoding
-from promptkd.engines import TransformersEngine
 from promptkd.errors import UserError
-from promptkd.evaluation import evaluate, nats_per_token, predict, score
-from promptkd.metrics import bootstrap_interval, exact_match, paired_bootstrap, rouge_l
-from promptkd.models import LanguageModel
-from promptkd.predictions import rescore, summarise
+from promptkd.evaluation.comparison import compare
+from promptkd.evaluation.evaluate import evaluate, nats_per_token, predict, score
+from promptkd.evaluation.metrics import bootstrap_interval, exact_match, paired_bootstrap, rouge_l
+from promptkd.evaluation.predictions import rescore, summarise
+from promptkd.evaluation.suites import read_suite, suite_of_files
+from promptkd.generation.sampling import Decoding
+from promptkd.generation.transformers_engine import TransformersEngine
+from promptkd.models.language_model import LanguageModel
 from promptkd.rollouts import Rollout
-from promptkd.suites import read_suite, suite_of_files
-from promptkd.trainer import VALIDATION_SEED
+from promptkd.training.trainer import VALIDATION_SEED
 
 
 @pytest.fixture(scope="module")

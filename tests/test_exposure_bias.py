@@ -11,16 +11,14 @@ import runs
 from promptkd.api import train
 from promptkd.config import recipe_from_dict
 from promptkd.data import Encoder, evaluation_set, read_examples
-from promptkd.decoding import Decoding
-from promptkd.engines import TransformersEngine
 from promptkd.errors import UserError
-from promptkd.exposure_bias import (
+from promptkd.evaluation.exposure_bias import (
     curve_in_training,
     exposure_bias,
     measure_gaps,
     write_responses,
 )
-from promptkd.exposure_curves import (
+from promptkd.evaluation.exposure_curves import (
     Gaps,
     authors_curve,
     describe_gaps,
@@ -28,10 +26,12 @@ from promptkd.exposure_curves import (
     exposure_curve,
     exposure_intervals,
 )
-from promptkd.measuring import load_run
-from promptkd.models import LanguageModel
+from promptkd.evaluation.finished_run import load_run
+from promptkd.generation.sampling import Decoding
+from promptkd.generation.transformers_engine import TransformersEngine
+from promptkd.models.language_model import LanguageModel
 from promptkd.rollouts import Rollout
-from promptkd.trainer import VALIDATION_SEED
+from promptkd.training.trainer import VALIDATION_SEED
 from tiny import EOS, model, recipe, save_pair, tokenizer, write_data
 
 VOCABULARY = 98

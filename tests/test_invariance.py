@@ -11,18 +11,12 @@ import torch
 import tiny
 from promptkd.composition import Method, Term
 from promptkd.errors import UserError
-from promptkd.models import LanguageModel, select_responses
+from promptkd.micro_batches import pad, split_by_length
+from promptkd.models.language_model import LanguageModel, select_responses
 from promptkd.objectives import CrossEntropy, Divergence, States, Tiling, accumulate
-from promptkd.rollouts import (
-    Reference,
-    Rollout,
-    Stateless,
-    pad,
-    reference_rollouts,
-    split_by_length,
-)
-from promptkd.step import Learner, LossNotFinite, Step
+from promptkd.rollouts import Reference, Rollout, Stateless, reference_rollouts
 from promptkd.teachers import Adaptation, Frozen, SoftPrompt, TextPrompt
+from promptkd.training.step import Learner, LossNotFinite, Step
 
 CPU = torch.device("cpu")
 

@@ -22,8 +22,8 @@ from judge_server import (
     write_predictions,
 )
 from promptkd.errors import UserError
-from promptkd.judge import judge
-from promptkd.verdicts import read_grades, read_preference, summarise_grades
+from promptkd.judge.judge import judge
+from promptkd.judge.protocols import read_grades, read_preference, summarise_grades
 
 
 @pytest.fixture(autouse=True)
@@ -311,5 +311,5 @@ def test_what_the_user_can_mend_is_said_in_a_sentence(tmp_path, monkeypatch):
 
 
 def test_judging_imports_no_torch():
-    program = "import sys, promptkd.judge; sys.exit('torch' in sys.modules)"
+    program = "import sys, promptkd.judge.judge; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0

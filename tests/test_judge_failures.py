@@ -24,7 +24,7 @@ from judge_server import (
     write_predictions,
 )
 from promptkd.errors import UserError
-from promptkd.judge import MAX_FAILURES_IN_A_ROW, judge
+from promptkd.judge.judge import MAX_FAILURES_IN_A_ROW, judge
 
 KEY = "sk-secret-7Q2x"
 
@@ -176,7 +176,7 @@ def test_a_judge_whose_server_goes_away_finishes_later_without_asking_twice(tmp_
 def test_a_killed_judge_finishes_later_without_asking_twice(tmp_path):
     run = write_predictions(tmp_path, {10: [*range(1, 11)], 20: [*range(10, 0, -1)]}, [5] * 10)
     program = (
-        "import sys; from promptkd.judge import judge; "
+        "import sys; from promptkd.judge.judge import judge; "
         "judge(sys.argv[1], 'test.jsonl', base_url=sys.argv[2], model='grader', max_concurrency=2)"
     )
 

@@ -4,7 +4,7 @@ import torch
 from transformers import DynamicCache
 
 import tiny
-from promptkd.keys_values import reserved_cache
+from promptkd.generation.kv_cache import reserved_cache
 
 
 def randn(*shape, seed=0):

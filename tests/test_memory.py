@@ -12,14 +12,14 @@ import torch
 import runs
 import tiny
 from promptkd.errors import UserError
-from promptkd.memory import (
+from promptkd.models.language_model import LanguageModel
+from promptkd.teachers import SoftPrompt
+from promptkd.training.token_budget import (
     CEILINGS,
     bytes_per_token,
     free_memory,
     token_budget,
 )
-from promptkd.models import LanguageModel
-from promptkd.teachers import SoftPrompt
 
 CPU = torch.device("cpu")
 
@@ -86,7 +86,7 @@ def test_freed_memory_is_used_again_without_new_pages():
     """128 MiB in pieces of 16: from the fifth time on, into pages that the process still has."""
     program = """
 import resource, torch
-from promptkd.memory import keep_freed_memory
+from promptkd.kernels.allocator import keep_freed_memory
 keep_freed_memory()
 for _ in range(6):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

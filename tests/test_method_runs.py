@@ -18,7 +18,7 @@ from promptkd.methods import METHODS, build_method, gkd, promptkd
 from promptkd.objectives import Divergence
 from promptkd.rollouts import Reference, Student
 from promptkd.teachers import Frozen, SoftPrompt
-from promptkd.trainer import Trainer
+from promptkd.training.trainer import Trainer
 
 
 def test_distillm2_weighs_its_two_texts_by_beta():

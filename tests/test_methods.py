@@ -10,7 +10,7 @@ import tiny
 from promptkd.data import Batch, EncodedExample
 from promptkd.divergences import reverse_kl
 from promptkd.methods import build_method
-from promptkd.models import LanguageModel
+from promptkd.models.language_model import LanguageModel
 from promptkd.objectives import Divergence, PolicyGradient, SampledToken, TokenView
 from promptkd.rollouts import Rollout, TeacherMixed, Writers
 from promptkd.teachers import Interpolated

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from promptkd.metrics import (
+from promptkd.evaluation.metrics import (
     bootstrap_interval,
     exact_match,
     mean_and_deviation,

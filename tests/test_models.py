@@ -10,19 +10,16 @@ import torch
 
 import tiny
 from promptkd.errors import UserError
-from promptkd.models import (
+from promptkd.models.language_model import (
     PADDING,
     Head,
     LanguageModel,
-    check_context,
     check_head,
-    load_model,
-    load_tokenizer,
     select_responses,
-    stop_ids,
 )
+from promptkd.models.loading import check_context, load_model, load_tokenizer, stop_ids
+from promptkd.models.vocabularies import first_difference, shared_vocabulary
 from promptkd.teachers import prompt_vectors
-from promptkd.vocabularies import first_difference, shared_vocabulary
 
 ROWS = (5, 9, 2)  # real tokens of each row of a batch
 

@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 import tiny
 from promptkd.divergences import forward_kl, reverse_kl
-from promptkd.models import Head, LanguageModel, select_responses
+from promptkd.models.language_model import Head, LanguageModel, select_responses
 from promptkd.objectives import (
     CrossEntropy,
     Divergence,

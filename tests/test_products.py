@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from promptkd.products import BLOCK, FEWEST_BLOCKS, WritingProducts, linear
+from promptkd.kernels.matmul import BLOCK, FEWEST_BLOCKS, WritingProducts, linear
 
 
 def randn(*shape, seed=0):

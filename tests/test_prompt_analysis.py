@@ -9,15 +9,15 @@ from promptkd.api import train
 from promptkd.config import recipe_from_dict
 from promptkd.divergences import kl
 from promptkd.errors import UserError
-from promptkd.measuring import load_for_measuring
-from promptkd.methods import promptkd
-from promptkd.models import LanguageModel
-from promptkd.prompt_analysis import (
+from promptkd.evaluation.finished_run import load_for_measuring
+from promptkd.evaluation.prompt_analysis import (
     compare_with_tokens,
     describe_vectors,
     prompt_analysis,
     token_mean_interval,
 )
+from promptkd.methods import promptkd
+from promptkd.models.language_model import LanguageModel
 from promptkd.teachers import load_soft_prompt, prompt_vectors
 from tiny import model, recipe, save_pair, tokenizer, write_data
 
@@ -82,7 +82,7 @@ def test_a_stretched_vector_keeps_its_direction_and_not_its_place():
 
 
 def test_neighbours_are_those_of_a_naive_search_over_several_pieces(monkeypatch):
-    monkeypatch.setattr("promptkd.prompt_analysis.TOKENS_AT_ONCE", 30)
+    monkeypatch.setattr("promptkd.evaluation.prompt_analysis.TOKENS_AT_ONCE", 30)
     language = LanguageModel(model("llama"), 98)
     vectors = torch.randn(3, 32, generator=torch.Generator().manual_seed(0))
     cosines, distances = compare_with_tokens(vectors, language)

@@ -9,10 +9,10 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import tiny
-from promptkd.decoding import Decoding
-from promptkd.engines import TransformersEngine
 from promptkd.errors import UserError
-from promptkd.models import LanguageModel, check_head
+from promptkd.generation.sampling import Decoding
+from promptkd.generation.transformers_engine import TransformersEngine
+from promptkd.models.language_model import LanguageModel, check_head
 from promptkd.pruning import (
     evenly_spaced,
     init_student,

@@ -8,7 +8,7 @@ import yaml
 import tiny
 from promptkd.config import load_recipe
 from promptkd.methods import build_method
-from promptkd.trainer import Trainer
+from promptkd.training.trainer import Trainer
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 PUBLISHED = {

@@ -13,12 +13,12 @@ import tiny
 from promptkd.api import train
 from promptkd.config import recipe_from_dict
 from promptkd.errors import UserError
-from promptkd.evaluation import evaluate
-from promptkd.report import report
-from promptkd.report_data import DataSet, Evaluation, Model, Run, data_sets, read_run, read_runs
-from promptkd.report_findings import answer, best_model, compare, digits, distance
-from promptkd.report_responses import embedded, response_sets
-from promptkd.report_tables import Cell, Table, score_table
+from promptkd.evaluation.evaluate import evaluate
+from promptkd.report.data import DataSet, Evaluation, Model, Run, data_sets, read_run, read_runs
+from promptkd.report.findings import answer, best_model, compare, digits, distance
+from promptkd.report.report import report
+from promptkd.report.responses import embedded, response_sets
+from promptkd.report.tables import Cell, Table, score_table
 from report_browser import CHROMIUM, HOW_TO_INSTALL, opened
 
 HOSTILE = "</script><img src=x onerror=alert(1)> <!-- {{ 7*7 }} & \"'\u2028 $\\x_1$ ]]>"
@@ -294,7 +294,7 @@ def test_several_runs_without_an_output_are_refused(tmp_path):
 def test_importing_and_making_a_report_imports_no_torch(tmp_path):
     path = write_run(tmp_path / "r")
     code = (
-        "import sys; from promptkd.report import report; "
+        "import sys; from promptkd.report.report import report; "
         f"report({str(path)!r}); "
         "print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )

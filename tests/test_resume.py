@@ -8,7 +8,7 @@ import pytest
 
 import runs
 import tiny
-from promptkd.checkpoints import load_latest
+from promptkd.training.checkpoints import load_latest
 from runs import Moment
 
 MAX_STEPS = 6

@@ -9,7 +9,8 @@ import torch
 
 from promptkd.data import Batch, EncodedExample
 from promptkd.errors import UserError
-from promptkd.models import PADDING
+from promptkd.micro_batches import pad, split_by_length
+from promptkd.models.language_model import PADDING
 from promptkd.replay import AdaptiveReplay, Repeated, from_json, to_json
 from promptkd.rollouts import (
     Corpus,
@@ -21,8 +22,6 @@ from promptkd.rollouts import (
     TeacherMixed,
     Writers,
     length_normalized_returns,
-    pad,
-    split_by_length,
 )
 
 CPU = torch.device("cpu")

@@ -15,8 +15,8 @@ import tiny
 from promptkd.config import load_recipe, recipe_from_dict
 from promptkd.errors import UserError
 from promptkd.methods import build_method
-from promptkd.run_directory import RunDirectory, differences
-from promptkd.tracking import JsonLines
+from promptkd.training.run_directory import RunDirectory, differences
+from promptkd.training.tracking import JsonLines
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 
 from promptkd.config import OptimizationSection
-from promptkd.schedules import learning_rate
+from promptkd.training.schedules import learning_rate
 
 
 def rates(num_steps: int, **options) -> list[float]:

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM
 import tiny
 from promptkd.config import recipe_from_dict
 from promptkd.methods import build_method
-from promptkd.models import load_model
-from promptkd.trainer import Trainer
+from promptkd.models.loading import load_model
+from promptkd.training.trainer import Trainer
 
 TOKENS = torch.randint(2, 98, (3, 9), generator=torch.Generator().manual_seed(3))
 

@@ -15,11 +15,11 @@ import tiny
 from promptkd.cli import main
 from promptkd.config import load_recipe
 from promptkd.errors import UserError
-from promptkd.metrics import bootstrap_interval, mean_and_deviation, paired_bootstrap
-from promptkd.report_data import Evaluation
-from promptkd.study import Scorer
-from promptkd.study_file import ScoringSection, Study, load_study, planned_runs, study_from_dict
-from promptkd.study_table import Failure, Findings, Line, study_table
+from promptkd.evaluation.metrics import bootstrap_interval, mean_and_deviation, paired_bootstrap
+from promptkd.report.data import Evaluation
+from promptkd.study.file import ScoringSection, Study, load_study, planned_runs, study_from_dict
+from promptkd.study.run import Scorer
+from promptkd.study.table import Failure, Findings, Line, study_table
 from runs import Moment
 
 EXPLODING = {"optimizer": "sgd", "learning_rate": 1e30, "max_grad_norm": 1e30, "max_steps": 3}

@@ -8,7 +8,8 @@ import tiny
 from promptkd.divergences import reverse_kl
 from promptkd.errors import UserError
 from promptkd.methods import build_method
-from promptkd.models import LanguageModel, load_model, select_responses
+from promptkd.models.language_model import LanguageModel, select_responses
+from promptkd.models.loading import load_model
 from promptkd.objectives import States, accumulate
 from promptkd.teachers import (
     Adaptation,

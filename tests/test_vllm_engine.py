@@ -7,11 +7,11 @@ import torch
 
 import runs
 import tiny
-from promptkd.decoding import Decoding
-from promptkd.engines import TransformersEngine
 from promptkd.errors import UserError
-from promptkd.models import LanguageModel
-from promptkd.vllm_engine import VLLMEngine
+from promptkd.generation.sampling import Decoding
+from promptkd.generation.transformers_engine import TransformersEngine
+from promptkd.generation.vllm_engine import VLLMEngine
+from promptkd.models.language_model import LanguageModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's imports warn of many things
 REQUESTS = [(5, 6, 7), (8, 9, 10, 11, 12, 13), (14,)]

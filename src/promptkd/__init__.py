@@ -18,14 +18,14 @@ if TYPE_CHECKING:
     from promptkd import divergences, methods, objectives, rollouts, teachers
     from promptkd.api import check, distill, train
     from promptkd.composition import Method, Term
-    from promptkd.evaluation import evaluate
+    from promptkd.evaluation.evaluate import evaluate
     from promptkd.pruning import init_student
 
 _HOMES = {
     "check": "promptkd.api",
     "distill": "promptkd.api",
     "train": "promptkd.api",
-    "evaluate": "promptkd.evaluation",
+    "evaluate": "promptkd.evaluation.evaluate",
     "init_student": "promptkd.pruning",
     "Method": "promptkd.composition",
     "Term": "promptkd.composition",

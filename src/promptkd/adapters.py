@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from promptkd.errors import UserError
-from promptkd.models import LanguageModel
+from promptkd.models.language_model import LanguageModel
 from promptkd.teachers import FromTokens, PlainTeacher, Teacher
 
 

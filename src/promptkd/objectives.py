@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from promptkd.divergences import DIVERGENCES, LogProbs, PerToken
-from promptkd.models import Head
+from promptkd.models.language_model import Head
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from promptkd.checkpoints import writing
 from promptkd.data import Encoder, read_examples, training_set
 from promptkd.errors import UserError
-from promptkd.evaluation import nats_per_token
-from promptkd.models import LanguageModel, compute_dtype, embedding_rows, load_model, load_tokenizer
+from promptkd.evaluation.evaluate import nats_per_token
+from promptkd.models.language_model import LanguageModel
+from promptkd.models.loading import compute_dtype, embedding_rows, load_model, load_tokenizer
 from promptkd.rollouts import Rollout, reference_rollouts
+from promptkd.training.checkpoints import writing
 
 
 def init_student(

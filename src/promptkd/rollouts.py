@@ -1,4 +1,4 @@
-"""Who writes the responses a step learns from, and how they are cut into micro-batches.
+"""Who writes the responses a step learns from.
 
 A rollout is one request with one response. A source writes the rollouts of one optimizer step,
 once. Sources are frozen; what they must remember lives in a ``state`` dictionary that belongs to
@@ -13,13 +13,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import torch
-from jaxtyping import Bool, Int
-from torch import Tensor
-
 from promptkd.data import Batch, EncodedExample
 from promptkd.errors import UserError
-from promptkd.models import PADDING
 
 Tokens = tuple[int, ...]
 
@@ -276,54 +271,3 @@ def reference_rollouts(examples: Iterable[EncodedExample]) -> list[Rollout]:
             Rollout(example.index, example.request_ids, example.response_ids, "reference")
         )
     return rollouts
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Rollouts of similar length, right-padded into one rectangle with ``models.PADDING``."""
-
-    rollouts: tuple[Rollout, ...]
-    tokens: Int[Tensor, "batch time"]
-    response_mask: Bool[Tensor, "batch time"]
-
-    @property
-    def response_ids(self) -> Int[Tensor, " tokens"]:
-        return self.tokens[self.response_mask]
-
-    def annotation(self, name: str) -> Tensor:
-        """One number per response token, in the order of ``response_ids``."""
-        values = [value for rollout in self.rollouts for value in rollout.annotations[name]]
-        return torch.tensor(values, device=self.tokens.device)
-
-    @property
-    def num_tokens(self) -> int:
-        """Without padding."""
-        return sum(rollout.num_tokens for rollout in self.rollouts)
-
-
-def pad(rollouts: Sequence[Rollout], device: torch.device, length: int = 0) -> MicroBatch:
-    """Put rollouts side by side."""
-    length = max(length, *(rollout.num_tokens for rollout in rollouts))
-    tokens = torch.full((len(rollouts), length), PADDING)
-    response_mask = torch.zeros(len(rollouts), length, dtype=torch.bool)
-    for row, rollout in enumerate(rollouts):
-        start, end = len(rollout.request_ids), rollout.num_tokens
-        tokens[row, :end] = torch.tensor(rollout.request_ids + rollout.response_ids)
-        response_mask[row, start:end] = True
-    return MicroBatch(tuple(rollouts), tokens.to(device), response_mask.to(device))
-
-
-def split_by_length(
-    rollouts: Sequence[Rollout], micro_batch_tokens: int, device: torch.device
-) -> list[MicroBatch]:
-    """Sort by length, longest first, and cut so that rows x longest stays within the budget.
-
-    A single rollout longer than the budget gets a micro-batch of its own.
-    """
-    ordered = sorted(rollouts, key=lambda r: r.num_tokens, reverse=True)
-    batches, start = [], 0
-    while start < len(ordered):
-        rows = max(1, micro_batch_tokens // ordered[start].num_tokens)
-        batches.append(pad(ordered[start : start + rows], device))
-        start += rows
-    return batches

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from promptkd.config import suggest
 from promptkd.divergences import LogProbs
 from promptkd.errors import UserError
-from promptkd.models import LanguageModel, context_length
+from promptkd.models.language_model import LanguageModel
+from promptkd.models.loading import context_length
 from promptkd.objectives import Divergence
 
 

@@ -1,0 +1,283 @@
+"""Exposure bias: does the student err more after its own words than after the teacher's?
+
+    R(l) = sum_{t<=l} E_{y_<t by q} KL(p(.|x, y_<t) || q(.|x, y_<t))       prefixes by the student
+    E(l) = sum_{t<=l} E_{y_<t by p} KL(p(.|x, y_<t) || q(.|x, y_<t))       prefixes by the teacher
+    ExAccErr(l) = 100 (R(l) - E(l)) / E(l)                                 percent; 0 is the aim
+
+p is the plain teacher, q the student. Two versions stand side by side: the paper's, in which a
+response that has ended adds nothing but is still counted, so that short responses alone lower the
+sum; and the per-token version, whose mean at t is over the responses still running at t.
+
+Source: Arora et al. 2022; PromptKD, arXiv:2402.12842, Eq. 5-7.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import tensor
+
+from promptkd.data import Dataset, evaluation_set, read_examples
+from promptkd.divergences import forward_kl
+from promptkd.errors import UserError
+from promptkd.evaluation.exposure_curves import (
+    NO_GAP,
+    Curve,
+    Gaps,
+    authors_curve,
+    describe_gaps,
+    exposure_curve,
+    numbers,
+)
+from promptkd.evaluation.finished_run import load_run, nats_of_responses, write_json
+from promptkd.generation.sampling import Decoding
+from promptkd.generation.transformers_engine import Engine, TransformersEngine
+from promptkd.models.language_model import LanguageModel, select_responses
+from promptkd.rollouts import Rollout
+
+Responses: TypeAlias = Sequence[Sequence[Rollout]]
+"""By request, then by sample."""
+
+AUTHORS_BLOCKED_NGRAM = 6
+
+DEFINITION = {
+    "student_gap": "R(l), nats: KL(teacher || student) over the whole vocabulary, mean over all "
+    "responses the student wrote, summed over the first l tokens; ended responses count as 0",
+    "teacher_gap": "E(l), nats: the same over responses the plain teacher wrote",
+    "excess": "100 (R(l) - E(l)) / E(l), percent; null where E(l) is 0 up to rounding",
+    "per_token": "the same with the mean at each token over the responses still running there",
+    "survival": "the share of an author's responses with a token at step l",
+}
+AUTHORS_DEFINITION = {
+    "student_gap": "R of the authors' script, nats: index l holds the terms 2 .. l + 1",
+    "teacher_gap": "E of the authors' script, nats: likewise",
+    "excess": "100 (R - E) / E, percent",
+    "error_bar": "(|std R / R| + |std E / std E|) excess, percent: not a standard error",
+}
+
+
+def write_responses(
+    engine: Engine,
+    data: Dataset,
+    decoding: Decoding,
+    seeds: Sequence[int],
+    num_samples: int = 1,
+) -> list[list[Rollout]]:
+    """``len(seeds) * num_samples`` responses per request, seed by seed.
+
+    Two authors asked with the same seeds draw the same uniform numbers, so what they share of
+    their distributions they write alike, and R - E is measured with less noise.
+    """
+    draws = [(seed, sample) for seed in seeds for sample in range(num_samples)]
+    asked = [(example, draw) for example in data.examples for draw in draws]
+    written = engine.write(
+        [example.request_ids for example, _ in asked],
+        [(*draw, example.index) for example, draw in asked],
+        decoding,
+    )
+    rollouts = [
+        Rollout(example.index, example.request_ids, response.token_ids, "measured")
+        for (example, _), response in zip(asked, written, strict=True)
+    ]
+    return [rollouts[i : i + len(draws)] for i in range(0, len(rollouts), len(draws))]
+
+
+def measure_gaps(
+    responses: Responses,
+    student: LanguageModel,
+    teacher: LanguageModel,
+    num_steps: int,
+    micro_batch_tokens: int = 4096,
+    *,
+    authors_script: bool = False,
+    stop: Sequence[int] = (),
+) -> Gaps:
+    """KL(teacher || student) over the whole vocabulary at every token of the responses.
+
+    Args:
+        responses: as many samples for each request.
+        student: q.
+        teacher: p, plain.
+        num_steps: no response is longer.
+        micro_batch_tokens: padded tokens per forward pass.
+        authors_script: score the state at y_t instead of the one before it, as the authors' slice
+            does: the entry at t is then the gap at t + 1, the first is lost, and a response that
+            was cut gets one beyond its end.
+        stop: the tokens that end a response; the authors' mask hides them.
+
+    Raises:
+        UserError: if a gap is not finite, which is a broken model.
+    """
+    rollouts = [rollout for samples in responses for rollout in samples]
+    measured = nats_of_responses(
+        rollouts,
+        {
+            "student": (student.hidden_states, student.head),
+            "teacher": (teacher.hidden_states, teacher.head),
+        },
+        # A divergence is never negative; rounding leaves a trace below zero.
+        lambda spoken: {
+            "gap": forward_kl(learner=spoken["student"], target=spoken["teacher"]).clamp_min(0)
+        },
+        micro_batch_tokens,
+        student.device,
+        (lambda hidden, mask: hidden[mask]) if authors_script else select_responses,
+    )["gap"]
+    broken = [r.index for r, v in zip(rollouts, measured, strict=True) if not v.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"KL(teacher || student) is not finite on the requests {sorted(set(broken))[:5]} (rows "
+            "counted from 0): one of the models gives NaN. Train again at a lower learning rate."
+        )
+    lengths = [
+        len(r.response_ids) - (authors_script and r.response_ids[-1] in stop) for r in rollouts
+    ]
+    nats = torch.zeros(len(rollouts), num_steps, dtype=torch.double)
+    for row, (values, length) in enumerate(zip(measured, lengths, strict=True)):
+        nats[row, :length] = values[:length]
+    shape = len(responses), len(responses[0])
+    return Gaps(nats.view(*shape, num_steps), tensor(lengths).view(shape))
+
+
+def curve_in_training(
+    student: LanguageModel,
+    teacher: LanguageModel,
+    engine: Engine,
+    teacher_responses: Responses,
+    data: Dataset,
+    decoding: Decoding,
+    *,
+    seeds: Sequence[int],
+    num_samples: int = 1,
+    micro_batch_tokens: int = 4096,
+    gather: Callable[[list[Gaps]], list[Gaps]] = list,
+) -> Curve:
+    """R and E (the paper's) of the student as it is now: a point of the paper's Figure 3(b).
+
+    The teacher doesn't change, so ``teacher_responses`` are written once per run, by
+    ``write_responses`` with the teacher's engine and the same data, decoding and seeds.
+
+    Args:
+        student: q.
+        teacher: p, plain.
+        engine: the student's.
+        teacher_responses: to the requests of ``data``.
+        data: this rank's share of the requests, at least one.
+        decoding: the run's.
+        seeds: one response per request and seed, times ``num_samples``.
+        num_samples: responses per request and seed.
+        micro_batch_tokens: padded tokens per forward pass.
+        gather: puts together what the ranks measured (``accelerate.utils.gather_object``).
+    """
+    curves = []
+    own = write_responses(engine, data, decoding, seeds, num_samples)
+    for responses in (own, teacher_responses):
+        gaps = measure_gaps(
+            responses, student, teacher, decoding.max_new_tokens, micro_batch_tokens
+        )
+        shares = gather([gaps])
+        curves.append(
+            Gaps(torch.cat([s.nats for s in shares]), torch.cat([s.lengths for s in shares]))
+        )
+    return exposure_curve(*curves)
+
+
+def exposure_bias(
+    run: str | Path,
+    data: str | Sequence[str] | None = None,
+    *,
+    num_examples: int | None = 500,
+    num_samples: int = 1,
+    seeds: Sequence[int] = (10, 20, 30),
+    max_new_tokens: int | None = None,
+    precision: str = "fp32",
+    micro_batch_tokens: int = 4096,
+    authors_script: bool = False,
+) -> dict[str, Any]:
+    """Measure a run's exposure bias and save it as ``RUN/exposure_bias.json``.
+
+    Responses are written with the run's decoding and nothing blocked; a gap is scored at every
+    response position from the first (where both prefixes agree, so the excess starts at 0) to the
+    one that predicts the end.
+
+    ``authors_script`` reproduces the authors' script instead, in fp32, as
+    ``RUN/exposure_bias_authors_script.json``. Its defects: the slice starts one position late, so
+    the term t = 1 is lost and index l holds the terms 2 .. l + 1; repeated 6-grams are blocked
+    while sampling, so that the text comes from neither model; means over samples are divided by
+    n + 0.001; a request whose responses have ended counts as zero error; the error bar divides
+    the teacher's deviation by itself. As there, the stop token doubles as padding and is masked.
+
+    Args:
+        run: a finished run's directory.
+        data: requests: path, glob or hub id, or several; the run's validation data if not given.
+        num_examples: only the first ones; the authors' script takes 500. None takes all.
+        num_samples: responses per request, seed and author.
+        seeds: of the sampling. Together three samples, as the authors' script draws.
+        max_new_tokens: of a response; the run's own if not given.
+        precision: auto | bf16 | fp32, of the models' matrices; the gap is computed in fp32.
+        micro_batch_tokens: padded tokens per forward pass.
+        authors_script: see above.
+
+    Returns:
+        What the file holds: R (``student_gap``), E (``teacher_gap``) in nats and ExAccErr
+        (``excess``) in percent for l = 1, 2, ...; all three once more ``per_token``, i.e. over
+        running responses only; intervals, survival, mean lengths.
+
+    Raises:
+        UserError: if the run has no teacher or no student yet, the tokenizers differ, there are
+            fewer than two requests, or student and teacher are equal.
+    """
+    finished = load_run(run, "exposure bias", precision=precision, max_new_tokens=max_new_tokens)
+    sources = [data] if isinstance(data, str) else list(data or finished.recipe.data.validation)
+    if not sources:
+        raise UserError(f"{run} has no validation data to measure on. Give data (--data FILE).")
+    dataset = evaluation_set(read_examples(sources)[:num_examples], finished.encoder)
+    if len(dataset) < 2:
+        raise UserError(
+            f"{', '.join(sources)}: {len(dataset)} request is too few for an interval. "
+            "Give at least two."
+        )
+    decoding = finished.decoding(AUTHORS_BLOCKED_NGRAM if authors_script else 0)
+    gaps = [
+        measure_gaps(
+            write_responses(
+                TransformersEngine(author, finished.stop), dataset, decoding, seeds, num_samples
+            ),
+            finished.student,
+            finished.teacher,
+            decoding.max_new_tokens,
+            micro_batch_tokens,
+            authors_script=authors_script,
+            stop=finished.stop,
+        )
+        for author in (finished.student, finished.teacher)
+    ]
+    if exposure_curve(*gaps).teacher_gap[-1] <= NO_GAP:
+        raise UserError(
+            f"The student of {run} gives the same probabilities as its teacher on the teacher's "
+            "own text: there is no error to compare. Name a run with another student."
+        )
+    result = {
+        "run": str(run),
+        "teacher": finished.teacher_name,
+        "data": sources,
+        "num_examples": len(dataset),
+        "num_samples": num_samples,
+        "seeds": list(seeds),
+        "num_cut_requests": dataset.num_cut_requests,
+        "template": finished.encoder.template,
+        "max_request_tokens": finished.encoder.max_request_tokens,
+        "decoding": decoding.to_dict(),
+        "dtype": finished.dtype,
+    }
+    if authors_script:
+        name = "exposure_bias_authors_script"
+        curves = authors_curve(*gaps)
+        result |= {"definition": AUTHORS_DEFINITION, "steps": list(range(1, gaps[0].num_steps + 1))}
+        result |= {key: numbers(values) for key, values in curves.items()}
+    else:
+        name = "exposure_bias"
+        result |= {"definition": DEFINITION, **describe_gaps(*gaps, num_seeds=len(seeds))}
+    write_json(Path(run) / f"{name}.json", result)
+    return result

@@ -1,0 +1,382 @@
+"""What adaptation did: where the soft prompt went, and what the teacher says differently for it.
+
+    vectors   the tokens nearest to each vector, and how far it moved from where it started
+    table 4   KL between the teacher, without and with its prompt, and the first and final student
+    drift     KL(p_P || p): how far the prompted teacher is from the plain one
+    text      ROUGE-L, lengths and some responses of both teachers, beside the final student's
+
+KLs are teacher-forced, in nats per response token, on the final student's own responses and, where
+the data has them, on the references. The paper states neither the responses nor the direction of
+its Table 4; both directions are given here.
+
+Source: PromptKD, arXiv:2402.12842, Tables 2 and 4.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from promptkd.composition import Method
+from promptkd.data import Dataset, evaluation_set, read_examples, training_set
+from promptkd.divergences import LogProbs, PerToken, kl
+from promptkd.errors import UserError
+from promptkd.evaluation.evaluate import predict, score
+from promptkd.evaluation.finished_run import (
+    FinishedRun,
+    load_for_measuring,
+    load_run,
+    nats_of_responses,
+    write_json,
+)
+from promptkd.evaluation.metrics import paired_bootstrap
+from promptkd.evaluation.predictions import Prediction, summarise
+from promptkd.generation.transformers_engine import TransformersEngine
+from promptkd.methods import build_method
+from promptkd.models.language_model import LanguageModel
+from promptkd.models.loading import check_context, load_tokenizer
+from promptkd.rollouts import Rollout, reference_rollouts
+from promptkd.teachers import load_soft_prompt, prompt_vectors
+
+TOKENS_AT_ONCE = 16384
+"""Embeddings compared in one piece; bounds the memory, not the result."""
+
+DEFINITION = {
+    "kl_teacher_first_student": "KL(teacher || student before training), nats per response token",
+    "kl_teacher_final_student": "KL(teacher || student after training), nats per response token",
+    "kl_first_student_teacher": "KL(student before training || teacher), nats per response token",
+    "kl_final_student_teacher": "KL(student after training || teacher), nats per response token",
+    "kl_prompted_plain": "KL(teacher with prompt || teacher without), nats per response token",
+    "responses": "'student': written by the final student; 'reference': the data's own",
+    "rouge_l": "of the responses the teacher writes, against the references, percent",
+    "num_tokens": "of the responses the teacher writes, mean",
+    "ended": "share of the teacher's responses that end within the limit, percent",
+    "differences": "with prompt - without; intervals: bootstrap over requests",
+    "moved": "Euclidean distance from the initial vector; moved_share: over the initial norm",
+}
+TABLE_4_KLS = {
+    "kl_teacher_first_student": ("{teacher}", "first"),
+    "kl_teacher_final_student": ("{teacher}", "final"),
+    "kl_first_student_teacher": ("first", "{teacher}"),
+    "kl_final_student_teacher": ("final", "{teacher}"),
+}
+
+
+@dataclass(frozen=True)
+class Cast:
+    """Everybody who is compared: the run's models, its first student, and the soft prompt."""
+
+    run: FinishedRun
+    first_student: LanguageModel
+    soft_prompt: Float[Tensor, "length width"]
+
+    def nats(self, rollouts: Sequence[Rollout], micro_batch_tokens: int) -> dict[str, list[Tensor]]:
+        """Every KL of the analysis at every response token, rollout by rollout.
+
+        The key of KL(a || b) is ``a|b``, with a and b out of first, final, plain and prompted.
+        """
+        teacher, final, first = self.run.teacher, self.run.student, self.first_student
+
+        def losses(spoken: Mapping[str, LogProbs]) -> Mapping[str, PerToken]:
+            pairs = [
+                pair
+                for student in ("first", "final")
+                for voice in ("plain", "prompted")
+                for pair in ((voice, student), (student, voice))
+            ]
+            pairs.append(("prompted", "plain"))
+            return {f"{a}|{b}": kl(spoken[a], spoken[b]) for a, b in pairs}
+
+        return nats_of_responses(
+            rollouts,
+            {
+                "first": (first.hidden_states, first.head),
+                "final": (final.hidden_states, final.head),
+                "plain": (teacher.hidden_states, teacher.head),
+                "prompted": (
+                    lambda tokens: teacher.hidden_states(tokens, self.soft_prompt),
+                    teacher.head,
+                ),
+            },
+            losses,
+            micro_batch_tokens,
+            teacher.device,
+        )
+
+
+def prompt_analysis(
+    run: str | Path,
+    data: str | Sequence[str] | None = None,
+    *,
+    method: Method | None = None,
+    num_examples: int = 100,
+    num_neighbours: int = 5,
+    num_shown: int = 4,
+    seed: int = 10,
+    precision: str = "fp32",
+    micro_batch_tokens: int = 4096,
+) -> dict[str, Any]:
+    """Analyse the soft prompt of a finished run and save ``RUN/prompt_analysis.json``.
+
+    Args:
+        run: its directory.
+        data: held-out requests: path, glob or hub id, or several; the run's validation data if
+            not given. The training requests are the run's own.
+        method: what the run was made with, if it was composed in Python: the recipe doesn't hold
+            the options then. Where the prompt started is read off it.
+        num_examples: the first ones of either set; the paper takes 1,000.
+        num_neighbours: tokens named for each vector.
+        num_shown: requests of either set whose responses are kept.
+        seed: of the responses.
+        precision: auto | bf16 | fp32, of the models' matrices; KLs are computed in fp32.
+        micro_batch_tokens: padded tokens per forward pass.
+
+    Returns:
+        What the file holds; its ``definition`` says what each number is.
+
+    Raises:
+        UserError: if the run has no soft prompt, or was made with another method than given.
+    """
+    finished = load_run(run, "an analysis of the prompt", precision=precision)
+    method = _method_of(finished, method)
+    initial, final = _soft_prompts(finished, method)
+    first = load_for_measuring(finished.recipe.student.model, precision)
+    first = replace(first, vocabulary=finished.student.vocabulary)
+    cast = Cast(finished, first, final)
+    trained = training_set(read_examples(finished.recipe.data.train), finished.encoder)
+    sets = {"train": Dataset(trained.examples[:num_examples])}
+    sources = [data] if isinstance(data, str) else list(data or finished.recipe.data.validation)
+    if sources:
+        held_out = read_examples(sources)[:num_examples]
+        sets["validation"] = evaluation_set(held_out, finished.encoder)
+    parts: dict[str, list[dict[str, Any]]] = {
+        "table_4": [],
+        "differences": [],
+        "drift": [],
+        "responses": [],
+    }
+    for name, dataset in sets.items():
+        for part, rows in _analyse_set(
+            cast, name, dataset, seed, num_shown, micro_batch_tokens
+        ).items():
+            parts[part] += rows
+    result = {
+        "run": str(run),
+        "teacher": finished.teacher_name,
+        "first_student": finished.recipe.student.model,
+        "method": repr(method),
+        "data": {"train": list(finished.recipe.data.train), "validation": sources},
+        "num_examples": {name: len(dataset) for name, dataset in sets.items()},
+        "seed": seed,
+        "template": finished.encoder.template,
+        "decoding": finished.decoding().to_dict(),
+        "dtype": finished.dtype,
+        "definition": DEFINITION,
+        "vectors": describe_vectors(
+            initial, final, finished.teacher, finished.tokenizer, num_neighbours
+        ),
+        **parts,
+    }
+    write_json(Path(run) / "prompt_analysis.json", result)
+    return result
+
+
+def describe_vectors(
+    initial: Float[Tensor, "length width"],
+    final: Float[Tensor, "length width"],
+    model: LanguageModel,
+    tokenizer: Any,
+    num_neighbours: int,
+) -> list[dict[str, Any]]:
+    """One row per vector of the prompt: its nearest tokens, and how far it is from its start."""
+    cosines, distances = compare_with_tokens(final, model)
+    _, from_start = compare_with_tokens(initial, model)
+
+    def token(i: int) -> dict[str, Any]:
+        return {"id": i, "token": tokenizer.convert_ids_to_tokens(i)}
+
+    def nearest(values: Tensor, name: str, largest: bool) -> list[dict[str, Any]]:
+        found = values.topk(min(num_neighbours, len(values)), largest=largest)
+        return [
+            {**token(i), name: value}
+            for value, i in zip(found.values.tolist(), found.indices.tolist(), strict=True)
+        ]
+
+    rows = []
+    for position in range(len(final)):
+        start, end = initial[position], final[position]
+        moved = (end - start).norm().item()
+        rows.append(
+            {
+                "position": position,
+                "initial_token": token(int(from_start[position].argmin())),
+                "initial_norm": start.norm().item(),
+                "norm": end.norm().item(),
+                "moved": moved,
+                "moved_share": moved / start.norm().item() if start.any() else None,
+                "cosine_to_initial": F.cosine_similarity(start, end, dim=0).item(),
+                "nearest_by_cosine": nearest(cosines[position], "cosine", largest=True),
+                "nearest_by_distance": nearest(distances[position], "distance", largest=False),
+            }
+        )
+    return rows
+
+
+def compare_with_tokens(
+    vectors: Float[Tensor, "length width"], model: LanguageModel
+) -> tuple[Float[Tensor, "length vocab"], Float[Tensor, "length vocab"]]:
+    """Cosine and Euclidean distance to every token's embedding, as the trunk receives it."""
+    cosines, distances = [], []
+    for start in range(0, model.vocabulary, TOKENS_AT_ONCE):
+        ids = range(start, min(start + TOKENS_AT_ONCE, model.vocabulary))
+        table = prompt_vectors(model, ids)
+        cosines.append(F.normalize(vectors, dim=-1) @ F.normalize(table, dim=-1).T)
+        # The faster way by inner products is off by 1e-3 where a vector sits on its token.
+        distances.append(torch.cdist(vectors, table, compute_mode="donot_use_mm_for_euclid_dist"))
+    return torch.cat(cosines, dim=1), torch.cat(distances, dim=1)
+
+
+def token_mean_interval(
+    sums: Sequence[float],
+    counts: Sequence[int],
+    level: float = 0.95,
+    num_resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of sum(sums) / sum(counts), resampling requests.
+
+    >>> token_mean_interval([2.0, 4.0], [1, 2], num_resamples=10)
+    (2.0, 2.0)
+    """
+    size = len(sums)
+    weights = np.random.default_rng(seed).multinomial(
+        size, np.full(size, 1 / size), size=num_resamples
+    )
+    means = (weights @ np.asarray(sums, dtype=float)) / (weights @ np.asarray(counts, dtype=float))
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _analyse_set(
+    cast: Cast, name: str, data: Dataset, seed: int, num_shown: int, micro_batch_tokens: int
+) -> dict[str, list[dict[str, Any]]]:
+    """The rows of one set of requests, by part of the result."""
+    run, decoding = cast.run, cast.run.decoding()
+    by_teacher = TransformersEngine(run.teacher, run.stop)
+    written = {
+        "student": predict(TransformersEngine(run.student, run.stop), data, decoding, seed),
+        "plain": predict(by_teacher, data, decoding, seed),
+        "prompted": predict(by_teacher, data, decoding, seed, soft_prompt=cast.soft_prompt),
+    }
+    predictions = {
+        author: score(rollouts, data, run.tokenizer, run.stop, seed)
+        for author, rollouts in written.items()
+    }
+    forced = {"student": written["student"]}
+    if data.has_references:
+        forced["reference"] = reference_rollouts(data.examples)
+    table, differences, drift = [], [], []
+    for whose, rollouts in forced.items():
+        nats = cast.nats(rollouts, micro_batch_tokens)
+        sums = {key: [values.sum().item() for values in rows] for key, rows in nats.items()}
+        counts = [len(rollout.response_ids) for rollout in rollouts]
+        where = {"data": name, "responses": whose}
+        for prompted in (False, True):
+            voice = "prompted" if prompted else "plain"
+            means = {key: sum(sums[_key(key, voice)]) / sum(counts) for key in TABLE_4_KLS}
+            spoken = summarise(predictions[voice])
+            row = {key: value["mean"] for key, value in spoken.items() if key != "exact_match"}
+            table.append({**where, "prompt": prompted, **means, **row})
+        differences.append({**where, **_kl_differences(sums, counts)})
+        drift.append(
+            {**where, **_with_interval("kl_prompted_plain", sums["prompted|plain"], counts)}
+        )
+    for row in differences:
+        row |= _text_differences(predictions["plain"], predictions["prompted"])
+    shown = [
+        {
+            "data": name,
+            "index": plain.index,
+            "request": plain.request,
+            "references": list(plain.references),
+            "teacher": plain.response,
+            "prompted_teacher": prompted.response,
+            "student": student.response,
+        }
+        for plain, prompted, student in zip(
+            *(predictions[author][:num_shown] for author in ("plain", "prompted", "student")),
+            strict=True,
+        )
+    ]
+    return {"table_4": table, "differences": differences, "drift": drift, "responses": shown}
+
+
+def _key(name: str, voice: str) -> str:
+    return "|".join(TABLE_4_KLS[name]).format(teacher=voice)
+
+
+def _kl_differences(
+    sums: Mapping[str, list[float]], counts: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
+    for name in TABLE_4_KLS:
+        pairs = zip(sums[_key(name, "prompted")], sums[_key(name, "plain")], strict=True)
+        rows |= _with_interval(name, [prompted - plain for prompted, plain in pairs], counts)
+    return rows
+
+
+def _text_differences(
+    plain: Sequence[Prediction], prompted: Sequence[Prediction]
+) -> dict[str, dict[str, Any]]:
+    rows = {}
+    for name in ("rouge_l", "num_tokens"):
+        with_prompt, without = ([getattr(p, name) for p in who] for who in (prompted, plain))
+        if None not in with_prompt:
+            mean, low, high = paired_bootstrap(with_prompt, without)
+            rows[name] = {"mean": mean, "interval_95": [low, high]}
+    return rows
+
+
+def _with_interval(
+    name: str, sums: Sequence[float], counts: Sequence[int]
+) -> dict[str, dict[str, Any]]:
+    mean = sum(sums) / sum(counts)
+    return {name: {"mean": mean, "interval_95": list(token_mean_interval(sums, counts))}}
+
+
+def _method_of(run: FinishedRun, given: Method | None) -> Method:
+    """The method that made the run, proven by its record."""
+    section = run.recipe.method
+    method = given or build_method(section.name, **section.options)
+    record = json.loads((run.directory / "environment.json").read_text())
+    if record["identity"]["method"] != repr(method):
+        raise UserError(
+            f"{run.directory} was made with {record['identity']['method']}, not with "
+            f"{method!r}. A method composed in Python is not in the recipe: pass it as method=."
+        )
+    return method
+
+
+def _soft_prompts(
+    run: FinishedRun, method: Method
+) -> tuple[Float[Tensor, "length width"], Float[Tensor, "length width"]]:
+    """Where the prompt started and where it ended."""
+    tokenizer = load_tokenizer(run.teacher_name)
+    built = method.teacher.build(run.teacher, tokenizer) if method.teacher else None
+    if built is None or built.soft_prompt is None:
+        raise UserError(
+            f"{run.directory} has no soft prompt to analyse: its method is '{method.name}' with "
+            f"the teacher {method.teacher!r}. Name a run of promptkd with teacher=soft_prompt."
+        )
+    initial = built.soft_prompt.detach()
+    final = load_soft_prompt(run.directory / "teacher_adapter").to(run.teacher.device)
+    limits = run.encoder.max_request_tokens, run.encoder.max_response_tokens
+    check_context(run.teacher.module.config, *limits, run.teacher_name, front=len(final))
+    return initial, final

@@ -1,0 +1,139 @@
+"""Who can write in a run: the student, the teacher (its responses kept on disk), or both."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+from promptkd.data import EncodedExample, Encoder, Example
+from promptkd.generation.response_cache import ResponseCache, fingerprint
+from promptkd.generation.sampling import Decoding
+from promptkd.generation.transformers_engine import CoAuthor, Engine, Response, TransformersEngine
+from promptkd.models.language_model import LanguageModel
+from promptkd.models.loading import stop_ids
+from promptkd.rollouts import Rollout, Writers
+
+
+class Authors:
+    """The student and, if a method asks for it, the plain teacher, ready to write.
+
+    Args:
+        engine: the student's.
+        student: the same student, for what is written token by token together with the teacher.
+        decoding: how responses are written.
+        seed: of the run; every response's own seed derives from it.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        student: LanguageModel,
+        decoding: Decoding,
+        encoder: Encoder,
+        seed: int,
+    ):
+        self.engine = engine
+        self.student = student
+        self.decoding = decoding
+        self.encoder = encoder
+        self.seed = seed
+        self._co_author: LanguageModel | None = None
+        self._teacher: TeacherAuthor | None = None
+
+    def add_teacher(
+        self, model: LanguageModel, tokenizer: Any, examples: Sequence[Example]
+    ) -> None:
+        self._co_author = model
+        self._teacher = TeacherAuthor(model, tokenizer, examples, self)
+
+    @cached_property
+    def _together(self) -> TransformersEngine:
+        """The engine in which two models can write one response."""
+        if isinstance(self.engine, TransformersEngine):
+            return self.engine
+        return TransformersEngine(self.student, self.engine.stop_ids.tolist())
+
+    def writers(self, step: int, max_steps: int) -> Writers:
+        """What the sources of one step (counted from 0) may ask for."""
+
+        def rollouts(
+            examples: Sequence[EncodedExample], responses: Sequence[Response], author: str
+        ) -> list[Rollout]:
+            return [
+                Rollout(e.index, e.request_ids, r.token_ids, author, r.annotations())
+                for e, r in zip(examples, responses, strict=True)
+            ]
+
+        def asked(examples: Sequence[EncodedExample]) -> tuple[Any, Any, Decoding]:
+            requests = [example.request_ids for example in examples]
+            seeds = [(self.seed, step, example.index) for example in examples]
+            return requests, seeds, self.decoding
+
+        def by_student(examples: Sequence[EncodedExample]) -> list[Rollout]:
+            return rollouts(examples, self.engine.write(*asked(examples)), "student")
+
+        def by_teacher(examples: Sequence[EncodedExample]) -> list[Rollout]:
+            assert self._teacher is not None, "the method's source says asks_teacher"
+            return self._teacher.write(examples)
+
+        def by_both(examples: Sequence[EncodedExample], share: float) -> list[Rollout]:
+            assert self._co_author is not None, "the method's source says asks_teacher"
+            co_author = CoAuthor(self._co_author, share)
+            written = self._together.write(*asked(examples), co_author=co_author)
+            return rollouts(examples, written, "mixed")
+
+        return Writers(
+            student=by_student,
+            teacher=by_teacher,
+            mixed=by_both,
+            progress=step / max_steps,
+            seed=self.seed,
+            step=step,
+            encode=lambda text: tuple(self.encoder.tokenizer(text).input_ids),
+        )
+
+
+class TeacherAuthor:
+    """Answers each request once, off-line; the text is kept, so tokenizers may differ."""
+
+    def __init__(
+        self, model: LanguageModel, tokenizer: Any, examples: Sequence[Example], authors: Authors
+    ):
+        self.engine = TransformersEngine(model, stop_ids(tokenizer, model.module))
+        self.tokenizer = tokenizer
+        self.examples = examples
+        self.cache = ResponseCache(fingerprint(model.module))
+        self.authors = authors
+        ours = authors.encoder
+        self.encoder = Encoder(
+            tokenizer,
+            ours.template,
+            ours.max_request_tokens,
+            ours.max_response_tokens,
+        )
+
+    def write(self, examples: Sequence[EncodedExample]) -> list[Rollout]:
+        """From the cache, or written now and kept."""
+        decoding, seed = self.authors.decoding, self.authors.seed
+        requests = [self.encoder.request_ids(self.examples[e.index]) for e in examples]
+        keys = [self.cache.key(request, decoding.to_dict(), seed) for request in requests]
+        missing = [i for i, key in enumerate(keys) if key not in self.cache]
+        if missing:
+            responses = self.engine.write(
+                [requests[i] for i in missing],
+                [(seed, examples[i].index) for i in missing],
+                decoding,
+            )
+            stop = self.engine.stop_ids.tolist()
+            for i, response in zip(missing, responses, strict=True):
+                text = self.tokenizer.decode(response.token_ids, skip_special_tokens=True)
+                self.cache.put(keys[i], text, response.token_ids[-1] in stop)
+        return [
+            Rollout(e.index, e.request_ids, self._response_ids(*self.cache.get(key)), "teacher")
+            for e, key in zip(examples, keys, strict=True)
+        ]
+
+    def _response_ids(self, text: str, ended: bool) -> tuple[int, ...]:
+        ids = self.authors.encoder.response_ids(text)
+        if not ended and ids[-1] == self.authors.encoder.eos_token_id and len(ids) > 1:
+            return ids[:-1]  # the teacher was cut: nobody said that the text ends here
+        return ids

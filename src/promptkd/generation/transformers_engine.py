@@ -1,0 +1,276 @@
+"""Writing responses, token by token, with key-value caches.
+
+Sampling is a function of (model, request, seed) alone: every request draws its own uniform numbers,
+so batch size, batch order and number of ranks don't change what is written (beyond float noise).
+"""
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from promptkd.generation.kv_cache import reserved_cache
+from promptkd.generation.sampling import Chooser, Decoding
+from promptkd.kernels.matmul import WritingProducts
+from promptkd.models.language_model import PADDING, LanguageModel
+
+Tokens = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Response:
+    """What was written; the logprobs (nats) are there when two models wrote together."""
+
+    token_ids: Tokens
+    student_logprobs: tuple[float, ...] = ()
+    teacher_logprobs: tuple[float, ...] = ()
+
+    def annotations(self) -> dict[str, tuple[float, ...]]:
+        """The logprobs by name, if there are any."""
+        if not self.student_logprobs:
+            return {}
+        return {
+            "student_logprobs": self.student_logprobs,
+            "teacher_logprobs": self.teacher_logprobs,
+        }
+
+
+@dataclass(frozen=True)
+class CoAuthor:
+    """A second model whose next-token probabilities are mixed in with weight ``share``."""
+
+    model: LanguageModel
+    share: float
+
+
+@runtime_checkable
+class Past(Protocol):
+    """Keys and values that a number of rows have in front of their text."""
+
+    def cache(self, batch: int) -> DynamicCache: ...
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Whatever writes one response per request, in their order; a function of weights and seeds."""
+
+    @property
+    def stop_ids(self) -> Tensor: ...
+
+    def write(
+        self, requests: Sequence[Tokens], seeds: Sequence[Sequence[int]], decoding: Decoding
+    ) -> list[Response]: ...
+
+
+class TransformersEngine:
+    """Writes with the model's own weights: no copy to keep in step, except in mixed precision."""
+
+    def __init__(self, model: LanguageModel, stop_ids: Sequence[int]):
+        self.stop_ids = torch.tensor(stop_ids, device=model.device)
+        self._model = model
+        self._working_copy: LanguageModel | None = None
+        if model.dtype != model.module.dtype:
+            module: Any = copy.deepcopy(model.module)
+            module.to(model.dtype).requires_grad_(False)
+            self._working_copy = LanguageModel(module, model.vocabulary, model.dtype)
+            _forget_weights(module)
+
+    @torch.no_grad()
+    def write(
+        self,
+        requests: Sequence[Tokens],
+        seeds: Sequence[Sequence[int]],
+        decoding: Decoding,
+        *,
+        soft_prompt: Tensor | None = None,
+        prefix: Past | None = None,
+        co_author: CoAuthor | None = None,
+        max_batch_tokens: int = 32768,
+    ) -> list[Response]:
+        """One response per request, in the order of the requests.
+
+        Args:
+            requests: token ids.
+            seeds: one seed per request: any short sequence of non-negative integers.
+            decoding: how tokens are chosen.
+            soft_prompt: vectors in front of every request.
+            prefix: keys and values in front of every request.
+            co_author: a second model that writes along.
+            max_batch_tokens: rows x (request + response) written at once; bounds the caches.
+        """
+        order = sorted(range(len(requests)), key=lambda i: len(requests[i]), reverse=True)
+        responses: dict[int, Response] = {}
+        others = [co_author.model.module] if co_author else []
+        products = WritingProducts()
+        with self._current() as model, products.within(model.module, *others):
+            while order:
+                longest = len(requests[order[0]]) + decoding.max_new_tokens
+                rows = max(1, max_batch_tokens // longest)
+                group, order = order[:rows], order[rows:]
+                written = self._write_group(
+                    model,
+                    products,
+                    [requests[i] for i in group],
+                    [seeds[i] for i in group],
+                    decoding,
+                    soft_prompt,
+                    prefix,
+                    co_author,
+                )
+                responses.update(zip(group, written, strict=True))
+        return [responses[i] for i in range(len(requests))]
+
+    @contextmanager
+    def _current(self) -> Iterator[LanguageModel]:
+        """The model as it writes; in mixed precision a copy, which has weights only meanwhile."""
+        model = self._working_copy or self._model
+        learning = model.module.training
+        model.module.eval()  # in training mode, gradient checkpointing drops the cache silently
+        if model is not self._model:
+            own, learnt = model.module.parameters(), self._model.module.parameters()
+            for ours, theirs in zip(own, learnt, strict=True):
+                ours.data = theirs.detach().to(model.dtype)
+        yield model
+        if model is not self._model:
+            _forget_weights(model.module)
+        model.module.train(learning)
+
+    def _write_group(
+        self,
+        model: LanguageModel,
+        products: WritingProducts,
+        requests: list[Tokens],
+        seeds: list[Sequence[int]],
+        decoding: Decoding,
+        soft_prompt: Tensor | None,
+        prefix: Past | None,
+        co_author: CoAuthor | None,
+    ) -> list[Response]:
+        device = model.device
+        choose = Chooser(decoding)
+        uniforms = torch.stack([choose.uniforms(seed) for seed in seeds]).to(device)
+        past = None if prefix is None else prefix.cache(len(requests))
+        tokens, mask = left_pad(requests, device)
+        capacity = tokens.shape[1] + decoding.max_new_tokens
+        authors = [_Author(model, products, soft_prompt, past, capacity)]
+        if co_author:
+            authors.append(_Author(co_author.model, products, None, None, capacity))
+        num_rows = len(tokens)
+        history = tokens.masked_fill(~mask, PADDING)  # padding is part of no n-gram
+        rows = torch.arange(num_rows, device=device)  # which request each live row answers
+        token_ids: list[list[int]] = [[] for _ in requests]
+        logprobs: list[list[list[float]]] = [[[] for _ in requests] for _ in authors]
+        for time in range(decoding.max_new_tokens):
+            spoken = [author.next_scores(tokens, mask) for author in authors]
+            mixed = spoken[0]
+            if co_author:
+                spoken = [scores.log_softmax(-1) for scores in spoken]
+                share = torch.tensor([1 - co_author.share, co_author.share]).log()
+                mixed = torch.logaddexp(share[0] + spoken[0], share[1] + spoken[1])
+            chosen = choose(mixed, uniforms[rows, time], history)
+            for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
+                token_ids[row].append(token)
+            if co_author:
+                for author, values in enumerate(spoken):
+                    picked = values.gather(-1, chosen[:, None])[:, 0].tolist()
+                    for row, value in zip(rows.tolist(), picked, strict=True):
+                        logprobs[author][row].append(value)
+            going_on = ~torch.isin(chosen, self.stop_ids)
+            if not going_on.any():
+                break
+            tokens = chosen[:, None]
+            history = torch.cat([history, tokens], dim=1)
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            if going_on.sum() <= 0.75 * len(rows):  # finished rows leave; moving caches costs
+                keep = going_on.nonzero()[:, 0]
+                rows, tokens, history, mask = rows[keep], tokens[keep], history[keep], mask[keep]
+                for author in authors:
+                    author.keep(keep)
+        ended = [_cut_after_stop(ids, self.stop_ids.tolist()) for ids in token_ids]
+        if not co_author:
+            return [Response(ids) for ids in ended]
+        return [
+            Response(ids, tuple(own[: len(ids)]), tuple(other[: len(ids)]))
+            for ids, own, other in zip(ended, *logprobs, strict=True)
+        ]
+
+
+class _Author:
+    """One model and its cache, while a group of responses is written."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        products: WritingProducts,
+        soft_prompt: Tensor | None,
+        past: DynamicCache | None,
+        capacity: int,
+    ):
+        self.model = model
+        self.products = products
+        self.soft_prompt = soft_prompt
+        front = 0 if soft_prompt is None else len(soft_prompt)
+        self.cache = reserved_cache(model.module.config, front + capacity) if past is None else past
+        self.past_length = self.cache.get_seq_length()
+        self.head = model.head
+
+    def next_scores(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "rows vocab"]:
+        """Log-probabilities up to a constant per row, which choosing a token doesn't see."""
+        hidden = self._advance(tokens, mask).to(self.head.dtype)
+        return self.head.cap(self.products.linear(hidden, *self.head.matrix))
+
+    def _advance(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "rows width"]:
+        first = self.cache.get_seq_length() == self.past_length
+        length = 0 if self.soft_prompt is None else self.soft_prompt.shape[0]
+        front = self.past_length + length
+        full_mask = torch.cat([mask.new_ones(len(mask), front), mask], dim=1).long()
+        positions = (full_mask.cumsum(-1) - 1).clamp_min(0)
+        arguments: dict[str, Any] = {"input_ids": tokens}
+        if first and self.soft_prompt is not None:
+            # Pads come first, then the prompt would follow them: the mask keeps both orders equal.
+            embeddings = self.model.module.get_input_embeddings()(tokens)
+            front = self.soft_prompt.to(embeddings.dtype).expand(len(tokens), -1, -1)
+            arguments = {"inputs_embeds": torch.cat([front, embeddings], dim=1)}
+        new = tokens.shape[1] + (length if first else 0)
+        trunk: Any = self.model.module.base_model
+        with self.model.autocast():
+            output = trunk(
+                **arguments,
+                attention_mask=full_mask,
+                position_ids=positions[:, -new:],
+                past_key_values=self.cache,
+                use_cache=True,
+            )
+        return output.last_hidden_state[:, -1]
+
+    def keep(self, rows: Tensor) -> None:
+        self.cache.batch_select_indices(rows)
+
+
+def _forget_weights(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.data = parameter.data.new_empty(0)
+
+
+def left_pad(requests: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Requests side by side, ending together: (rows, width) token ids, and true at real tokens."""
+    width = max(len(request) for request in requests)
+    tokens = torch.zeros(len(requests), width, dtype=torch.long)
+    mask = torch.zeros(len(requests), width, dtype=torch.bool)
+    for row, request in enumerate(requests):
+        tokens[row, width - len(request) :] = torch.tensor(request)
+        mask[row, width - len(request) :] = True
+    return tokens.to(device), mask.to(device)
+
+
+def _cut_after_stop(ids: list[int], stop: list[int]) -> Tokens:
+    for position, token in enumerate(ids):
+        if token in stop:
+            return tuple(ids[: position + 1])
+    return tuple(ids)

@@ -1,0 +1,182 @@
+"""Writing responses with vLLM, in this process; the student's weights are pushed before each time.
+
+vLLM is optional (docs/quickstart.md) and imported only when chosen. Its tokens are
+chosen by ``decoding.Chooser``, as every engine's: up to rounding, the same responses are written.
+"""
+
+import copy
+import importlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from promptkd.errors import UserError
+from promptkd.generation.sampling import Chooser, Decoding
+from promptkd.generation.transformers_engine import Response, Tokens, left_pad
+from promptkd.models.language_model import PADDING, LanguageModel
+
+GPU_SHARE = 0.3
+"""Of the card's memory, for vLLM's weights and cache; training needs the rest."""
+CPU_CACHE_GIB = 2
+
+
+class VLLMEngine:
+    """A copy of the student inside vLLM.
+
+    Args:
+        model: the student, which goes on learning.
+        stop_ids: the tokens that end a response.
+        max_tokens: of a request and its response together.
+
+    Raises:
+        UserError: if vLLM isn't installed.
+    """
+
+    def __init__(self, model: LanguageModel, stop_ids: Sequence[int], max_tokens: int):
+        self.stop_ids = torch.tensor(stop_ids, device=model.device)
+        self._model = model
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are pushed within the process
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_CACHE_GIB))
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        try:
+            vllm: Any = importlib.import_module("vllm")
+        except ImportError:
+            raise UserError(
+                "sampling.engine is vllm, which is not installed. "
+                "Run: pip install 'promptkd[vllm]' (on a processor as docs/quickstart.md says), "
+                "or use sampling.engine=transformers."
+            ) from None
+        self._parameters = vllm.SamplingParams
+        with tempfile.TemporaryDirectory() as directory, _own_threads_back():
+            config = copy.deepcopy(model.module.config)
+            config.get_text_config().vocab_size = model.vocabulary  # the shared rows alone
+            config.save_pretrained(directory)
+            options: dict[str, Any] = {}
+            if model.device.type == "cuda":
+                options["gpu_memory_utilization"] = GPU_SHARE
+            self._engine = vllm.LLM(
+                directory,
+                skip_tokenizer_init=True,
+                load_format="dummy",
+                dtype=str(model.dtype).removeprefix("torch."),
+                max_model_len=max_tokens,
+                generation_config="vllm",
+                enforce_eager=True,
+                disable_log_stats=True,
+                async_scheduling=False,  # a token is chosen by all that came before it
+                logits_processors=[_chosen_tokens()],
+                **options,
+            )
+
+    def write(
+        self,
+        requests: Sequence[Tokens],
+        seeds: Sequence[Sequence[int]],
+        decoding: Decoding,
+    ) -> list[Response]:
+        """One response per request, in the order of the requests; see ``TransformersEngine``."""
+        choose = Chooser(decoding)
+        with _own_threads_back():
+            self._push_weights()
+            outputs = self._engine.generate(
+                [{"prompt_token_ids": list(request)} for request in requests],
+                [self._sampling(choose, seed, decoding) for seed in seeds],
+                use_tqdm=False,
+            )
+        assert len(outputs) == len(requests)
+        return [Response(tuple(output.outputs[0].token_ids)) for output in outputs]
+
+    def _sampling(self, choose: Chooser, seed: Sequence[int], decoding: Decoding) -> Any:
+        return self._parameters(
+            max_tokens=decoding.max_new_tokens,
+            temperature=0.0,  # the scores say which token was chosen
+            extra_args={"choose": choose, "uniforms": choose.uniforms(seed)},
+            stop_token_ids=self.stop_ids.tolist(),
+            ignore_eos=True,  # the stop tokens say all
+            detokenize=False,
+        )
+
+    def _push_weights(self) -> None:
+        # The prefix cache holds keys of the weights before.
+        self._engine.collective_rpc(
+            "reload_weights", kwargs={"weights_iterator": list(self._weights())}
+        )
+        self._engine.reset_prefix_cache()
+
+    def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        module: Any = self._model.module
+        tables = {id(module.get_input_embeddings().weight)}
+        tables |= {id(p) for p in module.get_output_embeddings().parameters()}
+        for name, tensor in module.named_parameters():
+            shared = tensor[: self._model.vocabulary] if id(tensor) in tables else tensor
+            yield name, shared.detach().to(self._model.dtype)
+
+
+@dataclass
+class _Row:
+    """A request in vLLM's batch."""
+
+    choose: Chooser
+    uniforms: torch.Tensor
+    request: list[int]
+    response: list[int]  # vLLM's own list, which grows
+
+
+def _chosen_tokens() -> type:
+    """A logits processor of vLLM's that leaves the argmax no choice."""
+    processors: Any = importlib.import_module("vllm.v1.sample.logits_processor")
+    follow_batch = processors.builtin.process_dict_updates
+
+    class ChosenTokens(processors.LogitsProcessor):
+        def __init__(self, config: Any, device: torch.device, is_pin_memory: bool):
+            self._device = device
+            self._rows: dict[int, _Row] = {}
+
+        def is_argmax_invariant(self) -> bool:
+            return False
+
+        def update_state(self, batch_update: Any) -> None:
+            follow_batch(self._rows, batch_update, _row)
+
+        def apply(self, logits: torch.Tensor) -> torch.Tensor:
+            rows = [self._rows[index] for index in range(len(logits))]
+            choose, history = rows[0].choose, None  # one call of write, one decoding
+            if choose.reads_history:
+                texts, there = left_pad(
+                    [(*row.request, *row.response) for row in rows], self._device
+                )
+                history = texts.masked_fill(~there, PADDING)
+            numbers = torch.stack([row.uniforms[len(row.response)] for row in rows])
+            chosen = choose(logits, numbers.to(logits.device), history)
+            return logits.scatter_(1, chosen[:, None], torch.inf)
+
+    return ChosenTokens
+
+
+def _row(parameters: Any, request: list[int] | None, response: list[int]) -> _Row | None:
+    if not parameters.extra_args:  # vLLM tries itself out before it starts
+        return None
+    return _Row(**parameters.extra_args, request=request or [], response=response)
+
+
+@contextmanager
+def _own_threads_back() -> Iterator[None]:
+    """Undo what vLLM does to the process: its thread count and the cores it may use.
+
+    On processors it also replaces ``torch.set_num_threads`` by a function that does nothing.
+    """
+    set_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_threads
+        torch.set_num_threads(threads)
+        if cores is not None:
+            os.sched_setaffinity(0, cores)

@@ -1,0 +1,1 @@
+"""Faster equivalents of parts of a model on the CPU, behind one call."""

@@ -1,0 +1,1 @@
+"""Causal language models: loading them, their two halves, and the tokens that two of them share."""

@@ -1,0 +1,235 @@
+"""A causal language model in the two halves that every method uses: trunk and head.
+
+The trunk turns tokens into hidden states; the head turns hidden states into log-probabilities,
+later and in chunks (``objectives``), so whole logits never exist.
+"""
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from promptkd.errors import UserError
+from promptkd.kernels.attention import attend_grouped, can_pack, packed_arguments
+from promptkd.kernels.matmul import linear
+from promptkd.kernels.norms_and_gates import keep_inputs_alone
+
+PADDING = -1
+"""In place of a token, where a row of tokens has ended or not begun."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """From hidden states to log-probabilities over the first ``vocabulary`` token ids.
+
+    Rows beyond the shared token table (padding for the hardware) are left out of the softmax.
+    """
+
+    weight: Float[Tensor, "rows width"]
+    bias: Float[Tensor, " rows"] | None
+    vocabulary: int
+    scale: float = 1.0
+    softcap: float | None = None
+    dtype: torch.dtype = torch.float32
+
+    @torch.no_grad()
+    def logits(self, hidden: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocab"]:
+        """The plain product, as it is multiplied; ``cap`` and ``normalize`` do the rest in fp32."""
+        return linear(hidden.to(self.dtype), *self.matrix)
+
+    def normalize(self, logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens vocab"]:
+        """Natural-log probabilities in fp32."""
+        return self.cap(logits).log_softmax(-1)
+
+    def cap(self, logits: Float[Tensor, "tokens vocab"]) -> Float[Tensor, "tokens vocab"]:
+        """Scale and soft-cap (Gemma) applied: log-probabilities up to a constant per token."""
+        logits = logits.float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+    def logprobs(self, hidden: Float[Tensor, "tokens width"]) -> Float[Tensor, "tokens vocab"]:
+        """Natural-log probabilities of a few tokens, without gradient."""
+        return self.normalize(self.logits(hidden))
+
+    @torch.no_grad()
+    def backward(
+        self, hidden: Float[Tensor, "tokens width"], gradient: Float[Tensor, "tokens vocab"]
+    ) -> Float[Tensor, "tokens width"]:
+        """Gradient to the hidden states, from that to ``logits``; the weights' is added in place.
+
+        Autograd would make a matrix of vocabulary x width anew for every chunk of tokens.
+        """
+        if self.bias is not None and self.bias.requires_grad:
+            _gradient_of(self.bias)[: self.vocabulary] += gradient.sum(0)
+        weight, _ = self.matrix
+        gradient, states = gradient.to(self.dtype), hidden.to(self.dtype)
+        if self.weight.requires_grad:
+            into = _gradient_of(self.weight)[: self.vocabulary]
+            if into.dtype == self.dtype:
+                into.addmm_(gradient.T, states)
+            else:  # master weights: a product in bf16, summed in fp32 while it is in a cache
+                for rows, part in zip(into.split(4096), gradient.T.split(4096), strict=True):
+                    rows += part @ states
+        return (gradient @ weight).to(hidden.dtype)
+
+    @cached_property
+    def matrix(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias as they are multiplied; a head lives for a pass, weights don't change."""
+        weight = self.weight[: self.vocabulary].to(self.dtype)
+        bias = None if self.bias is None else self.bias[: self.vocabulary].to(self.dtype)
+        return weight, bias
+
+
+def _gradient_of(parameter: Tensor) -> Tensor:
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model, split into trunk and head.
+
+    Attributes:
+        module: the transformers model, in evaluation mode (dropout is off); from here on it attends
+            by ``attention.grouped_sdpa`` where it did by torch's kernels.
+        vocabulary: how many token ids are compared; at most the embedding rows of either model.
+        dtype: what its matrices are multiplied in; fp32 weights stay fp32 (master weights).
+    """
+
+    module: PreTrainedModel
+    vocabulary: int
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        attend_grouped(self.module)
+        keep_inputs_alone(self.module)
+
+    @property
+    def device(self) -> torch.device:
+        return self.module.device
+
+    @property
+    def num_trunk_weights(self) -> int:
+        """Entries of the matrices that every token is multiplied with, the head's left out."""
+        trunk: Any = self.module.base_model
+        layers = (layer for layer in trunk.modules() if isinstance(layer, nn.Linear | Conv1D))
+        return sum(layer.weight.numel() for layer in layers)
+
+    @property
+    def head(self) -> Head:
+        layer: Any = self.module.get_output_embeddings()
+        config = self.module.config.get_text_config()
+        scale = getattr(config, "logit_scale", None) or 1.0
+        scale /= getattr(config, "logits_scaling", None) or 1.0
+        return Head(
+            layer.weight,
+            getattr(layer, "bias", None),
+            self.vocabulary,
+            scale,
+            getattr(config, "final_logit_softcapping", None),
+            self.dtype,
+        )
+
+    def hidden_states(
+        self,
+        tokens: Int[Tensor, "batch time"],
+        soft_prompt: Float[Tensor, "length width"] | None = None,
+        past_key_values: Any = None,
+        past_length: int = 0,
+    ) -> Float[Tensor, "batch time width"]:
+        """Last hidden states at the tokens (the soft prompt's own are cut off again).
+
+        Positions count the tokens of a row from 0 (from the soft prompt's first vector, if there is
+        one). Rows that end early are packed into one, if they can be, and no product sees padding.
+
+        Args:
+            tokens: token ids; ``PADDING`` after a row's last or before its first.
+            soft_prompt: vectors put in front of the embeddings, as in PromptKD's teacher.
+            past_key_values: keys and values put in front (prefix tuning).
+            past_length: how many positions they hold.
+
+        Returns:
+            Nothing of meaning at padding.
+        """
+        name, inputs, length = "input_ids", tokens.clamp_min(0), past_length
+        if soft_prompt is not None:
+            name, length = "inputs_embeds", len(soft_prompt)
+            embeddings = self.module.get_input_embeddings()(inputs)
+            front = soft_prompt.to(embeddings.dtype).expand(len(tokens), -1, -1)
+            inputs = torch.cat([front, embeddings], dim=1)
+        real = F.pad(tokens != PADDING, (length, 0), value=True)
+        positions = (real.cumsum(-1) - 1).clamp_min(0)
+        ragged = not real.all()
+        packed = ragged and not past_length and self.packs(real.shape[1])
+        arguments: dict[str, Any] = {name: inputs}
+        if packed:
+            arguments = {name: inputs[real][None], "position_ids": positions[real][None]}
+            arguments |= packed_arguments(real.sum(1).tolist())
+        elif ragged or past_length:
+            arguments |= {"attention_mask": real.long(), "position_ids": positions[:, past_length:]}
+        trunk: Any = self.module.base_model
+        with self.autocast():
+            output = trunk(
+                **arguments, past_key_values=past_key_values, use_cache=past_key_values is not None
+            )
+        hidden = output.last_hidden_state
+        if packed:
+            rows = hidden.new_zeros(*real.shape, hidden.shape[-1])
+            rows[real] = hidden[0]
+            hidden = rows
+        return hidden[:, hidden.shape[1] - tokens.shape[1] :]
+
+    def packs(self, longest: int) -> bool:
+        """Whether rows of at most ``longest`` tokens, prompt included, are packed into one."""
+        return can_pack(self.module, longest)
+
+    def autocast(self) -> Any:
+        if self.dtype == self.module.dtype:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.dtype)
+
+
+def select_responses(
+    hidden: Float[Tensor, "batch time width"], response_mask: Bool[Tensor, "batch time"]
+) -> Float[Tensor, "tokens width"]:
+    """The states that predict each response token: one position before it. The only shift."""
+    return hidden[:, :-1][response_mask[:, 1:]]
+
+
+@torch.no_grad()
+def check_head(model: LanguageModel, name: str) -> None:
+    """Prove that trunk and head, as split here, give the model's own logits, packed rows or not.
+
+    Raises:
+        UserError: if the model does something else between or after them.
+    """
+    lengths = 8, 5
+    tokens = torch.full((2, max(lengths)), PADDING, device=model.device)
+    for row, length in zip(tokens, lengths, strict=True):
+        row[:length] = torch.arange(1, 1 + length, device=model.device)
+    tokens.clamp_max_(model.vocabulary - 1)
+    hidden, worst = model.hidden_states(tokens), 0.0
+    for row, length in enumerate(lengths):
+        with model.autocast():
+            own = model.module(input_ids=tokens[row : row + 1, :length], use_cache=False)
+        expected = own.logits[0, :, : model.vocabulary].float().log_softmax(-1)
+        actual = model.head.logprobs(hidden[row, :length])
+        worst = max(worst, (actual - expected).abs().max().item())
+    if not worst < (1e-3 if model.dtype == torch.float32 else 0.3):
+        raise UserError(
+            f"{name} ({type(model.module).__name__}): log-probabilities from its trunk and output "
+            f"layer differ from its own by {worst:.3g} nats. This architecture does something "
+            "that promptkd doesn't know after its output layer, or between the rows of a batch; "
+            "please report it."
+        )

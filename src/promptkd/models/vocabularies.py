@@ -1,0 +1,48 @@
+"""Which token ids two models share."""
+
+from typing import Any
+
+from promptkd.errors import UserError
+from promptkd.models.loading import embedding_rows
+
+
+def first_difference(
+    student: dict[str, int], teacher: dict[str, int]
+) -> tuple[int, str, str] | None:
+    """The lowest id whose token differs between two token tables, with both tokens."""
+    by_id = {i: token for token, i in student.items()}
+    by_id_teacher = {i: token for token, i in teacher.items()}
+    for i in range(max(*by_id, *by_id_teacher) + 1):
+        if by_id.get(i) != by_id_teacher.get(i):
+            return i, by_id.get(i, "(none)"), by_id_teacher.get(i, "(none)")
+    return None
+
+
+def shared_vocabulary(
+    student_tokenizer: Any, teacher_tokenizer: Any, student: Any, teacher: Any
+) -> int:
+    """How many token ids are compared: the rows both models have, if the token tables are equal.
+
+    Raises:
+        UserError: if the tables differ, naming the first id that does.
+    """
+    difference = first_difference(student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab())
+    if difference:
+        i, own, other = difference
+        raise UserError(
+            f"Student and teacher have different tokenizers: token {i} is {own!r} for the student "
+            f"and {other!r} for the teacher. Token-level methods compare them entry by entry. Use "
+            "a teacher with the student's tokenizer, or the method 'seqkd', which needs only text."
+        )
+    rows = min(embedding_rows(module) for module in (student, teacher))
+    tokens = max(student_tokenizer.get_vocab().values()) + 1
+    if rows < tokens:
+        raise UserError(
+            f"The tokenizer has {tokens} tokens, but one of the models has only {rows} embedding "
+            "rows. The tokenizer doesn't belong to that model."
+        )
+    return rows
+
+
+def same_tokenizer(student_tokenizer: Any, teacher_tokenizer: Any) -> bool:
+    return first_difference(student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()) is None

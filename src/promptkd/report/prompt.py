@@ -1,0 +1,195 @@
+"""What the prompt did to the teacher, as ``prompt_analysis.json`` of a run recorded it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from promptkd.report.data import Row, Run
+from promptkd.report.findings import Comparison, comparison_words, digits, signed
+from promptkd.report.tables import Cell, Table
+
+SPACE_MARKS = {"Ġ": "␣", "▁": "␣", "Ċ": "↵"}
+KL_HEADINGS = {
+    "kl_teacher_first_student": "KL(teacher ‖ first student)",
+    "kl_teacher_final_student": "KL(teacher ‖ final student)",
+    "kl_first_student_teacher": "KL(first student ‖ teacher)",
+    "kl_final_student_teacher": "KL(final student ‖ teacher)",
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One request and what each author responded."""
+
+    request: str
+    responses: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class PromptFindings:
+    """One run's part of the section."""
+
+    heading: str
+    sentences: tuple[str, ...]
+    tables: tuple[Table, ...]
+    pairs: tuple[Pair, ...]
+
+
+def prompt_findings(runs: Sequence[Run]) -> list[PromptFindings]:
+    """One entry per run whose prompt was analysed."""
+    analysed = [(number, run) for number, run in enumerate(runs, start=1) if run.prompt_analysis]
+    found = []
+    for number, run in analysed:
+        analysis = run.prompt_analysis or {}
+        tables = [_kl_table(analysis, number), _vector_table(analysis, number)]
+        pairs = [
+            Pair(
+                row["request"],
+                tuple(
+                    (author, row[key])
+                    for author, key in (
+                        ("teacher", "teacher"),
+                        ("teacher with its prompt", "prompted_teacher"),
+                        ("student", "student"),
+                    )
+                    if key in row
+                ),
+            )
+            for row in analysis.get("responses", [])
+        ]
+        found.append(
+            PromptFindings(
+                run.label if len(runs) > 1 else "",
+                tuple(_sentences(analysis)),
+                tuple(table for table in tables if table),
+                tuple(pairs),
+            )
+        )
+    return found
+
+
+def _sentences(analysis: Row) -> list[str]:
+    said = []
+    last = _on_student(analysis.get("drift", []))
+    if last and "kl_prompted_plain" in last:
+        drift = last["kl_prompted_plain"]
+        low, high = drift["interval_95"]
+        said.append(
+            f"With its prompt the teacher is {digits(drift['mean'])} nats per token from itself "
+            f"without (95% interval {digits(low)} to {digits(high)}), on the student's responses "
+            f"to the {last['data']} requests."
+        )
+    change = _on_student(analysis.get("differences", []))
+    if change and "kl_teacher_final_student" in change:
+        found = _comparison(change["kl_teacher_final_student"])
+        if found.shown:
+            way = "closer to" if found.difference < 0 else "farther from"
+            said.append(
+                f"The prompt puts it {digits(abs(found.difference))} nats per token {way} the "
+                f"final student (95% interval of the change {_nats(found)})."
+            )
+        else:
+            said.append(
+                "Closer to the final student or farther from it: no difference shown "
+                f"(95% interval of the change {_nats(found)} nats per token)."
+            )
+    if change and "rouge_l" in change:
+        words = comparison_words(_comparison(change["rouge_l"]))
+        said.append(f"Its own ROUGE-L with the prompt: {words}.")
+    moved = [v["moved_share"] for v in analysis.get("vectors", []) if v.get("moved_share")]
+    if moved:
+        mean = 100 * sum(moved) / len(moved)
+        said.append(
+            f"Its {len(moved)} vectors moved by {digits(mean)}% of their length on average."
+        )
+    return said
+
+
+def _on_student(rows: Sequence[Row]) -> Row | None:
+    """The row about held-out requests and the student's responses, or the training requests'."""
+    own = [row for row in rows if row.get("responses") == "student"]
+    return own[-1] if own else None
+
+
+def _comparison(value: Row) -> Comparison:
+    low, high = value["interval_95"]
+    return Comparison("with prompt", "without", value["mean"], low, high)
+
+
+def _nats(comparison: Comparison) -> str:
+    return f"{digits(comparison.low)} to {digits(comparison.high)}"
+
+
+def _kl_table(analysis: Row, number: int) -> Table | None:
+    shown = [key for key in KL_HEADINGS if any(key in row for row in analysis.get("table_4", []))]
+    if not shown:
+        return None
+    changes = {(row["data"], row["responses"]): row for row in analysis.get("differences", [])}
+    rows = []
+    for row in analysis["table_4"]:
+        change = changes.get((row["data"], row["responses"]), {}) if row["prompt"] else {}
+        label = f"{row['data']}, on the {row['responses']}'s responses"
+        if row["responses"] == "reference":
+            label = f"{row['data']}, on the references"
+        cells = [Cell(label, "with prompt" if row["prompt"] else "without prompt")]
+        cells += [Cell(digits(row[key]), _change(change.get(key), nats=True)) for key in shown]
+        cells += [
+            Cell(f"{row[key]:.1f}", _change(change.get(key))) if key in row else Cell("–")
+            for key in ("rouge_l", "num_tokens", "ended")
+        ]
+        rows.append(tuple(cells))
+    decoding = analysis.get("num_examples", {})
+    counts = ", ".join(f"{size} {name} requests" for name, size in decoding.items())
+    caption = (
+        f"The teacher without and with its prompt; {counts}, seed {analysis.get('seed')}. KLs in "
+        "nats per response token, teacher-forced. ROUGE-L, length and share ended are of responses "
+        "the teacher wrote itself. Small: change by the prompt, 95% interval over requests."
+    )
+    headings = ("Where", *(KL_HEADINGS[key] for key in shown), "ROUGE-L", "Length", "Ended, %")
+    return Table(
+        f"prompt-kl-{number}", "Teacher without and with its prompt", caption, headings, tuple(rows)
+    )
+
+
+def _change(value: Row | None, nats: bool = False) -> str:
+    if not value or "interval_95" not in value:
+        return ""
+    low, high = value["interval_95"]
+    if nats:
+        sign = "+" if value["mean"] > 0 else ""
+        return f"{sign}{digits(value['mean'])} [{digits(low)}, {digits(high)}]"
+    return f"{signed(value['mean'])} [{low:.1f}, {high:.1f}]".replace("-", "−")
+
+
+def _vector_table(analysis: Row, number: int) -> Table | None:
+    vectors = analysis.get("vectors") or []
+    if not vectors:
+        return None
+    rows = tuple(
+        (
+            Cell(str(vector["position"] + 1)),
+            Cell(_token(vector["initial_token"])),
+            Cell("\u2002".join(_token(near) for near in vector["nearest_by_cosine"])),
+            Cell(digits(vector["moved"])),
+            Cell(f"{digits(100 * vector['moved_share'])}%")
+            if vector.get("moved_share") is not None
+            else Cell("–"),
+            Cell(f"{vector['cosine_to_initial']:.3f}"),
+        )
+        for vector in vectors
+    )
+    return Table(
+        f"prompt-vectors-{number}",
+        "The vectors of the prompt",
+        "Nearest tokens by cosine, nearest first; ␣ is a space. Moved: Euclidean distance from the "
+        "start, and as a share of the starting length.",
+        ("Vector", "Started at", "Nearest tokens now", "Moved", "Share", "Cosine to start"),
+        rows,
+    )
+
+
+def _token(token: dict[str, Any]) -> str:
+    text = str(token.get("token") or token.get("id"))
+    for mark, shown in SPACE_MARKS.items():
+        text = text.replace(mark, shown)
+    return text.replace("\n", "↵").replace(" ", "␣")

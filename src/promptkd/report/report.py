@@ -1,0 +1,47 @@
+"""The report of one run or of several: one page, its figures and tables as files. No torch.
+
+Reads only what runs left in their directories, so it works for a run that is still going, was
+stopped, or was made on another machine.
+"""
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from promptkd.errors import UserError
+
+
+def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:
+    """Write OUTPUT/report.html, OUTPUT/figures and OUTPUT/tables.
+
+    Args:
+        runs: run directories; directories of scores that ``promptkd evaluate --output`` wrote for
+            a teacher or for a student's start may stand among them.
+        output: the run's own directory if there is one run and nothing is given.
+
+    Returns:
+        The page.
+
+    Raises:
+        UserError: if a path is no run, several runs have no output, or matplotlib is missing.
+    """
+    paths = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
+    if importlib.util.find_spec("matplotlib") is None:
+        raise UserError(
+            "The report draws with matplotlib, which is not installed. "
+            "Run: pip install 'promptkd[report]'"
+        )
+    from promptkd.report.data import data_sets, read_runs
+    from promptkd.report.page import render
+
+    read, loose = read_runs(paths)
+    if output is None and len(read) > 1:
+        raise UserError(f"{len(read)} runs make one report: say where, with --output DIR.")
+    directory = read[0].path if output is None else Path(output)
+    directory.mkdir(parents=True, exist_ok=True)
+    html = render(read, data_sets(read, loose), directory)
+    page, partial = directory / "report.html", directory / "report.html.partial"
+    partial.write_text(html, encoding="utf-8", errors="replace")
+    os.replace(partial, page)
+    return page

@@ -1,0 +1,346 @@
+"""Tables of a report: made once, shown on the page, written as Markdown and LaTeX."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from promptkd.report.data import DataSet, Model, Run
+from promptkd.report.findings import (
+    RANKED,
+    SCORE_NAMES,
+    Comparison,
+    best_model,
+    compare,
+    cost,
+    count,
+    decoding_words,
+    describe,
+    digits,
+    distance,
+    plain,
+    signed,
+    size_share,
+)
+
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "−": "$-$",
+    "±": r"$\pm$",
+    "‖": r"$\Vert$",
+    "→": r"$\to$",
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A value and what stands small beside it (its interval). ``best`` is printed bold."""
+
+    text: str
+    detail: str = ""
+    best: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells under headings; the first column names the row."""
+
+    name: str
+    title: str
+    caption: str
+    headings: tuple[str, ...]
+    rows: tuple[tuple[Cell, ...], ...]
+
+    def to_markdown(self) -> str:
+        """GitHub's tables; | in a cell is escaped."""
+        lines = [
+            "| " + " | ".join(_markdown(h) for h in self.headings) + " |",
+            "|" + "---|" * len(self.headings),
+        ]
+        for row in self.rows:
+            cells = []
+            for cell in row:
+                text = _markdown(cell.text)
+                text = f"**{text}**" if cell.best else text
+                cells.append(f"{text} {_markdown(cell.detail)}".strip())
+            lines.append("| " + " | ".join(cells) + " |")
+        return "\n".join([*lines, "", _markdown(self.caption), ""])
+
+    def to_latex(self) -> str:
+        """A booktabs table."""
+        lines = [
+            r"\begin{table}",
+            r"\centering",
+            rf"\begin{{tabular}}{{l{'r' * (len(self.headings) - 1)}}}",
+            r"\toprule",
+            " & ".join(_latex(h) for h in self.headings) + r" \\",
+            r"\midrule",
+        ]
+        for row in self.rows:
+            cells = []
+            for cell in row:
+                text = _latex(cell.text)
+                text = rf"\textbf{{{text}}}" if cell.best else text
+                small = rf" {{\scriptsize {_latex(cell.detail)}}}" if cell.detail else ""
+                cells.append(text + small)
+            lines.append(" & ".join(cells) + r" \\")
+        return "\n".join(
+            [
+                *lines,
+                r"\bottomrule",
+                r"\end{tabular}",
+                rf"\caption{{{_latex(self.caption)}}}",
+                r"\end{table}",
+                "",
+            ]
+        )
+
+    def to_text(self) -> str:
+        """Columns under each other, for a terminal."""
+        cells = [[f"{cell.text} {cell.detail}".strip() for cell in row] for row in self.rows]
+        columns = list(zip(self.headings, *cells, strict=True))
+        widths = [max(map(len, column)) for column in columns]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in zip(*columns, strict=True)
+        ]
+        return "\n".join([self.title, *lines, self.caption])
+
+    def write(self, directory: Path) -> None:
+        """Write NAME.md and NAME.tex."""
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / f"{self.name}.md").write_text(self.to_markdown(), "utf-8", "replace")
+        (directory / f"{self.name}.tex").write_text(self.to_latex(), "utf-8", "replace")
+
+
+def score_table(data: DataSet, number: int) -> Table:
+    """All models on one data set, with paired differences to what they should be compared with.
+
+    With several runs the difference is to the run with the highest ROUGE-L, else to the start.
+    """
+    runs = data.of_role("run")
+    shown = [s for s in SCORE_NAMES if any(s in m.evaluation.record["scores"] for m in data.models)]
+    best = {score: best_model(runs, score) for score in RANKED if score in shown}
+    baseline = _baseline(data) if "rouge_l" in shown else None
+    teacher = next(iter(data.of_role("teacher")), None) if "rouge_l" in shown else None
+    headings, rows = ["Model", *(SCORE_NAMES[score] for score in shown)], []
+    against = [m for m in (baseline, teacher) if m is not None and len(data.models) > 1]
+    headings[2:2] = [f"ROUGE-L − {model.label}" for model in against]
+    for model in data.models:
+        scores = model.evaluation.record["scores"]
+        cells = [
+            _score_cell(s, scores[s], best.get(s) == model.label) if s in scores else Cell("–")
+            for s in shown
+        ]
+        cells[1:1] = [
+            Cell("–") if model is other else comparison_cell(compare(model, other, "rouge_l"))
+            for other in against
+        ]
+        rows.append((Cell(model.label), *cells))
+    caption = (
+        f"{describe(data)}; {decoding_words(data.record)}. Square brackets: 95% bootstrap interval "
+        "over requests; ±: standard deviation over seeds."
+    )
+    if against:
+        caption += " Differences are paired by request."
+    if len(runs) > 1:
+        caption += (
+            " Bold: better than every other run, each paired interval clear of zero; "
+            "intervals are not corrected for the number of comparisons."
+        )
+    return Table(
+        f"scores-{number}-{_safe(data.name)}", data.name, caption, tuple(headings), tuple(rows)
+    )
+
+
+def comparison_cell(comparison: Comparison | None) -> Cell:
+    """The difference with its interval, or that none is shown."""
+    if comparison is None:
+        return Cell("not comparable")
+    interval = f"[{plain(comparison.low)}, {plain(comparison.high)}]"
+    text = signed(comparison.difference)
+    return Cell(text, interval if comparison.shown else f"{interval} no difference shown")
+
+
+def overview_table(runs: Sequence[Run], sets: Sequence[DataSet]) -> Table:
+    """One line per run: how close, at what size, at what cost."""
+    rows = []
+    for run in runs:
+        summary, took, far = run.summary or {}, cost(run), distance(run, sets)
+        share = size_share(run)
+        parameters = summary.get("student_parameters")
+        rows.append(
+            (
+                Cell(run.label, run.method if run.method not in run.label else ""),
+                Cell(f"{digits(far.start)} → {digits(far.end)}") if far else Cell("–"),
+                Cell(count(parameters), f"{100 * share:.0f}%" if share else "")
+                if parameters
+                else Cell("–"),
+                Cell(str(run.kept_step) if run.kept_step is not None else "–"),
+                Cell(count(took.tokens_per_second)) if took else Cell("–"),
+            )
+        )
+    return Table(
+        "overview",
+        "The runs",
+        "KL(student ‖ teacher), start → kept student; size and its share of the teacher's; "
+        "response tokens a second in training.",
+        ("Run", "KL to teacher, nats/token", "Parameters", "Kept step", "Tokens/s"),
+        tuple(rows),
+    )
+
+
+def cost_table(runs: Sequence[Run]) -> Table | None:
+    """What training took."""
+    rows = []
+    for run in runs:
+        took = cost(run)
+        if took is None:
+            continue
+        seconds = took.seconds_writing + took.seconds_learning
+        padding = [r["padding_share"] for r in run.steps if r.get("padding_share") is not None]
+        written = sum(r.get("student_share", 0.0) for r in run.steps) / len(run.steps)
+        rows.append(
+            (
+                Cell(run.label),
+                Cell(f"{took.steps:,}"),
+                Cell(count(took.tokens)),
+                Cell(duration(seconds)),
+                Cell(f"{digits(took.seconds_writing / took.steps)} s"),
+                Cell(f"{digits(took.seconds_teacher / took.steps)} s"),
+                Cell(f"{digits(took.seconds_student / took.steps)} s"),
+                Cell(f"{digits(took.seconds_losses / took.steps)} s"),
+                Cell(count(took.tokens_per_second)),
+                Cell(f"{took.flop_rate / 1e9:.0f} G" if took.flops else "–"),
+                Cell(f"{took.peak_memory / 1e9:.1f} GB" if took.peak_memory else "–"),
+                Cell(f"{100 * written:.0f}%"),
+                Cell(f"{100 * sum(padding) / len(padding):.0f}%" if padding else "–"),
+            )
+        )
+    if not rows:
+        return None
+    return Table(
+        "cost",
+        "What training took",
+        "Time of the steps alone: loading, validation and checkpoints are not counted. Tokens are "
+        "response tokens. Teacher and student: their passes forward and backward; losses: output "
+        "layers and all between them; FLOP/s: products with weights, over the time spent learning.",
+        (
+            "Run",
+            "Steps",
+            "Tokens",
+            "Time",
+            "Writing a step",
+            "Teacher a step",
+            "Student a step",
+            "Losses a step",
+            "Tokens/s",
+            "FLOP/s",
+            "Peak memory",
+            "By student",
+            "Padding",
+        ),
+        tuple(rows),
+    )
+
+
+def judge_table(runs: Sequence[Run]) -> Table | None:
+    """What judges said, one line per run, data and protocol."""
+    rows = []
+    for run in runs:
+        for name, record in run.judgements.items():
+            scores = record.get("scores") or {}
+            headline = scores.get("score") or scores.get("win_rate")
+            if not headline or headline.get("mean") is None:
+                continue
+            counts, judge = record.get("counts") or {}, record.get("judge") or {}
+            interval = headline.get("interval_95")
+            spread = f"[{interval[0]:.1f}, {interval[1]:.1f}]" if interval else ""
+            rows.append(
+                (
+                    Cell(run.label),
+                    Cell(name),
+                    Cell(str(judge.get("model", "–"))),
+                    Cell(f"{record.get('protocol')} against {record.get('against')}"),
+                    Cell(
+                        f"{headline['mean']:.1f}",
+                        spread,
+                    ),
+                    Cell(f"{counts.get('judged', '–')} of {counts.get('pairs', '–')}"),
+                    Cell(f"{scores['orders_agree']['mean']:.0f}%")
+                    if scores.get("orders_agree")
+                    else Cell("–"),
+                )
+            )
+    if not rows:
+        return None
+    return Table(
+        "judge",
+        "What the judge said",
+        "Score: the model's grades as a percentage of the references'. Pairwise: percent of "
+        "comparisons won in both orders, ties half. Brackets: 95% interval over requests.",
+        ("Run", "Data", "Judge", "Protocol", "Result", "Judged", "Orders agree"),
+        tuple(rows),
+    )
+
+
+def duration(seconds: float) -> str:
+    """``1 h 04 min``, ``12 min 30 s`` or ``8.1 s``.
+
+    >>> duration(3840), duration(750), duration(8.12)
+    ('1 h 04 min', '12 min 30 s', '8.1 s')
+    """
+    if seconds >= 3600:
+        return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
+    if seconds >= 60:
+        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+    return f"{seconds:.1f} s"
+
+
+def _baseline(data: DataSet) -> Model | None:
+    runs = data.of_role("run")
+    if len(runs) > 1:
+        scores = {m.label: m.evaluation.record["scores"].get("rouge_l") for m in runs}
+        known = [m for m in runs if scores[m.label]]
+        return max(known, key=lambda m: scores[m.label]["mean"], default=None)
+    return next(iter(data.of_role("start")), None)
+
+
+def _score_cell(name: str, score: dict[str, Any], best: bool) -> Cell:
+    mean = score.get("mean")
+    if mean is None:
+        return Cell("–")
+    nats = name in ("reverse_kl_to_teacher", "cross_entropy")
+    text = digits(mean) if nats else f"{mean:.1f}"
+    interval, detail = score.get("interval_95"), ""
+    if interval:
+        detail = f"[{interval[0]:.1f}, {interval[1]:.1f}]"
+    elif score.get("deviation_over_seeds"):
+        detail = f"± {digits(score['deviation_over_seeds'])}"
+    if name == "rouge_l" and score.get("deviation_over_seeds"):
+        detail += f" ± {score['deviation_over_seeds']:.1f}"
+    return Cell(text, detail, best)
+
+
+def _markdown(text: str) -> str:
+    for special in "\\|*_`<":
+        text = text.replace(special, f"\\{special}")
+    return " ".join(text.split())
+
+
+def _latex(text: str) -> str:
+    return "".join(LATEX.get(character, character) for character in " ".join(text.split()))
+
+
+def _safe(name: str) -> str:
+    """A data set's name as part of a file name."""
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)[:60]

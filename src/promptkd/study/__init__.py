@@ -1,0 +1,1 @@
+"""Methods x seeds, from one file to one table."""

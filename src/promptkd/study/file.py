@@ -1,0 +1,157 @@
+"""The study file: one base recipe, methods that change it, seeds. All checked when read. No torch.
+
+A method is a partial recipe merged over the base, so that it may have a learning rate of its own.
+All start from the base's student and have its teacher, and all are scored alike.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, NonNegativeInt, field_validator
+
+from promptkd.config import Recipe, Section, read_keys, suggest, validate
+from promptkd.errors import UserError
+from promptkd.evaluation.suites import PAPER_SEEDS, read_suite, suite_of_mapping
+
+DECIDED = {"method": "methods", "seed": "seeds", "output": "output"}
+"""Keys of a recipe that the study decides, and its own keys for them."""
+OTHERS = ("start", "teacher")
+"""Who stands in the table beside the methods."""
+TAKEN = (*OTHERS, "figures", "tables", "report.html", "study.json", "table.md", "table.tex")
+"""Names in the study's directory that are no method's."""
+
+
+def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("a seed stands there twice")
+    return values
+
+
+Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1), AfterValidator(_distinct)]
+
+
+class ScoringSection(Section):
+    """On what everything is scored; template, limits and decoding are the base's."""
+
+    suite: dict[str, list[str]] = Field(description="names with their data, or a suite file")
+    seeds: Seeds = Field(default=PAPER_SEEDS, description="decoding seeds")
+    num_examples: int | None = Field(default=None, ge=1, description="only the first ones of each")
+    no_repeat_ngram_size: int = Field(default=0, ge=0, description="6: the authors' test script")
+
+    @field_validator("suite", mode="before")
+    @classmethod
+    def _file_or_mapping(cls, value: Any) -> dict[str, list[str]]:
+        if isinstance(value, str):
+            return read_suite(value)
+        return suite_of_mapping(value, "'evaluation.suite'")
+
+
+class Study(Section):
+    """What a study file says; ``planned_runs`` are the recipes that follow from it."""
+
+    base: dict[str, Any] = Field(description="a recipe's keys, or its file")
+    methods: dict[str, dict[str, Any]] = Field(min_length=1, description="label -> partial recipe")
+    seeds: Seeds = Field(default=(0, 1, 2), description="training seeds")
+    evaluation: ScoringSection
+    baseline: str = Field(default="start", description="whom everything is compared with")
+    output: str
+
+    @field_validator("base", mode="before")
+    @classmethod
+    def _file_or_keys(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raw = read_keys(value, "Recipe")
+            return {key: section for key, section in raw.items() if key not in DECIDED}
+        return value
+
+    @property
+    def base_recipe(self) -> Recipe:
+        """The base with the default method: student, teacher, template, limits, decoding."""
+        return validate(Recipe, {**self.base, "output": self.output}, prefix="base.")
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One method with one training seed."""
+
+    label: str
+    seed: int
+    recipe: Recipe
+
+    @property
+    def name(self) -> str:
+        return f"{self.label}, seed {self.seed}"
+
+
+def load_study(path: str | Path) -> Study:
+    """Read a study file and validate every recipe that follows from it.
+
+    Raises:
+        UserError: for an unknown key (with the nearest known one) or a value out of range.
+    """
+    return study_from_dict(read_keys(path, "Study"))
+
+
+def study_from_dict(raw: dict[str, Any]) -> Study:
+    """Validate a study given as nested dictionaries; see ``load_study``."""
+    study = validate(Study, raw, what="study file")
+    _refuse_decided("base", study.base, DECIDED)
+    base = study.base_recipe
+    for label, changes in study.methods.items():
+        if label in TAKEN or label[:1] in ("", ".") or set(label) & set('/\\:*?"<>|'):
+            raise UserError(
+                f"The method '{label}' can't have this label: it names a directory of the study, "
+                f"where {', '.join(TAKEN)} are taken. Choose another one."
+            )
+        _refuse_decided(f"methods.{label}", changes, ("seed", "output"))
+        if "method" not in changes:
+            raise UserError(
+                f"'methods.{label}.method' is missing. A method is a partial recipe, as in "
+                f"{label}: {{method: {{name: gkd}}, optimization: {{learning_rate: 1e-5}}}}."
+            )
+        recipe = _recipe(study, label, study.seeds[0])
+        for key in ("student", "teacher"):
+            own, shared = getattr(recipe, key), getattr(base, key)
+            if own and (shared is None or own.model != shared.model):
+                raise UserError(
+                    f"'methods.{label}.{key}.model' is '{own.model}', the base's is "
+                    f"'{shared and shared.model}'. All methods of a study share both, or their "
+                    "scores could not be compared: set it in the base, or make another study."
+                )
+    known = [*study.methods, OTHERS[0], *OTHERS[1 : 1 + bool(base.teacher)]]
+    if study.baseline not in known:
+        raise UserError(f"baseline is '{study.baseline}'{suggest(study.baseline, known)}")
+    return study
+
+
+def planned_runs(study: Study) -> list[PlannedRun]:
+    """Every run of the study; all methods with one seed before any with the next."""
+    return [
+        PlannedRun(label, seed, _recipe(study, label, seed))
+        for seed in study.seeds
+        for label in study.methods
+    ]
+
+
+def _refuse_decided(where: str, keys: dict[str, Any], decided: Iterable[str]) -> None:
+    for key in decided:
+        if key in keys:
+            raise UserError(f"'{where}.{key}': the study decides it, by its '{DECIDED[key]}'.")
+
+
+def _recipe(study: Study, label: str, seed: int) -> Recipe:
+    output = Path(study.output) / label / f"seed-{seed}"
+    raw = _merged(study.base, study.methods[label]) | {"seed": seed, "output": str(output)}
+    return validate(Recipe, raw, prefix=f"methods.{label}.")
+
+
+def _merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    whole = dict(base)
+    for key, value in changes.items():
+        old = base.get(key)
+        whole[key] = (
+            _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
+    return whole

@@ -1,0 +1,241 @@
+"""Methods x seeds: every run trained and scored alike, then one table. Stopped, it goes on."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import typer
+
+from promptkd.api import train
+from promptkd.composition import Method
+from promptkd.config import SamplingSection
+from promptkd.data import Example, read_examples
+from promptkd.errors import UserError
+from promptkd.evaluation.evaluate import evaluate
+from promptkd.generation.sampling import Decoding
+from promptkd.methods import build_method
+from promptkd.models.loading import load_tokenizer
+from promptkd.models.vocabularies import same_tokenizer
+from promptkd.report.data import Evaluation, read_evaluations
+from promptkd.report.report import report
+from promptkd.study.file import PlannedRun, Study, planned_runs
+from promptkd.study.table import Failure, Findings, Line, study_table
+from promptkd.training.run_directory import RunDirectory
+from promptkd.training.setup import assemble
+
+Scores = dict[str, Evaluation]
+"""Of one model, by data set."""
+
+
+def run_study(study: Study) -> Path:
+    """Train and score what isn't yet; print and write the table and the report.
+
+    Returns:
+        The study's directory, with study.json, table.md, table.tex and report.html.
+
+    Raises:
+        UserError: before the first step, for everything that is known to be wrong in any run; at
+            the end, when all is written, if runs failed.
+    """
+    _refuse_several_processes(study)
+    runs, base, output = planned_runs(study), study.base_recipe, Path(study.output)
+    methods = _checked_methods(runs)
+    scorer = Scorer(study)
+    _rehearse(runs, methods)
+    _write_recipes(runs)
+    models = {"start": base.student.model}
+    if base.teacher:
+        models["teacher"] = base.teacher.model
+    total, others = len(models) + len(runs), []
+    for number, (role, model) in enumerate(models.items(), start=1):
+        typer.echo(f"{number} of {total}: scores of the {role}, {model}")
+        scores = scorer.score(model, output / role, teacher=role == "start")
+        others.append(Line(role, role, (), (scores,)))
+    finished: dict[str, dict[int, Scores]] = {label: {} for label in study.methods}
+    failed = []
+    for number, run in enumerate(runs, start=len(models) + 1):
+        typer.echo(f"{number} of {total}: {run.name}, in {run.recipe.output}")
+        try:
+            directory = train(run.recipe, methods[run.label])
+            scores = scorer.score(str(directory), directory / "evaluation", teacher=True)
+            finished[run.label][run.seed] = scores
+        except UserError as error:
+            typer.echo(f"{run.name} failed, the study goes on: {error}", err=True)
+            failed.append(Failure(run.label, run.seed, str(error)))
+    lines = [Line(label, "run", tuple(own), tuple(own.values())) for label, own in finished.items()]
+    _conclude(study, [*lines, *others], failed)
+    begun = [path for run in runs if ((path := Path(run.recipe.output)) / "recipe.yaml").is_file()]
+    if begun:
+        page = report([*begun, *(output / role for role in models)], output)
+        typer.echo(f"\nreport: {page}")
+    if failed:
+        names = ", ".join(f"{failure.label} seed {failure.seed}" for failure in failed)
+        raise UserError(
+            f"{len(failed)} of {len(runs)} runs failed: {names}. Their reasons stand below the "
+            f"table, in {output}. The same command tries them again; to change a method, remove "
+            "its directory first, or give it another label."
+        )
+    return output
+
+
+class Scorer:
+    """Scores every model of a study under the same settings, each only once.
+
+    Raises:
+        UserError: if a data set can't be read.
+    """
+
+    def __init__(self, study: Study):
+        self._asked = study.evaluation
+        self._base = base = study.base_recipe
+        self._rows: dict[str, Sequence[Example]] = {
+            name: read_examples(sources)[: self._asked.num_examples]
+            for name, sources in self._asked.suite.items()
+        }
+        self._teacher = ""
+        if base.teacher:
+            tokenizers = load_tokenizer(base.student.model), load_tokenizer(base.teacher.model)
+            if same_tokenizer(*tokenizers):
+                self._teacher = base.teacher.model
+
+    def score(self, model: str, directory: Path, *, teacher: bool) -> Scores:
+        """Evaluate on every data set that ``directory`` has no scores of, and give all of them.
+
+        Args:
+            model: a run's directory or a model's name.
+            teacher: measure the KL to the base's teacher, if it has the student's tokenizer.
+        """
+        asked, data, sampling = self._asked, self._base.data, self._base.sampling
+        other = self._teacher if teacher else ""
+        made = self._made(model, directory, other)
+        missing = {name: own for name, own in asked.suite.items() if name not in made}
+        if not missing:
+            return made
+        evaluate(
+            model,
+            missing,
+            seeds=asked.seeds,
+            num_examples=asked.num_examples,
+            template=data.template,
+            max_request_tokens=data.max_request_tokens,
+            max_response_tokens=data.max_response_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            top_k=sampling.top_k,
+            no_repeat_ngram_size=asked.no_repeat_ngram_size,
+            teacher=other,
+            precision=self._base.precision,
+            output=directory,
+        )
+        return self._made(model, directory, other)
+
+    def _made(self, model: str, directory: Path, teacher: str) -> Scores:
+        """What was evaluated after its training, with these settings, on these rows."""
+        asked, data = self._asked, self._base.data
+        decoding = replace(
+            Decoding.of_recipe(self._base), no_repeat_ngram_size=asked.no_repeat_ngram_size
+        )
+        settings: dict[str, Any] = {
+            "model": model,
+            "teacher": teacher or None,
+            "template": data.template,
+            "max_request_tokens": data.max_request_tokens,
+            "decoding": decoding.to_dict(),
+            "seeds": list(asked.seeds),
+        }
+        trained = Path(model) / "summary.json"
+        made = {}
+        for found in read_evaluations(directory):
+            rows, written = self._rows.get(found.name, ()), directory / f"{found.name}.json"
+            expected = settings | {"data": asked.suite.get(found.name), "num_examples": len(rows)}
+            references = {row["index"]: row["references"] for row in found.predictions}
+            if (
+                expected.items() <= found.record.items()
+                and references == {i: list(row.responses) for i, row in enumerate(rows)}
+                and not (trained.is_file() and _time(written) < _time(trained))
+            ):
+                made[found.name] = found
+        return made
+
+
+def _time(path: Path) -> int:
+    return path.stat().st_mtime_ns
+
+
+def _checked_methods(runs: Sequence[PlannedRun]) -> dict[str, Method]:
+    """Every method, built, after checking that each run's directory is free or its own."""
+    methods = {}
+    for run in runs:
+        section = run.recipe.method
+        try:
+            methods[run.label] = build_method(section.name, **section.options)
+        except UserError as error:
+            raise UserError(f"methods.{run.label}: {error}") from None
+    for run in runs:
+        try:
+            RunDirectory(run.recipe, methods[run.label])
+        except UserError as error:
+            raise UserError(
+                f"{run.name}: {error} Or give the method as it is now another label, so that both "
+                "stand in the table."
+            ) from None
+    return methods
+
+
+def _refuse_several_processes(study: Study) -> None:
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError(
+            "A study runs in one process, one run after the other. To train its runs on several, "
+            "start 'promptkd study' alone first: it writes the recipe of each beside its "
+            f"directory ({study.output}/LABEL/seed-N.yaml); train those, and start it again."
+        )
+
+
+def _rehearse(runs: Sequence[PlannedRun], methods: Mapping[str, Method]) -> None:
+    """All that a run checks before its first step, once per method that isn't through."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    checked = set()
+    for run in runs:
+        method = methods[run.label]
+        if run.label in checked or RunDirectory(run.recipe, method).finished:
+            continue
+        checked.add(run.label)
+        sampling = SamplingSection(**{**run.recipe.sampling.model_dump(), "engine": "transformers"})
+        recipe = run.recipe.model_copy(update={"sampling": sampling})  # an engine takes a minute
+        try:
+            assemble(recipe, method, device, 1, lambda tensor: tensor, lambda sentence: None)
+        except UserError as error:
+            raise UserError(f"methods.{run.label}: {error}") from None
+
+
+def _write_recipes(runs: Sequence[PlannedRun]) -> None:
+    """Beside the runs' directories, so that any of them can be trained elsewhere."""
+    for run in runs:
+        directory = Path(run.recipe.output)
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        directory.with_name(f"{directory.name}.yaml").write_text(run.recipe.to_yaml(), "utf-8")
+
+
+def _conclude(study: Study, lines: Sequence[Line], failed: Sequence[Failure]) -> None:
+    """Print every data set's table; write them and all that is behind them."""
+    output = Path(study.output)
+    findings = {name: Findings.of(lines, name, study.baseline) for name in study.evaluation.suite}
+    tables = [study_table(found, len(study.seeds), failed) for found in findings.values()]
+    record = {
+        "study": study.model_dump(mode="json"),
+        "data": {name: found.to_dict() for name, found in findings.items()},
+        "failed": [asdict(failure) for failure in failed],
+    }
+    markdown = [f"## {table.title}\n\n{table.to_markdown()}" for table in tables]
+    for name, text in (
+        ("study.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n"),
+        ("table.md", "\n".join(markdown)),
+        ("table.tex", "\n".join(table.to_latex() for table in tables)),
+    ):
+        (output / name).write_text(text, "utf-8", "replace")
+    for table in tables:
+        typer.echo(f"\n{table.to_text()}")

@@ -1,0 +1,197 @@
+"""What came of a study, per data set: means over training seeds, intervals, differences. No torch.
+
+A method's score is the mean over its training seeds, beside their standard deviation. Intervals
+and paired differences are over requests: a request's score is its mean over training and decoding
+seeds.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from promptkd.evaluation.comparison import Difference, differences
+from promptkd.evaluation.metrics import SCORED, bootstrap_interval, mean_and_deviation
+from promptkd.report.data import DataSet, Evaluation, Model
+from promptkd.report.findings import (
+    SCORE_NAMES,
+    Comparison,
+    best_model,
+    decoding_words,
+    describe,
+    digits,
+    plain,
+)
+from promptkd.report.tables import Cell, Table, comparison_cell
+
+SHOWN = ("rouge_l", "reverse_kl_to_teacher", "num_tokens", "ended")
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A run that ended in an error, and its sentence."""
+
+    label: str
+    seed: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of every table: a method, the start or the teacher.
+
+    Attributes:
+        role: "run", "start" or "teacher".
+        seeds: the training seeds that succeeded; empty for start and teacher.
+        scores: by data set, one per training seed; the only ones of start and teacher.
+    """
+
+    label: str
+    role: str
+    seeds: tuple[int, ...]
+    scores: tuple[Mapping[str, Evaluation], ...]
+
+    def model(self, name: str) -> Model | None:
+        """All seeds as one evaluation, so that the report's findings apply; None if all failed."""
+        if not self.scores:
+            return None
+        evaluations = [own[name] for own in self.scores]
+        record = evaluations[0].record
+        predictions = tuple(row for e in evaluations for row in e.predictions)
+        pooled = Evaluation(name, record, predictions)
+        scores = {
+            score: _over_seeds(score, evaluations, pooled)
+            for score in SCORE_NAMES
+            if all(score in evaluation.record["scores"] for evaluation in evaluations)
+        }
+        return Model(
+            self.label, self.role, Evaluation(name, record | {"scores": scores}, predictions)
+        )
+
+
+def _over_seeds(name: str, evaluations: Sequence[Evaluation], pooled: Evaluation) -> dict[str, Any]:
+    by_seed = [evaluation.record["scores"][name]["mean"] for evaluation in evaluations]
+    mean, deviation = mean_and_deviation(by_seed)
+    found: dict[str, Any] = {"mean": mean, "by_training_seed": by_seed}
+    if len(by_seed) > 1:
+        found["deviation_over_training_seeds"] = deviation
+    by_example = pooled.by_example(name) if name in SCORED else None
+    if by_example:
+        percent = 100.0 if name == "ended" else 1.0
+        found["interval_95"] = bootstrap_interval([percent * v for v in by_example.values()])
+    return found
+
+
+@dataclass(frozen=True)
+class Findings:
+    """One data set of a study.
+
+    Attributes:
+        models: by label; None where every run failed.
+        gains: differences to the baseline by label, those of every score that both have.
+    """
+
+    name: str
+    lines: tuple[Line, ...]
+    baseline: str
+    models: dict[str, Model | None]
+    gains: dict[str, tuple[Difference, ...]]
+
+    @classmethod
+    def of(cls, lines: Sequence[Line], name: str, baseline: str) -> "Findings":
+        models = {line.label: line.model(name) for line in lines}
+        other = models[baseline]
+        gains = {
+            label: tuple(differences(model.evaluation, other.evaluation))
+            for label, model in models.items()
+            if model and other and model is not other
+            if model.evaluation.protocol == other.evaluation.protocol
+        }
+        return cls(name, tuple(lines), baseline, models, gains)
+
+    @property
+    def data(self) -> DataSet:
+        return DataSet(self.name, tuple(model for model in self.models.values() if model))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything that is known, for study.json."""
+        record = self.data.record
+        return {
+            "settings": {k: v for k, v in record.items() if k not in ("model", "scores")},
+            "models": [
+                {
+                    "label": line.label,
+                    "role": line.role,
+                    "training_seeds": list(line.seeds),
+                    "scores": model.evaluation.record["scores"] if model else None,
+                }
+                for line, model in zip(self.lines, self.models.values(), strict=True)
+            ],
+            "differences": [
+                {"first": label, "second": self.baseline, "score": row.score}
+                | {key: asdict(row)[key] for key in ("difference", "low", "high", "num_requests")}
+                for label, rows in self.gains.items()
+                for row in rows
+            ],
+        }
+
+
+def study_table(findings: Findings, num_seeds: int, failed: Sequence[Failure]) -> Table:
+    """Methods, start and teacher on one data set, each against the baseline."""
+    data, baseline = findings.data, findings.baseline
+    shown = [s for s in SHOWN if any(s in m.evaluation.record["scores"] for m in data.models)]
+    compared, runs = "rouge_l" in shown, data.of_role("run")
+    best = best_model(runs, "rouge_l") if compared else None
+    headings, rows = ["Model", "Seeds", *(SCORE_NAMES[score] for score in shown)], []
+    headings[3:3] = [f"ROUGE-L − {baseline}"] * compared
+    for line in findings.lines:
+        model = findings.models[line.label]
+        scores = model.evaluation.record["scores"] if model else {}
+        cells = [
+            _cell(s, scores[s], s == "rouge_l" and best == line.label) if s in scores else Cell("–")
+            for s in shown
+        ]
+        cells[1:1] = [_gain(findings, line.label)] * compared
+        rows.append((Cell(line.label), Cell(_seeds(line, num_seeds)), *cells))
+    caption = (
+        f"{describe(data)}; {decoding_words(data.record)}. ±: standard deviation over training "
+        "seeds. Square brackets: 95% bootstrap interval over requests; it does not cover what "
+        "other training seeds would change."
+    )
+    if compared:
+        caption += " Differences are paired by request."
+    if len(runs) > 1 and compared:
+        caption += (
+            " Bold: better than every other method, each paired interval clear of zero; "
+            "intervals are not corrected for the number of comparisons."
+        )
+    for failure in failed:
+        caption += f" Failed: {failure.label}, seed {failure.seed}: {failure.reason}"
+    return Table("table", data.name, caption, tuple(headings), tuple(rows))
+
+
+def _seeds(line: Line, num_planned: int) -> str:
+    if line.role != "run":
+        return "–"
+    done = len(line.seeds)
+    if done == num_planned:
+        return str(done)
+    return f"{done} of {num_planned}" if done else "failed"
+
+
+def _gain(findings: Findings, label: str) -> Cell:
+    if label == findings.baseline or findings.models[label] is None:
+        return Cell("–")
+    for row in findings.gains.get(label, ()):
+        if row.score == "rouge_l":
+            pair = Comparison(label, findings.baseline, row.difference, row.low, row.high)
+            return comparison_cell(pair)
+    return comparison_cell(None)
+
+
+def _cell(name: str, score: dict[str, Any], best: bool) -> Cell:
+    mean = digits(score["mean"]) if name == "reverse_kl_to_teacher" else plain(score["mean"])
+    decimals = len(mean.partition(".")[2])
+    deviation, interval = score.get("deviation_over_training_seeds"), score.get("interval_95")
+    spread = "" if deviation is None else f" ± {deviation:.{decimals}f}"
+    detail = f"[{plain(interval[0])}, {plain(interval[1])}]" if interval else ""
+    return Cell(mean + spread, detail, best)

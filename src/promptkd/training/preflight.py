@@ -1,0 +1,122 @@
+"""What silently ruins a distillation elsewhere, looked for before the first step."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from promptkd.composition import Method
+from promptkd.data import Dataset, Encoder
+from promptkd.errors import UserError
+from promptkd.micro_batches import pad
+from promptkd.models.language_model import LanguageModel, check_head, select_responses
+from promptkd.models.loading import check_context, embedding_rows, stop_ids
+from promptkd.rollouts import Rollout
+from promptkd.teachers import Teacher
+
+
+def check_data(
+    method: Method, data: Dataset, validation: Dataset | None, metric: str, has_teacher: bool
+) -> None:
+    """Refuse what the method or the metric can't use.
+
+    Raises:
+        UserError: if references are needed and missing, or a teacher is.
+    """
+    if method.needs_references and not data.has_references:
+        missing = next(e.index for e in data.examples if e.response_ids is None)
+        raise UserError(
+            f"The method '{method.name}' learns from reference responses, but row {missing} "
+            "(counted from 0) of data.train has none. Add an 'output' column, or use rollouts "
+            "written by the student: method.name=promptkd, or gkd with student_share=1."
+        )
+    if method.needs_validation and not (validation and validation.has_references):
+        raise UserError(
+            f"The method '{method.name}' is steered by the validation loss, but data.validation "
+            "has no references, or isn't given. Add held-out data with an 'output' column."
+        )
+    if method.needs_teacher and not has_teacher:
+        raise UserError(
+            f"The method '{method.name}' needs a teacher, but the recipe names none. "
+            "Add 'teacher: {model: ...}'."
+        )
+    if metric == "reverse_kl_to_teacher" and validation and not has_teacher:
+        raise UserError("evaluation.metric reverse_kl_to_teacher needs a teacher in the recipe.")
+    if metric != "reverse_kl_to_teacher" and validation and not validation.has_references:
+        raise UserError(
+            f"evaluation.metric {metric} compares with references, but data.validation has rows "
+            "without one. Add them, or use evaluation.metric=reverse_kl_to_teacher."
+        )
+
+
+def check_exposure_bias(validation: Dataset | None, comparable: bool, num_ranks: int) -> None:
+    """Refuse what can't be measured during training.
+
+    Raises:
+        UserError: without a teacher of the student's tokenizer, or a request for every process.
+    """
+    if not comparable:
+        raise UserError(
+            "evaluation.exposure_bias_every_steps compares the student with its teacher token by "
+            "token, but the recipe names no teacher with the student's tokenizer. Set it to 0."
+        )
+    if validation is None or len(validation) < num_ranks:
+        raise UserError(
+            f"evaluation.exposure_bias_every_steps needs at least {num_ranks} validation "
+            f"requests, one per process; there are {len(validation) if validation else 0}. "
+            "Set data.validation."
+        )
+
+
+@torch.no_grad()
+def check_models(
+    student: LanguageModel,
+    teacher: Teacher | None,
+    tokenizer: Any,
+    encoder: Encoder,
+    data: Dataset,
+    names: tuple[str, str],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Check the pair on real requests and say what was found.
+
+    Raises:
+        UserError: if lengths exceed a context, a head isn't understood, or the prompt does nothing.
+    """
+    lengths = encoder.max_request_tokens, encoder.max_response_tokens
+    check_context(student.module.config, *lengths, f"the student {names[0]}")
+    check_head(student, names[0])
+    stops = stop_ids(tokenizer, student.module)
+    found: dict[str, Any] = {"stop_ids": list(stops), "vocabulary": student.vocabulary}
+    say(f"responses end with {[tokenizer.convert_ids_to_tokens(i) for i in stops]} {list(stops)}")
+    if teacher is None:
+        return found
+    front = teacher.front_length
+    check_context(teacher.model.module.config, *lengths, f"the teacher {names[1]}", front)
+    check_head(teacher.model, names[1])
+    batch = pad(
+        [Rollout(e.index, e.request_ids, e.request_ids[-1:], "probe") for e in data.examples[:4]],
+        student.device,
+    )
+    hidden = teacher.plain_hidden_states(batch.tokens)
+    states = select_responses(hidden, batch.response_mask)
+    rows = [embedding_rows(m.module) for m in (student, teacher.model)]
+    whole = LanguageModel(teacher.model.module, rows[1], teacher.model.dtype)
+    logprobs = whole.head.logprobs(states)
+    outside = 0.0
+    if rows[1] > student.vocabulary:
+        outside = logprobs[:, student.vocabulary :].exp().sum(-1).max().item()
+    found["teacher_mass_outside"] = outside
+    say(
+        f"vocabulary: token tables equal; student {rows[0]} rows, teacher {rows[1]}: the first "
+        f"{student.vocabulary} are compared; teacher mass cut off: at most {outside:.2g}"
+    )
+    if front:
+        adapted = select_responses(teacher.hidden_states(batch.tokens), batch.response_mask)
+        change = (adapted.float() - states.float()).abs().max().item()
+        if change == 0:
+            raise UserError(
+                "What is put in front of the teacher doesn't change what it says: its hidden "
+                "states are equal with and without it. This architecture ignores it; report it."
+            )
+    return found

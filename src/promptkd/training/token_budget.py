@@ -1,0 +1,78 @@
+"""How many tokens fit into memory at once."""
+
+from collections.abc import Callable, Sequence
+
+import psutil
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from promptkd.errors import UserError
+
+CEILINGS = {"cpu": 4096, "cuda": 32768}
+"""Tokens beyond which products don't get faster."""
+SHARE = (
+    0.5  # of what is free: activations that aren't kept, fragments and other processes need some
+)
+
+Speak = Callable[[Int[Tensor, "batch time"]], Tensor]
+"""A model's hidden states, with a graph if anything in it learns."""
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the card, or on the machine for the processor."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return psutil.virtual_memory().available
+
+
+def bytes_per_token(speak: Speak, parameters: Sequence[nn.Parameter], device: torch.device) -> int:
+    """What every token of a forward pass keeps until the backward pass.
+
+    Counted in two passes of different length, so that what doesn't grow drops out.
+
+    Args:
+        parameters: the model's; kept too, but they are there anyway.
+    """
+    there = {parameter.untyped_storage().data_ptr() for parameter in parameters}
+    lengths, kept = (16, 32), []
+    for length in lengths:
+        storages: dict[int, int] = {}
+
+        def note(tensor: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in there:
+                storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        tokens = torch.ones(1, length, dtype=torch.long, device=device)
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            hidden = speak(tokens)
+        kept.append(sum(storages.values()))
+        del hidden
+    return (kept[1] - kept[0]) // (lengths[1] - lengths[0])
+
+
+def token_budget(
+    per_token: int, reserved: int, free: int, longest: int, device: torch.device
+) -> int:
+    """The most tokens of a micro-batch, padding included.
+
+    Args:
+        per_token: bytes that each keeps.
+        reserved: bytes that training will take whatever the budget: gradients, optimizer state.
+        free: bytes.
+        longest: tokens of the longest sequence, which must fit.
+
+    Raises:
+        UserError: if not even one longest sequence fits.
+    """
+    fitting = int(SHARE * (free - reserved) / per_token)
+    if fitting < longest:
+        raise UserError(
+            f"A sequence of {longest} tokens does not fit into memory: {free / 1e9:.1f} GB are "
+            f"free, gradients and optimizer state take {reserved / 1e9:.1f} GB of them, and a "
+            f"token {per_token / 1e6:.2f} MB. Use gradient_checkpointing, shorter sequences, a "
+            "LoRA student, or set micro_batch_tokens yourself to try it."
+        )
+    return max(longest, min(fitting, CEILINGS[device.type]))
