@@ -8,14 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from promptkd.files import out_of_space, recover_replaced, whole_directory
 from promptkd.training.checkpoints import (
     Checkpoint,
     load_latest,
-    out_of_space,
-    recover_replaced,
     save_checkpoint,
     saved_checkpoints,
-    writing,
 )
 
 
@@ -79,7 +77,7 @@ def test_an_older_checkpoint_is_removed_only_after_the_new_one_is_whole(tmp_path
 
 def test_no_checkpoint_has_its_name_before_it_is_complete(tmp_path):
     final = tmp_path / "step-000002"
-    with writing(final, "checkpoint") as temporary:
+    with whole_directory(final, "checkpoint") as temporary:
         (temporary / "student.pt").write_bytes(b"half")
         assert saved_checkpoints(tmp_path) == []
         assert not final.exists()
@@ -167,9 +165,9 @@ def test_a_damaged_checkpoint_is_replaced_when_its_step_is_saved_again(tmp_path)
 
 def test_writing_replaces_a_directory_whole(tmp_path):
     final = tmp_path / "student"
-    with writing(final, "student") as temporary:
+    with whole_directory(final, "student") as temporary:
         (temporary / "old").write_text("old")
-    with writing(final, "student") as temporary:
+    with whole_directory(final, "student") as temporary:
         (temporary / "new").write_text("new")
         assert (final / "old").exists()
 
@@ -180,7 +178,7 @@ def test_writing_replaces_a_directory_whole(tmp_path):
 def test_what_a_killed_process_left_half_written_is_not_taken_over(tmp_path):
     (tmp_path / ".writing-student").mkdir()
     (tmp_path / ".writing-student" / "stale").write_text("stale")
-    with writing(tmp_path / "student", "student") as temporary:
+    with whole_directory(tmp_path / "student", "student") as temporary:
         (temporary / "new").write_text("new")
 
     assert names(tmp_path / "student") == ["new"]

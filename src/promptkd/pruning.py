@@ -5,7 +5,6 @@ costs a fraction of what evenly spaced layers cost (docs/log.md has the numbers)
 """
 
 import copy
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +18,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from promptkd.data import Encoder, read_examples, training_set
 from promptkd.errors import UserError
-from promptkd.evaluation.evaluate import nats_per_token
+from promptkd.files import whole_directory, write_json
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import compute_dtype, embedding_rows, load_model, load_tokenizer
 from promptkd.rollouts import Rollout, reference_rollouts
-from promptkd.training.checkpoints import writing
+from promptkd.token_losses import loss_sums
 
 
 def init_student(
@@ -78,10 +77,10 @@ def init_student(
     record["kept"] = kept
     record["dropped"] = [layer for layer in range(total) if layer not in kept]
     student = keep_layers(module, kept)
-    with writing(output, "student") as directory:
+    with whole_directory(output, "student") as directory:
         student.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-        (directory / "pruning.json").write_text(json.dumps(record, indent=2))
+        write_json(directory / "pruning.json", record)
     return record
 
 
@@ -196,5 +195,4 @@ def _calibration_rollouts(
 
 
 def _loss(model: LanguageModel, rollouts: Sequence[Rollout]) -> float:
-    sums = nats_per_token(rollouts, model, None, 2048)
-    return sums["cross_entropy"] / sums["num_tokens"]
+    return loss_sums(rollouts, model, None, 2048).mean_cross_entropy

@@ -13,15 +13,13 @@ from tqdm import tqdm
 
 from promptkd.config import load_recipe
 from promptkd.data import Dataset, Encoder, evaluation_set, read_examples
-from promptkd.divergences import reverse_kl
 from promptkd.errors import UserError
 from promptkd.evaluation.metrics import exact_match, mean_and_deviation, rouge_l
 from promptkd.evaluation.predictions import Prediction, save_evaluation, summarise
 from promptkd.evaluation.suites import PAPER_SEEDS, listed, name_of
 from promptkd.generation.sampling import Decoding
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
-from promptkd.micro_batches import split_by_length
-from promptkd.models.language_model import LanguageModel, select_responses
+from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import (
     check_context,
     compute_dtype,
@@ -31,8 +29,8 @@ from promptkd.models.loading import (
     stop_ids,
 )
 from promptkd.models.vocabularies import same_tokenizer, shared_vocabulary
-from promptkd.objectives import States, accumulate
 from promptkd.rollouts import Rollout, reference_rollouts
+from promptkd.token_losses import loss_sums
 
 
 def predict(
@@ -77,43 +75,6 @@ def score(
             )
         )
     return predictions
-
-
-@torch.no_grad()
-def nats_per_token(
-    rollouts: Sequence[Rollout],
-    student: LanguageModel,
-    teacher: LanguageModel | None,
-    micro_batch_tokens: int,
-) -> dict[str, float]:
-    """Sums over the response tokens of -log q and, with a teacher, of KL(q || p), and their number.
-
-    KL(q || p) on responses the student wrote is how far the student is from the plain teacher.
-    """
-    sums = {"cross_entropy": 0.0, "reverse_kl": 0.0, "num_tokens": 0.0}
-    for batch in split_by_length(rollouts, micro_batch_tokens, student.device):
-        models = {"student": student} | ({"teacher": teacher} if teacher else {})
-        states = {
-            name: States(
-                select_responses(model.hidden_states(batch.tokens), batch.response_mask),
-                model.head,
-                learns=False,
-            )
-            for name, model in models.items()
-        }
-        ids = batch.response_ids
-
-        def losses(logprobs, piece: slice, ids: torch.Tensor = ids):
-            own = logprobs["student"]
-            values = {"cross_entropy": -own.gather(-1, ids[piece, None])[:, 0]}
-            if "teacher" in logprobs:
-                values["reverse_kl"] = reverse_kl(own, logprobs["teacher"])
-            return values
-
-        for name, nats in accumulate(states, losses, {}).items():
-            sums[name] += nats.sum().item()
-        sums["num_tokens"] += len(ids)
-    return sums
 
 
 def evaluate(
@@ -234,10 +195,10 @@ def _score_model(
         rollouts = predict(engine, dataset, decoding, seed)
         predictions += score(rollouts, dataset, tokenizer, stop, seed)
         if teacher:
-            sums.append(nats_per_token(rollouts, student, teacher, 4096))
+            sums.append(loss_sums(rollouts, student, teacher, 4096))
     scores = summarise(predictions)
     if sums:
-        by_seed = [s["reverse_kl"] / s["num_tokens"] for s in sums]
+        by_seed = [s.mean_reverse_kl for s in sums]
         mean, deviation = mean_and_deviation(by_seed)
         scores["reverse_kl_to_teacher"] = {
             "mean": mean,
@@ -245,6 +206,6 @@ def _score_model(
             "by_seed": by_seed,
         }
     if all(example.response_ids for example in dataset.examples):
-        own = nats_per_token(reference_rollouts(dataset.examples), student, None, 4096)
-        scores["cross_entropy"] = {"mean": own["cross_entropy"] / own["num_tokens"]}
+        own = loss_sums(reference_rollouts(dataset.examples), student, None, 4096)
+        scores["cross_entropy"] = {"mean": own.mean_cross_entropy}
     return scores, predictions

@@ -30,11 +30,13 @@ from promptkd.evaluation.exposure_curves import (
     exposure_curve,
     numbers,
 )
-from promptkd.evaluation.finished_run import load_run, nats_of_responses, write_json
+from promptkd.evaluation.finished_run import load_run
+from promptkd.files import write_json
 from promptkd.generation.sampling import Decoding
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.models.language_model import LanguageModel, select_responses
 from promptkd.rollouts import Rollout
+from promptkd.token_losses import token_losses
 
 Responses: TypeAlias = Sequence[Sequence[Rollout]]
 """By request, then by sample."""
@@ -110,18 +112,17 @@ def measure_gaps(
         UserError: if a gap is not finite, which is a broken model.
     """
     rollouts = [rollout for samples in responses for rollout in samples]
-    measured = nats_of_responses(
+    measured = token_losses(
         rollouts,
         {
             "student": (student.hidden_states, student.head),
             "teacher": (teacher.hidden_states, teacher.head),
         },
         # A divergence is never negative; rounding leaves a trace below zero.
-        lambda spoken: {
+        lambda spoken, _: {
             "gap": forward_kl(learner=spoken["student"], target=spoken["teacher"]).clamp_min(0)
         },
         micro_batch_tokens,
-        student.device,
         (lambda hidden, mask: hidden[mask]) if authors_script else select_responses,
     )["gap"]
     broken = [r.index for r, v in zip(rollouts, measured, strict=True) if not v.isfinite().all()]

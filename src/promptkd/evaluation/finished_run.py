@@ -1,21 +1,16 @@
 """A finished run's models, loaded to be measured, and what they say about given responses."""
 
-import json
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from promptkd.config import Recipe, load_recipe
 from promptkd.data import Encoder
-from promptkd.divergences import LogProbs, PerToken
 from promptkd.errors import UserError
 from promptkd.generation.sampling import Decoding
-from promptkd.micro_batches import split_by_length
-from promptkd.models.language_model import Head, LanguageModel, select_responses
+from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import (
     check_context,
     compute_dtype,
@@ -25,9 +20,6 @@ from promptkd.models.loading import (
     stop_ids,
 )
 from promptkd.models.vocabularies import shared_vocabulary
-from promptkd.objectives import States, accumulate
-from promptkd.rollouts import Rollout
-from promptkd.training.checkpoints import writing
 
 
 @dataclass(frozen=True)
@@ -121,57 +113,3 @@ def load_for_measuring(name: str, precision: str) -> LanguageModel:
     module: Any = load_model(name, dtype)
     module.to(device).requires_grad_(False)
     return LanguageModel(module, embedding_rows(module), dtype)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a file that is whole or not there.
-
-    Raises:
-        UserError: if there is no space; the file that was there before is kept.
-    """
-    place = path.parent / f".{path.stem}"
-    with writing(place, path.name) as temporary:
-        (temporary / path.name).write_text(
-            json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8"
-        )
-    (place / path.name).replace(path)
-    place.rmdir()
-
-
-Voice: TypeAlias = tuple[Callable[[Tensor], Tensor], Head]
-"""A model's hidden states as a function of tokens, and the head that reads them."""
-
-
-@torch.no_grad()
-def nats_of_responses(
-    rollouts: Sequence[Rollout],
-    voices: Mapping[str, Voice],
-    losses: Callable[[Mapping[str, LogProbs]], Mapping[str, PerToken]],
-    micro_batch_tokens: int,
-    device: torch.device,
-    select: Callable[[Tensor, Tensor], Tensor] = select_responses,
-) -> dict[str, list[PerToken]]:
-    """Named losses at every response token: one vector per rollout, in the rollouts' order.
-
-    Args:
-        rollouts: any number of them, in any order.
-        voices: by name.
-        losses: from log-probabilities by voice to nats per token by loss.
-        micro_batch_tokens: padded tokens per forward pass.
-        device: of the models.
-        select: which hidden states are scored.
-    """
-    placed = [replace(rollout, index=place) for place, rollout in enumerate(rollouts)]
-    found: dict[str, dict[int, PerToken]] = {}
-    for batch in split_by_length(placed, micro_batch_tokens, device):
-        states = {
-            name: States(select(speak(batch.tokens), batch.response_mask), head, learns=False)
-            for name, (speak, head) in voices.items()
-        }
-        lengths = [len(rollout.response_ids) for rollout in batch.rollouts]
-        nats = accumulate(states, lambda logprobs, _: losses(logprobs), {})
-        for name, values in nats.items():
-            pieces = values.double().cpu().split(lengths)
-            for rollout, piece in zip(batch.rollouts, pieces, strict=True):
-                found.setdefault(name, {})[rollout.index] = piece
-    return {name: [by_place[i] for i in range(len(placed))] for name, by_place in found.items()}

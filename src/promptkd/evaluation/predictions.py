@@ -14,7 +14,7 @@ from promptkd.evaluation.metrics import (
     mean_and_deviation,
     rouge_l,
 )
-from promptkd.training.checkpoints import writing
+from promptkd.files import read_json_lines, write_json, write_json_lines
 
 
 @dataclass(frozen=True)
@@ -71,15 +71,8 @@ def save_evaluation(
     directory: Path, name: str, result: dict[str, Any], predictions: Sequence[Prediction]
 ) -> None:
     """Write ``NAME.json`` and ``NAME.predictions.jsonl``, the latter first."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with writing(directory / f".{name}", "evaluation") as temporary:
-        lines = (json.dumps(asdict(p), ensure_ascii=False) + "\n" for p in predictions)
-        (temporary / "predictions.jsonl").write_text("".join(lines))
-        (temporary / "scores.json").write_text(json.dumps(result, indent=2))
-    finished = directory / f".{name}"
-    (finished / "predictions.jsonl").replace(directory / f"{name}.predictions.jsonl")
-    (finished / "scores.json").replace(directory / f"{name}.json")
-    finished.rmdir()
+    write_json_lines(directory / f"{name}.predictions.jsonl", map(asdict, predictions))
+    write_json(directory / f"{name}.json", result)
 
 
 def rescore(directory: str | Path) -> dict[str, dict[str, Any]]:
@@ -103,7 +96,7 @@ def rescore(directory: str | Path) -> dict[str, dict[str, Any]]:
     results = {}
     for path in kept:
         name = path.name.removesuffix(".predictions.jsonl")
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows, _ = read_json_lines(path)
         predictions = [_scored_again(row) for row in rows]
         result = json.loads((place / f"{name}.json").read_text(encoding="utf-8"))
         result["scores"] |= summarise(predictions)

@@ -29,21 +29,17 @@ from promptkd.data import Dataset, evaluation_set, read_examples, training_set
 from promptkd.divergences import LogProbs, PerToken, kl
 from promptkd.errors import UserError
 from promptkd.evaluation.evaluate import predict, score
-from promptkd.evaluation.finished_run import (
-    FinishedRun,
-    load_for_measuring,
-    load_run,
-    nats_of_responses,
-    write_json,
-)
+from promptkd.evaluation.finished_run import FinishedRun, load_for_measuring, load_run
 from promptkd.evaluation.metrics import paired_bootstrap
 from promptkd.evaluation.predictions import Prediction, summarise
+from promptkd.files import write_json
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.methods import build_method
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import check_context, load_tokenizer
 from promptkd.rollouts import Rollout, reference_rollouts
 from promptkd.teachers import load_soft_prompt, prompt_vectors
+from promptkd.token_losses import token_losses
 
 TOKENS_AT_ONCE = 16384
 """Embeddings compared in one piece; bounds the memory, not the result."""
@@ -84,7 +80,7 @@ class Cast:
         """
         teacher, final, first = self.run.teacher, self.run.student, self.first_student
 
-        def losses(spoken: Mapping[str, LogProbs]) -> Mapping[str, PerToken]:
+        def losses(spoken: Mapping[str, LogProbs], tokens: Tensor) -> Mapping[str, PerToken]:
             pairs = [
                 pair
                 for student in ("first", "final")
@@ -94,7 +90,7 @@ class Cast:
             pairs.append(("prompted", "plain"))
             return {f"{a}|{b}": kl(spoken[a], spoken[b]) for a, b in pairs}
 
-        return nats_of_responses(
+        return token_losses(
             rollouts,
             {
                 "first": (first.hidden_states, first.head),
@@ -107,7 +103,6 @@ class Cast:
             },
             losses,
             micro_batch_tokens,
-            teacher.device,
         )
 
 

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from promptkd.errors import UserError
 from promptkd.evaluation.suites import PAPER_SEEDS, name_of
+from promptkd.files import write_text
 from promptkd.judge.client import Endpoint, KeptReplies, RequestFailed, shortened
 from promptkd.judge.protocols import (
     INSTRUCTIONS,
@@ -176,8 +177,8 @@ def judge(
     if protocol == "pairwise":
         name += f".against-{'references' if against is None else Path(against).resolve().name}"
     lines = [json.dumps(_row(q, judgements[q.text]), ensure_ascii=False) + "\n" for q in questions]
-    _write(directory / f"{name}.replies.jsonl", "".join(lines))
-    _write(directory / f"{name}.json", json.dumps(result, indent=2, ensure_ascii=False))
+    write_text(directory / f"{name}.replies.jsonl", "".join(lines))
+    write_text(directory / f"{name}.json", json.dumps(result, indent=2, ensure_ascii=False))
     return result
 
 
@@ -366,15 +367,3 @@ def _row(question: Question, judgement: Judgement) -> dict[str, Any]:
         "verdict": judgement.verdict,
         "failure": str(judgement.failure) if judgement.failure else None,
     }
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(
-            f"{path} can't be written ({error.strerror}). The judge's replies are kept: give the "
-            "same command again when there is space."
-        ) from None

@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
+from promptkd.files import write_bytes, write_text
 from promptkd.report.findings import digits
 
 # Okabe and Ito's colours, safe for colour blindness; the page has a lighter set for dark ground.
@@ -255,7 +256,6 @@ def _figure(
     legend: bool = False,
     height: float = SIZE[1],
 ) -> Figure:
-    directory.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         canvas = Canvas(figsize=(SIZE[0], height), layout="constrained")
         axes = canvas.add_subplot()
@@ -269,11 +269,12 @@ def _figure(
             )
         canvas.draw_without_rendering()
         canvas.set_layout_engine("none")  # laid out once, for both files
-        drawn = io.StringIO()
+        drawn, picture = io.StringIO(), io.BytesIO()
         canvas.savefig(drawn, format="svg", transparent=True, metadata={"Date": None})
-        canvas.savefig(directory / f"{name}.png", dpi=200, facecolor="white")
+        canvas.savefig(picture, format="png", dpi=200, facecolor="white")
     svg = drawn.getvalue()
-    (directory / f"{name}.svg").write_text(svg, encoding="utf-8")
+    write_bytes(directory / f"{name}.png", picture.getvalue())
+    write_text(directory / f"{name}.svg", svg)
     return Figure(name, title, message, for_page(svg, name, f"{title}. {message}"))
 
 

@@ -5,11 +5,11 @@ stopped, or was made on another machine.
 """
 
 import importlib.util
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from promptkd.errors import UserError
+from promptkd.files import write_text
 
 
 def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:
@@ -41,7 +41,6 @@ def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = 
     directory = read[0].path if output is None else Path(output)
     directory.mkdir(parents=True, exist_ok=True)
     html = render(read, data_sets(read, loose), directory)
-    page, partial = directory / "report.html", directory / "report.html.partial"
-    partial.write_text(html, encoding="utf-8", errors="replace")
-    os.replace(partial, page)
+    page = directory / "report.html"
+    write_text(page, html)
     return page

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from promptkd.files import write_text
 from promptkd.report.data import DataSet, Model, Run
 from promptkd.report.findings import (
     RANKED,
@@ -117,9 +118,8 @@ class Table:
 
     def write(self, directory: Path) -> None:
         """Write NAME.md and NAME.tex."""
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / f"{self.name}.md").write_text(self.to_markdown(), "utf-8", "replace")
-        (directory / f"{self.name}.tex").write_text(self.to_latex(), "utf-8", "replace")
+        write_text(directory / f"{self.name}.md", self.to_markdown())
+        write_text(directory / f"{self.name}.tex", self.to_latex())
 
 
 def score_table(data: DataSet, number: int) -> Table:

@@ -16,6 +16,7 @@ from promptkd.config import SamplingSection
 from promptkd.data import Example, read_examples
 from promptkd.errors import UserError
 from promptkd.evaluation.evaluate import evaluate
+from promptkd.files import write_text
 from promptkd.generation.sampling import Decoding
 from promptkd.methods import build_method
 from promptkd.models.loading import load_tokenizer
@@ -216,8 +217,7 @@ def _write_recipes(runs: Sequence[PlannedRun]) -> None:
     """Beside the runs' directories, so that any of them can be trained elsewhere."""
     for run in runs:
         directory = Path(run.recipe.output)
-        directory.parent.mkdir(parents=True, exist_ok=True)
-        directory.with_name(f"{directory.name}.yaml").write_text(run.recipe.to_yaml(), "utf-8")
+        write_text(directory.with_name(f"{directory.name}.yaml"), run.recipe.to_yaml())
 
 
 def _conclude(study: Study, lines: Sequence[Line], failed: Sequence[Failure]) -> None:
@@ -236,6 +236,6 @@ def _conclude(study: Study, lines: Sequence[Line], failed: Sequence[Failure]) ->
         ("table.md", "\n".join(markdown)),
         ("table.tex", "\n".join(table.to_latex() for table in tables)),
     ):
-        (output / name).write_text(text, "utf-8", "replace")
+        write_text(output / name, text)
     for table in tables:
         typer.echo(f"\n{table.to_text()}")

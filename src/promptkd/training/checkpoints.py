@@ -1,22 +1,15 @@
 """Checkpoints: written beside, checked, then renamed, so that the latest good one always loads."""
 
-import errno
 import hashlib
 import json
-import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
-from promptkd.errors import UserError
-
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+from promptkd.files import whole_directory, write_json
 
 
 @dataclass(frozen=True)
@@ -40,13 +33,13 @@ def save_checkpoint(directory: Path, checkpoint: Checkpoint, keep: int) -> Path:
         UserError: if the disk is full; what was there before is untouched.
     """
     final = directory / f"step-{checkpoint.step:06d}"
-    with writing(final, f"checkpoint of step {checkpoint.step}") as temporary:
+    with whole_directory(final, f"checkpoint of step {checkpoint.step}") as temporary:
         for name, state in checkpoint.tensors.items():
             with open(temporary / f"{name}.pt", "wb") as file:
                 torch.save(state, file)
-        (temporary / "progress.json").write_text(json.dumps(checkpoint.progress))
+        write_json(temporary / "progress.json", checkpoint.progress)
         digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
-        (temporary / "manifest.json").write_text(json.dumps(digests, indent=1))
+        write_json(temporary / "manifest.json", digests)
     for old in saved_checkpoints(directory)[:-keep]:
         shutil.rmtree(old)
     return final
@@ -73,55 +66,6 @@ def load_latest(directory: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, complaints
 
 
-@contextmanager
-def writing(final: Path, what: str) -> Iterator[Path]:
-    """A temporary directory that takes the name ``final`` when all was written, replacing it.
-
-    Raises:
-        UserError: if there is no space; the temporary directory is removed, ``final`` is kept.
-    """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.parent / f".writing-{final.name}"
-    old = final.parent / f".replaced-{final.name}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        temporary.mkdir()
-        yield temporary
-        for path in temporary.rglob("*"):
-            if path.is_file():
-                _sync(path)
-        shutil.rmtree(old, ignore_errors=True)
-        if final.exists():
-            final.rename(old)
-        temporary.rename(final)
-        _sync(final.parent)
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if out_of_space(error):
-            free = shutil.disk_usage(final.parent).free / 1e6
-            raise UserError(
-                f"No space left while writing the {what} ({free:.0f} MB free in {final.parent}). "
-                "What was saved before is intact: free some space and run the same command again."
-            ) from None
-        raise
-
-
-def recover_replaced(final: Path) -> None:
-    """Finish a replacement that was interrupted between its two renames."""
-    old = final.parent / f".replaced-{final.name}"
-    if old.exists() and not final.exists():
-        old.rename(final)
-
-
-def out_of_space(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in NO_SPACE
-    # torch's and safetensors' writers report the system's words in an error of their own
-    words = ("No space left", "Disk quota", "File too large", "PytorchStreamWriter")
-    return any(word in str(error) for word in words)
-
-
 def _step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
@@ -144,11 +88,3 @@ def _damage(path: Path) -> str | None:
 def _digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -8,6 +8,7 @@ from promptkd.adapters import merged, save_lora
 from promptkd.composition import Method
 from promptkd.config import Recipe
 from promptkd.errors import UserError
+from promptkd.files import recover_replaced, whole_directory, write_json, write_text
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import model_directory
 from promptkd.teachers import Teacher
@@ -54,7 +55,7 @@ class RunDirectory:
                     f"({', '.join(different)}). Choose another output, or remove that directory."
                 )
         elif self.path.exists() and any(
-            entry.name != "environment.partial" for entry in self.path.iterdir()
+            entry.name != ".writing-environment.json" for entry in self.path.iterdir()
         ):
             raise UserError(
                 f"{self.path} exists and is not a run of promptkd. Choose another output."
@@ -64,14 +65,14 @@ class RunDirectory:
         """Write down what runs here; the last thing before the first step."""
         self.path.mkdir(parents=True, exist_ok=True)
         if not self._record.exists():
-            _write_json(self._record, {"identity": self.identity, "environment": environment()})
+            write_json(self._record, {"identity": self.identity, "environment": environment()})
         if not (self.path / "recipe.yaml").exists():
-            _write(self.path / "recipe.yaml", self.recipe.to_yaml())
+            write_text(self.path / "recipe.yaml", self.recipe.to_yaml())
 
     def rewind(self, step: int) -> None:
         """Forget what was logged after ``step``, and finish an interrupted replacement."""
         for name in ("student", "teacher_adapter"):
-            checkpoints.recover_replaced(self.path / name)
+            recover_replaced(self.path / name)
         for file in (self.metrics, self.samples):
             file.rewind(step)
 
@@ -92,7 +93,7 @@ class RunDirectory:
         scores: dict[str, float],
     ) -> None:
         """Write student/ and, if the teacher adapts, teacher_adapter/, replacing earlier ones."""
-        with checkpoints.writing(self.path / "student", "student") as directory:
+        with whole_directory(self.path / "student", "student") as directory:
             lora = self.recipe.student.lora
             if lora and not lora.merge:
                 save_lora(student.module, directory, model_directory(self.recipe.student.model))
@@ -101,13 +102,13 @@ class RunDirectory:
                 whole.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
             card = model_card(self.recipe, repr(self.method), step, scores)
-            (directory / "README.md").write_text(card)
+            write_text(directory / "README.md", card)
         if teacher and self.recipe.teacher and teacher.has_adapter:
-            with checkpoints.writing(self.path / "teacher_adapter", "adapter") as directory:
+            with whole_directory(self.path / "teacher_adapter", "adapter") as directory:
                 teacher.save(directory, self.recipe.teacher.model)
 
     def finish(self, summary: dict[str, Any]) -> None:
-        _write_json(self.path / "summary.json", summary)
+        write_json(self.path / "summary.json", summary)
 
 
 def differences(recorded: dict[str, Any], own: dict[str, Any], prefix: str = "") -> list[str]:
@@ -124,14 +125,3 @@ def differences(recorded: dict[str, Any], own: dict[str, Any], prefix: str = "")
         elif first != second:
             found.append(f"{prefix}{key} {first!r} -> {second!r}")
     return [name.removeprefix("recipe.") for name in found]
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    _write(path, json.dumps(content, indent=2))
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.rename(path)

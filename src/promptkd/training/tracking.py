@@ -1,6 +1,5 @@
 """What a run writes down while it goes: metrics.jsonl, samples.jsonl, trackers, progress."""
 
-import json
 import platform
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from promptkd.files import append_json_lines, read_json_lines, write_json_lines
 
 
 class JsonLines:
@@ -22,23 +23,13 @@ class JsonLines:
         """Forget everything after ``step`` and a last line that was not finished."""
         if not self.path.exists():
             return
-        kept = [row for row in self.read() if row["step"] <= step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        partial.replace(self.path)
+        write_json_lines(self.path, [row for row in self.read() if row["step"] <= step])
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        append_json_lines(self.path, rows)
 
     def read(self) -> list[dict[str, Any]]:
-        rows = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break  # the process was killed while it wrote this line
-        return rows
+        return read_json_lines(self.path)[0]
 
 
 def environment() -> dict[str, Any]:

@@ -22,13 +22,15 @@ from promptkd.composition import Method
 from promptkd.config import Recipe
 from promptkd.data import Dataset, batch_of_step
 from promptkd.errors import UserError
-from promptkd.evaluation.evaluate import nats_per_token, predict, score
+from promptkd.evaluation.evaluate import predict, score
 from promptkd.evaluation.exposure_bias import curve_in_training, write_responses
 from promptkd.evaluation.predictions import summarise
+from promptkd.files import out_of_space
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.models.loading import num_parameters
 from promptkd.rollouts import Rollout, reference_rollouts
-from promptkd.training.checkpoints import Checkpoint, out_of_space
+from promptkd.token_losses import LossSums, loss_sums
+from promptkd.training.checkpoints import Checkpoint
 from promptkd.training.run_directory import RunDirectory
 from promptkd.training.schedules import learning_rate
 from promptkd.training.setup import assemble
@@ -251,14 +253,12 @@ class Trainer:
         written = predict(parts.engine, share, parts.decoding, VALIDATION_SEED)
         budget = parts.step.micro_batch_tokens
         teacher = parts.plain_teacher if parts.comparable else None
-        own = nats_per_token(written, parts.student, teacher, budget)
-        given = {"cross_entropy": 0.0, "num_tokens": 0.0}
+        own = loss_sums(written, parts.student, teacher, budget)
+        given = LossSums()
         if parts.validation.has_references:
             references = reference_rollouts(share.examples)
-            given = nats_per_token(references, parts.student, None, budget)
-        sums = [
-            own["reverse_kl"], own["num_tokens"], given["cross_entropy"], given["num_tokens"],
-        ]  # fmt: skip
+            given = loss_sums(references, parts.student, None, budget)
+        sums = [own.reverse_kl, own.count, given.cross_entropy, given.count]
         totals = self._sum_over_ranks(torch.tensor(sums, dtype=torch.float64).to(self.device))
         reverse_kl, num_tokens, cross_entropy, num_given = totals.tolist()
         predictions = score(written, share, parts.tokenizer, parts.stop, VALIDATION_SEED)
