@@ -40,7 +40,7 @@ def milliseconds(work) -> float:
 
 
 def main() -> None:
-    keep_freed_memory()  # as promptkd does when it loads a model
+    keep_freed_memory()  # as promptkd's commands do
     torch.manual_seed(0)
     seconds: dict[str, dict[str, float]] = {}
     ratios: dict[str, float] = {}

@@ -50,7 +50,7 @@ def bytes_kept(work: Callable[[], object], inputs: list[Tensor]) -> int:
 
 
 def main() -> None:
-    keep_freed_memory()  # as promptkd does when it loads a model
+    keep_freed_memory()  # as promptkd's commands do
     torch.manual_seed(0)
     milliseconds: dict[str, dict[str, float]] = {}
     kept: dict[str, dict[str, int]] = {}

@@ -51,7 +51,7 @@ def by_generate(num_requests: int) -> dict[str, Side]:
 
 
 def main() -> None:
-    keep_freed_memory()  # as promptkd does when it loads a model
+    keep_freed_memory()  # as promptkd's commands do
     rows = {}
     for num_requests in (8, 16):
         given = setting(num_requests)

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from promptkd import kernels
 from promptkd.data import Encoder, read_examples, training_set
 from promptkd.demo import unpack_teacher
 from promptkd.generation.sampling import Decoding
@@ -31,7 +32,7 @@ from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.generation.vllm_engine import VLLMEngine
 from promptkd.kernels.allocator import keep_freed_memory
 from promptkd.methods import build_method
-from promptkd.models.language_model import LanguageModel
+from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.loading import compute_dtype, load_tokenizer, stop_ids
 from promptkd.pruning import init_student
 from promptkd.rollouts import Rollout
@@ -93,7 +94,7 @@ def setting(
     encoder = Encoder(tokenizer, "chat", max_request_tokens=256, max_response_tokens=num_new)
     rows = training_set(read_examples([data or starter])[: 4 * num_requests], encoder)
     requests = tuple(example.request_ids for example in rows.examples[:num_requests])
-    # Not by promptkd's loader, which sets the allocator for the whole process: peers have theirs.
+    # Not by promptkd's loader, which puts its kernels into the model: peers have theirs.
     load = AutoModelForCausalLM.from_pretrained
     return Setting(
         load(teacher, dtype=DTYPE).eval().requires_grad_(False),
@@ -118,15 +119,17 @@ class OurStep:
         micro_batch_tokens: int = 4096,
         keep_memory: bool = True,
     ):
-        if keep_memory:  # as promptkd does when it loads a model
+        if keep_memory:  # as promptkd's commands do
             keep_freed_memory()
         self.setting = setting
         vocabulary = vocabulary or setting.teacher.config.vocab_size
-        student = LanguageModel(setting.student, vocabulary, DTYPE)
+        for module in (setting.student, setting.teacher):  # as promptkd's loader does
+            kernels.prepare(module, module.device)
+        student = proven(LanguageModel(setting.student, vocabulary, DTYPE), "student")
         composition = build_method(method)
         assert composition.teacher is not None
         teacher = composition.teacher.build(
-            LanguageModel(setting.teacher, vocabulary, DTYPE), setting.tokenizer
+            proven(LanguageModel(setting.teacher, vocabulary, DTYPE), "teacher"), setting.tokenizer
         )
         own, adapted = list(setting.student.parameters()), teacher.parameters()
         self.engine: Engine = TransformersEngine(student, setting.stop)

@@ -13,7 +13,6 @@ from promptkd.evaluation.side_by_side import generate
 from promptkd.generation.sampling import Decoding
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.methods import build_method
-from promptkd.models.language_model import LanguageModel
 from promptkd.teachers import TextPrompt
 from promptkd.training.trainer import Trainer
 
@@ -22,7 +21,7 @@ REQUESTS = [(5, 6, 7), (8,), (9, 10, 11, 12, 13)]
 
 
 def frozen(architecture):
-    return LanguageModel(tiny.model(architecture, num_layers=3, seed=2), tiny.ROWS)
+    return tiny.language_model(tiny.model(architecture, num_layers=3, seed=2), tiny.ROWS)
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "opt", "llama"])

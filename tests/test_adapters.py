@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM
 import tiny
 from promptkd.adapters import LoRA, Prefix, load_prefix
 from promptkd.errors import UserError
-from promptkd.models.language_model import LanguageModel
 from promptkd.teachers import SoftPrompt, TextPrompt
 
 ARCHITECTURES = ("gpt2", "opt", "llama", "qwen3")
@@ -20,7 +19,7 @@ TEXT = "Suppose you are a student."
 
 def frozen(architecture):
     module = tiny.model(architecture, num_layers=3, seed=2).requires_grad_(False)
-    return LanguageModel(module, tiny.ROWS)
+    return tiny.language_model(module, tiny.ROWS)
 
 
 def disturb(teacher, seed=0):
@@ -134,7 +133,7 @@ def test_lora_starts_alike_whatever_was_drawn_before_and_disturbs_no_other_draw(
 
 def test_lora_stays_fp32_beside_a_bf16_teacher():
     module = tiny.model("llama").to(torch.bfloat16).requires_grad_(False)
-    teacher = LoRA().build(LanguageModel(module, tiny.ROWS, torch.bfloat16), tiny.tokenizer())
+    teacher = LoRA().build(tiny.language_model(module, tiny.ROWS, torch.bfloat16), tiny.tokenizer())
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.float32}
     assert teacher.hidden_states(TOKENS).dtype == torch.bfloat16
 

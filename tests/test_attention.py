@@ -11,9 +11,7 @@ from promptkd.kernels.attention import (
     CausalAttention,
     attend_grouped,
     grouped_sdpa,
-    packed_arguments,
 )
-from promptkd.models.language_model import LanguageModel
 
 
 def randn(*shape, seed=0, dtype=torch.float64):
@@ -91,11 +89,9 @@ def test_packed_sequences_see_themselves_alone_whatever_the_mask(dtype):
     rows = [randn(sum(lengths), count, 8, seed=count, dtype=torch.float32) for count in (6, 2, 2)]
     expected = each_alone(*rows, lengths, 0.3)
     query, key, value = (given.to(dtype).transpose(0, 1)[None] for given in rows)
-    mask = packed_arguments(lengths)["attention_mask"]
+    mask = torch.tensor(lengths).view(1, 1, 1, -1)
 
-    actual, _ = grouped_sdpa(
-        module_of(6, 2), query, key, value, mask, packed_lengths=lengths, scaling=0.3
-    )
+    actual, _ = grouped_sdpa(module_of(6, 2), query, key, value, mask, scaling=0.3)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(actual[0].float(), expected, rtol=tolerance, atol=tolerance)
 
@@ -125,7 +121,7 @@ def test_gradients_of_master_weights_are_about_as_exact_as_with_eager_attention(
 
     def gradients(dtype, attention):
         module = tiny.model("llama", num_layers=2, seed=0)
-        model = LanguageModel(module, 64, dtype)
+        model = tiny.language_model(module, 64, dtype)
         if attention:
             module.set_attn_implementation(attention)
         model.hidden_states(tokens)[:, -1].float().square().sum().backward()
@@ -162,6 +158,6 @@ def test_a_saved_model_attends_as_its_users_choose(tmp_path):
 def test_a_model_that_asks_for_another_attention_keeps_it():
     model = tiny.model("llama", num_layers=1, seed=0)
     model.set_attn_implementation("eager")
-    LanguageModel(model, 64)
+    tiny.language_model(model, 64)
 
     assert model.config._attn_implementation == "eager"

@@ -8,8 +8,7 @@ from torch.nn.functional import silu
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 import tiny
-from promptkd.kernels.norms_and_gates import RMSNorm, SwiGLU, keep_inputs_alone
-from promptkd.models.language_model import LanguageModel
+from promptkd.kernels.norms_and_gates import RMSNorm, SwiGLU, save_only_inputs
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -98,10 +97,10 @@ def kept_by(hidden_states):
 def test_a_model_keeps_a_fifth_less_and_learns_the_same(dtype):
     tokens = torch.arange(2, 2 + 2 * 40).reshape(2, 40) % 60
     plain = tiny.model("llama", num_layers=3)
-    ours = LanguageModel(copy.deepcopy(plain), 64, dtype)
-    theirs = LanguageModel(plain, 64, dtype)
+    ours = tiny.language_model(copy.deepcopy(plain), 64, dtype)
+    theirs = tiny.language_model(plain, 64, dtype)
     for module in theirs.module.modules():
-        vars(module).pop("forward", None)  # what keep_inputs_alone put there
+        vars(module).pop("forward", None)  # what kernels.prepare put there
 
     assert kept_by(lambda: ours.hidden_states(tokens)) < 0.8 * kept_by(
         lambda: theirs.hidden_states(tokens)
@@ -116,7 +115,7 @@ def test_a_model_keeps_a_fifth_less_and_learns_the_same(dtype):
     assert (own - other).norm() < (1e-5 if dtype == torch.float32 else 0.02) * other.norm()
 
 
-def test_only_layers_written_as_llamas_are_changed():
+def test_only_layers_that_compute_what_llamas_do_are_changed():
     class Scaled(LlamaMLP):
         def forward(self, x):
             return 2 * super().forward(x)
@@ -125,16 +124,19 @@ def test_only_layers_written_as_llamas_are_changed():
     scaled, plain = Scaled(config), LlamaMLP(config)
     other = LlamaMLP(config)
     other.act_fn = torch.nn.GELU()
-    for layer in (scaled, plain, other):
-        keep_inputs_alone(layer)
+    model = tiny.model("llama", num_layers=3)
+    layers = (scaled, plain, other)
+    for block, layer in zip(model.base_model.layers, layers, strict=True):
+        block.mlp = layer
+    save_only_inputs(model)
 
-    assert [("forward" in vars(layer)) for layer in (scaled, plain, other)] == [False, True, False]
+    assert [("forward" in vars(layer)) for layer in layers] == [False, True, False]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 def test_transformers_code_is_still_what_is_looked_for(architecture):
     model = tiny.model(architecture, num_layers=1)
-    keep_inputs_alone(model)
+    save_only_inputs(model)
 
     changed = {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
     assert len(changed) == 2

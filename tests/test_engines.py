@@ -6,7 +6,6 @@ import torch
 import tiny
 from promptkd.generation.sampling import Decoding
 from promptkd.generation.transformers_engine import CoAuthor, TransformersEngine
-from promptkd.models.language_model import LanguageModel
 from promptkd.teachers import prompt_vectors
 
 STOP = (0, 17, 33, 50, 71)
@@ -16,7 +15,7 @@ SEEDS = [(0, index) for index in range(5)]
 
 
 def language_model(architecture, seed=1, **options):
-    return LanguageModel(tiny.model(architecture, seed=seed, **options), tiny.ROWS)
+    return tiny.language_model(tiny.model(architecture, seed=seed, **options), tiny.ROWS)
 
 
 def written(model, decoding, requests=REQUESTS, seeds=SEEDS, stop=STOP, **options):
@@ -214,13 +213,13 @@ def test_top_k_and_top_p_keep_the_most_probable_tokens_only():
 
 def test_mixed_precision_writes_with_the_current_weights():
     module = tiny.model("llama", seed=1)
-    engine = TransformersEngine(LanguageModel(module, tiny.ROWS, torch.bfloat16), STOP)
+    engine = TransformersEngine(tiny.language_model(module, tiny.ROWS, torch.bfloat16), STOP)
     decoding = Decoding(6, temperature=0)
     before = engine.write(REQUESTS, SEEDS, decoding)
     module.load_state_dict(tiny.model("llama", seed=9).state_dict())
     after = engine.write(REQUESTS, SEEDS, decoding)
     fresh = TransformersEngine(
-        LanguageModel(tiny.model("llama", seed=9), tiny.ROWS, torch.bfloat16), STOP
+        tiny.language_model(tiny.model("llama", seed=9), tiny.ROWS, torch.bfloat16), STOP
     )
     assert after == fresh.write(REQUESTS, SEEDS, decoding)
     assert after != before

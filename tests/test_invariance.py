@@ -53,9 +53,9 @@ def step_of(
     architecture, method, *, rate=1.0, max_grad_norm=1e9, teacher_step="before_student", **options
 ):
     """A step with SGD, whose update is the gradient itself, and without clipping."""
-    student = LanguageModel(tiny.model(architecture, seed=1), tiny.ROWS)
+    student = tiny.language_model(tiny.model(architecture, seed=1), tiny.ROWS)
     module = tiny.model(architecture, num_layers=3, rows=128, seed=2).requires_grad_(False)
-    teacher = method.teacher.build(LanguageModel(module, tiny.ROWS), tiny.tokenizer())
+    teacher = method.teacher.build(tiny.language_model(module, tiny.ROWS), tiny.tokenizer())
     learners = [
         Learner(list(parameters), torch.optim.SGD(list(parameters), lr=rate))
         if parameters
@@ -91,18 +91,23 @@ def assert_same_updates(actual, expected, tolerance=1e-5):
         assert (actual[name] - value).norm() <= tolerance * max(value.norm(), 1e-2 * scale), name
 
 
-def test_cuts_within_one_budget_change_nothing_and_compute_nothing_twice(monkeypatch):
+def test_a_step_whose_real_tokens_fit_the_budget_computes_nothing_twice(monkeypatch):
     passes = []
     given = LanguageModel.hidden_states
     monkeypatch.setattr(LanguageModel, "hidden_states", lambda *a: passes.append(a) or given(*a))
-    whole, _ = updates("llama", promptkd_method(), [written()], micro_batch_tokens=10_000)
-    assert len(passes) == 4  # the student's, the adapted teacher's twice, the plain one's
-    passes.clear()
-    # Cut because of the padding, which is not computed: all tokens fit.
-    budget = sum(rollout.num_tokens for rollout in written())
-    cut, metrics = updates("llama", promptkd_method(), [written()], micro_batch_tokens=budget)
-    assert len(passes) == 4 * len(split_by_length(written(), budget, CPU)) > 4
+    num_tokens = sum(rollout.num_tokens for rollout in written())
+    assert len(split_by_length(written(), num_tokens, CPU)) > 1  # padding wouldn't fit
+
+    def step(budget):
+        passes.clear()
+        return updates("llama", promptkd_method(), [written()], micro_batch_tokens=budget)
+
+    proofs = step(10_000) and len(passes) - 4
+    whole, metrics = step(num_tokens)
+    assert len(passes) - proofs == 4  # the student's, the adapted teacher's twice, the plain one's
     assert metrics.padding_share == 0
+    cut, _ = step(num_tokens - 1)
+    assert len(passes) - proofs == 2 * 5  # once more by the student, who is taught in a second pass
     assert_same_updates(cut, whole)
 
 
@@ -140,7 +145,7 @@ def test_longer_padding_does_not_change_loss_or_gradient(architecture):
     teacher = tiny.model(architecture, num_layers=3, seed=2).requires_grad_(False)
 
     def gradients(length):
-        student = LanguageModel(tiny.model(architecture, seed=1), tiny.ROWS)
+        student = tiny.language_model(tiny.model(architecture, seed=1), tiny.ROWS)
         batch = pad(written(), CPU, length)
         assert batch.tokens.shape[1] >= length
         states = {
@@ -149,7 +154,7 @@ def test_longer_padding_does_not_change_loss_or_gradient(architecture):
             )
             for name, m, learns in (
                 ("student", student, True),
-                ("teacher", LanguageModel(teacher, tiny.ROWS), False),
+                ("teacher", tiny.language_model(teacher, tiny.ROWS), False),
             )
         }
         nats = accumulate(

@@ -12,7 +12,6 @@ import torch
 import runs
 import tiny
 from promptkd.errors import UserError
-from promptkd.models.language_model import LanguageModel
 from promptkd.teachers import SoftPrompt
 from promptkd.training.token_budget import (
     CEILINGS,
@@ -26,7 +25,7 @@ CPU = torch.device("cpu")
 
 def model(num_layers, learns=True):
     module = tiny.model("llama", num_layers=num_layers, rows=128, seed=0)
-    return LanguageModel(module.requires_grad_(learns), 128)
+    return tiny.language_model(module.requires_grad_(learns), 128)
 
 
 def kept(speaker, model):

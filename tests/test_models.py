@@ -1,6 +1,7 @@
 """Trunk and head are the model; prompts and padding do what they should, on every architecture."""
 
 import importlib.util
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from promptkd.models.language_model import (
     PADDING,
     Head,
     LanguageModel,
-    check_head,
+    proven,
     select_responses,
 )
 from promptkd.models.loading import check_context, load_model, load_tokenizer, stop_ids
@@ -44,25 +45,25 @@ def padded(side, length=11):
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_trunk_and_head_give_the_models_own_logprobs(architecture):
     module = tiny.model(architecture)
-    model = LanguageModel(module, tiny.ROWS)
+    model = tiny.language_model(module, tiny.ROWS)
     tokens = random_tokens()
     with torch.no_grad():
         expected = module(tokens).logits.flatten(0, 1).log_softmax(-1)
         actual = logprobs(model, model.hidden_states(tokens).flatten(0, 1))
     torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
-    check_head(model, architecture)
+    assert model.packing
 
 
 def test_a_head_that_does_more_than_it_seems_is_refused():
     module = tiny.model("llama")
     module.lm_head.register_forward_hook(lambda layer, inputs, logits: 2 * logits)
     with pytest.raises(UserError, match=r"the student \(LlamaForCausalLM\).*differ"):
-        check_head(LanguageModel(module, tiny.ROWS), "the student")
+        proven(LanguageModel(module, tiny.ROWS), "the student")
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_soft_prompt_of_token_embeddings_equals_those_tokens_prepended(architecture):
-    model = LanguageModel(tiny.model(architecture), tiny.ROWS)
+    model = tiny.language_model(tiny.model(architecture), tiny.ROWS)
     tokens, front = random_tokens(), [40, 11, 70, 25]
     written = torch.cat([torch.tensor([front, front]), tokens], dim=1)
     with torch.no_grad():
@@ -77,7 +78,7 @@ def test_soft_prompt_of_token_embeddings_equals_those_tokens_prepended(architect
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_padding_on_either_side_changes_no_state_of_a_real_token(architecture, side, prompted):
-    model = LanguageModel(tiny.model(architecture), tiny.ROWS)
+    model = tiny.language_model(tiny.model(architecture), tiny.ROWS)
     vectors = prompt_vectors(model, [40, 11, 70]) if prompted else None
     tokens, mask = padded(side)
     with torch.no_grad():
@@ -100,7 +101,7 @@ def shapes_seen(model, tokens, prompt=None):
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_products_see_no_padding(architecture):
-    model = LanguageModel(tiny.model(architecture), tiny.ROWS)
+    model = tiny.language_model(tiny.model(architecture), tiny.ROWS)
     tokens, _ = padded("right")
     assert shapes_seen(model, tokens) == (1, sum(ROWS))
     assert shapes_seen(model, tokens, prompt_vectors(model, [40, 11])) == (1, sum(ROWS) + 6)
@@ -108,16 +109,15 @@ def test_products_see_no_padding(architecture):
 
 
 @pytest.mark.parametrize("why", ["a window shorter than a row", "another attention"])
-def test_rows_that_are_not_packed_see_no_padding_either(why):
-    if why == "another attention":
-        module = tiny.model("llama")
+def test_rows_see_themselves_alone_whoever_keeps_them_apart(why):
+    if why == "another attention":  # transformers' own, by positions that start anew
+        module, shape = tiny.model("llama"), (1, sum(ROWS))
         module.set_attn_implementation("eager")
     else:
-        module = tiny.model("mistral", sliding_window=max(ROWS) + 1)
-    model = LanguageModel(module, tiny.ROWS)
-    assert model.packs(max(ROWS) + 1) == (why != "another attention")
+        module, shape = tiny.model("mistral", sliding_window=max(ROWS) + 1), (3, 11)
+    model = tiny.language_model(module, tiny.ROWS)
     tokens, mask = padded("left")
-    assert shapes_seen(model, tokens) == (3, 11)
+    assert shapes_seen(model, tokens) == shape
     with torch.no_grad():
         together = model.hidden_states(tokens)
         for row, real in enumerate(mask):
@@ -125,7 +125,7 @@ def test_rows_that_are_not_packed_see_no_padding_either(why):
             torch.testing.assert_close(together[row, real], alone, rtol=1e-4, atol=1e-5)
 
 
-def test_an_architecture_in_which_packed_rows_see_each_other_is_refused():
+def test_an_architecture_in_which_packed_rows_see_each_other_gets_padded_ones():
     module = tiny.model("llama")
     layer: Any = module.base_model.layers[0]
 
@@ -133,8 +133,32 @@ def test_an_architecture_in_which_packed_rows_see_each_other_is_refused():
         return (arguments[0] + arguments[0].roll(1, dims=1).index_fill(1, torch.tensor([0]), 0),)
 
     layer.register_forward_pre_hook(convolve)
-    with pytest.raises(UserError, match="between the rows of a batch"):
-        check_head(LanguageModel(module, tiny.ROWS), "the student")
+    model = tiny.language_model(module)
+    assert not model.packs(2)
+    tokens, mask = padded("right")
+    with torch.no_grad():
+        together = model.hidden_states(tokens)
+        for row, real in enumerate(mask):
+            alone = model.hidden_states(tokens[row, real][None])[0]
+            torch.testing.assert_close(together[row, real], alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_model_whose_numbers_are_not_finite_is_refused(poison):
+    module = tiny.model("llama")
+    with torch.no_grad():
+        module.base_model.layers[1].mlp.down_proj.weight[0, 0] = poison
+    with pytest.raises(UserError, match="differ from its own by nan"):
+        proven(LanguageModel(module, tiny.ROWS), "the student")
+
+
+def test_making_a_language_model_changes_nothing_that_it_is_given():
+    module = tiny.model("llama")
+    before = [(type(part), sorted(vars(part))) for part in module.modules()]
+    attention = module.config._attn_implementation
+    replace(LanguageModel(module, tiny.ROWS), vocabulary=7)
+    assert [(type(part), sorted(vars(part))) for part in module.modules()] == before
+    assert module.config._attn_implementation == attention
 
 
 def test_select_responses_takes_the_state_one_before_each_response_token():
@@ -153,7 +177,7 @@ def test_padded_vocabularies_are_compared_over_the_rows_both_have(rows):
 @pytest.mark.parametrize("architecture", ["llama", "gemma2"])
 def test_logprobs_are_normalised_over_the_shared_rows(architecture):
     module = tiny.model(architecture, rows=128)
-    model = LanguageModel(module, 104)
+    model = tiny.language_model(module, 104)
     tokens = random_tokens()
     with torch.no_grad():
         expected = module(tokens).logits[0, :, :104].log_softmax(-1)
@@ -235,9 +259,9 @@ def test_the_packaged_gguf_teacher_loads_and_saves_as_an_ordinary_model(tmp_path
     (file,) = package.glob("*.gguf")
     module = load_model(str(file), torch.float32)
     tokenizer = load_tokenizer(str(file))
-    model = LanguageModel(module, module.config.vocab_size)
+    model = tiny.language_model(module, module.config.vocab_size)
     for dtype in (torch.float32, torch.bfloat16):
-        check_head(LanguageModel(module, module.config.vocab_size, dtype), file.name)
+        assert proven(LanguageModel(module, module.config.vocab_size, dtype), file.name).packing
     tokens = torch.tensor([tokenizer("The capital of France is").input_ids])
     with torch.no_grad():
         spoken = logprobs(model, model.hidden_states(tokens)[0])[-1]

@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves
 
 import tiny
 from promptkd.divergences import forward_kl, reverse_kl
-from promptkd.models.language_model import Head, LanguageModel, select_responses
+from promptkd.models.language_model import Head, select_responses
 from promptkd.objectives import (
     CrossEntropy,
     Divergence,
@@ -62,9 +62,11 @@ def whole_logprobs(module, tokens, mask, vectors=None):
 def players(student_architecture, teacher_architecture, **student_options):
     student = tiny.model(student_architecture, seed=1, **student_options)
     module = tiny.model(teacher_architecture, num_layers=3, rows=128, width=48, seed=2)
-    model = LanguageModel(module.requires_grad_(False), tiny.ROWS)
+    model = tiny.language_model(module.requires_grad_(False), tiny.ROWS)
     vectors = prompt_vectors(model, [40, 50, 60])
-    return LanguageModel(student, tiny.ROWS), SoftPromptTeacher(model, vectors, trainable=True)
+    return tiny.language_model(student, tiny.ROWS), SoftPromptTeacher(
+        model, vectors, trainable=True
+    )
 
 
 def states_of(student, teacher, tokens, mask):

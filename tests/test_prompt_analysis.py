@@ -9,7 +9,6 @@ from promptkd.api import train
 from promptkd.config import recipe_from_dict
 from promptkd.divergences import kl
 from promptkd.errors import UserError
-from promptkd.evaluation.finished_run import load_for_measuring
 from promptkd.evaluation.prompt_analysis import (
     compare_with_tokens,
     describe_vectors,
@@ -18,6 +17,7 @@ from promptkd.evaluation.prompt_analysis import (
 )
 from promptkd.methods import promptkd
 from promptkd.models.language_model import LanguageModel
+from promptkd.models.loading import load_language_model
 from promptkd.teachers import load_soft_prompt, prompt_vectors
 from tiny import model, recipe, save_pair, tokenizer, write_data
 
@@ -105,7 +105,7 @@ def test_gemmas_scaled_embeddings_are_compared_as_the_trunk_receives_them():
 def test_the_runs_vectors_are_measured_from_its_own_start(run, analysis):
     teacher = json.loads((run / "environment.json").read_text())["identity"]["recipe"]["teacher"]
     ids = tokenizer()(INIT, add_special_tokens=False).input_ids
-    start = prompt_vectors(load_for_measuring(teacher["model"], "fp32"), ids)
+    start = prompt_vectors(load_language_model(teacher["model"], "fp32"), ids)
     moved = (load_soft_prompt(run / "teacher_adapter") - start).norm(dim=-1)
     assert moved.min() > 0
     assert [row["moved"] for row in analysis["vectors"]] == pytest.approx(moved.tolist())
@@ -129,7 +129,7 @@ def test_table_4_has_a_row_for_each_set_author_and_teacher(analysis):
 def test_kls_of_the_references_are_those_of_a_naive_loop(run, analysis):
     recorded = json.loads((run / "environment.json").read_text())["identity"]["recipe"]
     teacher, first, final = (
-        load_for_measuring(str(name), "fp32")
+        load_language_model(str(name), "fp32")
         for name in (recorded["teacher"]["model"], recorded["student"]["model"], run)
     )
     prompt = load_soft_prompt(run / "teacher_adapter")

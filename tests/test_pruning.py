@@ -12,7 +12,7 @@ import tiny
 from promptkd.errors import UserError
 from promptkd.generation.sampling import Decoding
 from promptkd.generation.transformers_engine import TransformersEngine
-from promptkd.models.language_model import LanguageModel, check_head
+from promptkd.models.language_model import LanguageModel, proven
 from promptkd.pruning import (
     evenly_spaced,
     init_student,
@@ -41,7 +41,7 @@ def silence(layer: torch.nn.Module) -> None:
 
 def own_text(teacher: PreTrainedModel, requests: list[tuple[int, ...]]) -> list[Rollout]:
     """What the teacher itself says, greedily: every layer that matters is needed for it."""
-    engine = TransformersEngine(LanguageModel(teacher, tiny.ROWS), (tiny.EOS,))
+    engine = TransformersEngine(tiny.language_model(teacher, tiny.ROWS), (tiny.EOS,))
     seeds = [(0, index) for index in range(len(requests))]
     responses = engine.write(requests, seeds, Decoding(12, temperature=0.0))
     return [
@@ -88,19 +88,19 @@ def test_the_pruned_model_is_the_teacher_with_layers_skipped(architecture):
         assert not torch.allclose(expected, whole, atol=1e-2)
         assert torch.equal(teacher(TOKENS).logits, whole)
     assert student.config.num_hidden_layers == len(layers_of(student)[1]) == 2
-    check_head(LanguageModel(student, tiny.ROWS), "student")
+    proven(LanguageModel(student, tiny.ROWS), "student")
 
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_running_with_some_layers_equals_the_pruned_model_and_is_undone(architecture):
     teacher = tiny.model(architecture, num_layers=4)
-    model = LanguageModel(teacher, tiny.ROWS)
+    model = tiny.language_model(teacher, tiny.ROWS)
     config = teacher.config.to_dict()
     with torch.no_grad():
         whole = model.hidden_states(TOKENS)
         with only_layers(teacher, [1, 2]):
             some = model.hidden_states(TOKENS)
-        pruned = LanguageModel(keep_layers(teacher, [1, 2]), tiny.ROWS).hidden_states(TOKENS)
+        pruned = tiny.language_model(keep_layers(teacher, [1, 2]), tiny.ROWS).hidden_states(TOKENS)
         assert torch.allclose(some, pruned, atol=1e-5)
         assert torch.equal(model.hidden_states(TOKENS), whole)
     assert teacher.config.to_dict() == config
@@ -112,7 +112,7 @@ def test_the_layer_that_does_nothing_is_the_one_that_goes(search, idle):
     teacher = tiny.model("llama", num_layers=4)
     silence(layers_of(teacher)[1][idle])
     kept, measured = rank_layers(
-        LanguageModel(teacher, tiny.ROWS), own_text(teacher, REQUESTS), 3, search
+        tiny.language_model(teacher, tiny.ROWS), own_text(teacher, REQUESTS), 3, search
     )
 
     assert kept == [layer for layer in range(4) if layer != idle]
@@ -122,7 +122,7 @@ def test_the_layer_that_does_nothing_is_the_one_that_goes(search, idle):
 
 def test_greedy_search_measures_again_after_every_layer_it_drops():
     teacher = tiny.model("llama", num_layers=4)
-    model = LanguageModel(teacher, tiny.ROWS)
+    model = tiny.language_model(teacher, tiny.ROWS)
     _, measured = rank_layers(model, own_text(teacher, REQUESTS), 2, "greedy")
     first, second = measured["loss_without"]
     dropped = min(first, key=lambda layer: first[layer])

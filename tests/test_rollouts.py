@@ -344,6 +344,15 @@ def test_nothing_written_is_no_micro_batch():
     assert split_by_length([], 100, CPU) == []
 
 
+def test_packed_rollouts_are_cut_by_their_real_tokens():
+    rollouts = rollouts_of([(50, 150), (50, 100), *[(10, 40)] * 10])  # 850 tokens
+    assert len(split_by_length(rollouts, 1024, CPU)) == 2
+    (whole,) = split_by_length(rollouts, 850, CPU, packed=True)
+    assert whole.num_tokens == 850
+    pieces = split_by_length(rollouts, 300, CPU, packed=True)
+    assert [piece.num_tokens for piece in pieces] == [200, 300, 300, 50]
+
+
 def test_padding_puts_requests_and_responses_where_the_mask_says():
     piece = pad(rollouts_of([(2, 3), (1, 1)]), CPU, 6)
     assert piece.tokens.tolist() == [[1, 2, 50, 51, 52, PADDING], [1, 50, *4 * [PADDING]]]

@@ -8,7 +8,7 @@ import tiny
 from promptkd.divergences import reverse_kl
 from promptkd.errors import UserError
 from promptkd.methods import build_method
-from promptkd.models.language_model import LanguageModel, select_responses
+from promptkd.models.language_model import select_responses
 from promptkd.models.loading import load_model
 from promptkd.objectives import States, accumulate
 from promptkd.teachers import (
@@ -23,7 +23,7 @@ from promptkd.teachers import (
 
 def teacher_model(architecture="llama"):
     module = tiny.model(architecture, num_layers=3, seed=2).requires_grad_(False)
-    return LanguageModel(module, tiny.ROWS)
+    return tiny.language_model(module, tiny.ROWS)
 
 
 def embeddings(model, text):
@@ -121,7 +121,7 @@ def test_frozen_teacher_has_one_voice_and_no_parameters():
 def test_only_the_soft_prompt_receives_gradients(architecture):
     module = tiny.model(architecture, num_layers=3, seed=2).requires_grad_(False)
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    teacher = SoftPrompt().build(LanguageModel(module, tiny.ROWS), tiny.tokenizer())
+    teacher = SoftPrompt().build(tiny.language_model(module, tiny.ROWS), tiny.tokenizer())
     assert [id(p) for p in teacher.parameters()] == [id(teacher.soft_prompt)]
     optimizer = torch.optim.AdamW(teacher.parameters(), lr=0.1)
     mask = torch.ones(2, 10, dtype=torch.bool)
@@ -145,7 +145,7 @@ def test_only_the_soft_prompt_receives_gradients(architecture):
 def test_peft_loads_the_saved_soft_prompt_as_the_same_teacher(tmp_path, architecture):
     path = tmp_path / "teacher"
     tiny.model(architecture, num_layers=3, seed=2).save_pretrained(path)
-    model = LanguageModel(load_model(str(path), torch.float32), tiny.ROWS)
+    model = tiny.language_model(load_model(str(path), torch.float32), tiny.ROWS)
     teacher = SoftPrompt(5, "random").build(model, tiny.tokenizer())
     with torch.no_grad():
         teacher.soft_prompt.add_(0.1 * torch.randn(5, tiny.WIDTH))

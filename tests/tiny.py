@@ -20,6 +20,9 @@ from transformers import (
     Qwen3Config,
 )
 
+from promptkd import kernels
+from promptkd.models.language_model import LanguageModel, proven
+
 EOS, PAD = 0, 1
 WIDTH, CONTEXT, ROWS = 32, 512, 104
 ARCHITECTURES = ("gpt2", "opt", "llama", "qwen2", "qwen3", "gemma2", "mistral")
@@ -63,6 +66,14 @@ def model(
             else:
                 parameter.add_(0.05 * noise)
     return made.eval()
+
+
+def language_model(
+    module: PreTrainedModel, vocabulary: int = ROWS, dtype: torch.dtype = torch.float32
+) -> LanguageModel:
+    """As the loader makes it: with the CPU's kernels, and packing where it is proven."""
+    kernels.prepare(module, torch.device("cpu"))
+    return proven(LanguageModel(module, vocabulary, dtype), "the tiny model")
 
 
 def save_pair(

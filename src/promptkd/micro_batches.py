@@ -47,16 +47,26 @@ def pad(rollouts: Sequence[Rollout], device: torch.device, length: int = 0) -> M
 
 
 def split_by_length(
-    rollouts: Sequence[Rollout], micro_batch_tokens: int, device: torch.device
+    rollouts: Sequence[Rollout],
+    micro_batch_tokens: int,
+    device: torch.device,
+    *,
+    packed: bool = False,
 ) -> list[MicroBatch]:
-    """Sort by length, longest first, and cut so that rows x longest stays within the budget.
+    """Sort by length, longest first, and cut so that no micro-batch exceeds the budget.
 
+    What counts is what matmuls see: the real tokens where rows are ``packed``, else rows x longest.
     A single rollout longer than the budget gets a micro-batch of its own.
     """
     ordered = sorted(rollouts, key=lambda r: r.num_tokens, reverse=True)
-    batches, start = [], 0
-    while start < len(ordered):
-        rows = max(1, micro_batch_tokens // ordered[start].num_tokens)
-        batches.append(pad(ordered[start : start + rows], device))
-        start += rows
-    return batches
+    batches: list[MicroBatch] = []
+    group: list[Rollout] = []
+    seen = 0
+    for rollout in ordered:
+        added = rollout.num_tokens if packed or not group else group[0].num_tokens
+        if group and seen + added > micro_batch_tokens:
+            batches.append(pad(group, device))
+            group, seen, added = [], 0, rollout.num_tokens
+        group.append(rollout)
+        seen += added
+    return [*batches, pad(group, device)] if group else batches

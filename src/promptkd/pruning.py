@@ -19,8 +19,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from promptkd.data import Encoder, read_examples, training_set
 from promptkd.errors import UserError
 from promptkd.files import whole_directory, write_json
-from promptkd.models.language_model import LanguageModel
-from promptkd.models.loading import compute_dtype, embedding_rows, load_model, load_tokenizer
+from promptkd.models.language_model import LanguageModel, proven
+from promptkd.models.loading import (
+    compute_dtype,
+    default_device,
+    embedding_rows,
+    load_model,
+    load_tokenizer,
+)
 from promptkd.rollouts import Rollout, reference_rollouts
 from promptkd.token_losses import loss_sums
 
@@ -54,9 +60,9 @@ def init_student(
     output = Path(output)
     if output.exists() and any(output.iterdir()):
         raise UserError(f"{output} exists and is not empty. Choose another output.")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     # The kept layers are the student's start: kept exactly, whatever they are measured in.
-    module = load_model(teacher, torch.float32).to(device)  # pyright: ignore[reportArgumentType]
+    module = load_model(teacher, torch.float32, device)
     tokenizer = load_tokenizer(teacher)
     total = len(layers_of(module)[1])
     if not 1 <= num_layers < total:
@@ -71,7 +77,8 @@ def init_student(
     else:
         sources = [calibration] if isinstance(calibration, str) else list(calibration)
         rollouts = _calibration_rollouts(tokenizer, template, sources, num_calibration_rows)
-        model = LanguageModel(module, embedding_rows(module), compute_dtype(precision, device))
+        dtype = compute_dtype(precision, device)
+        model = proven(LanguageModel(module, embedding_rows(module), dtype), teacher)
         kept, measured = rank_layers(model, rollouts, num_layers, search)
         record |= {"search": search, "calibration": sources, **measured}
     record["kept"] = kept

@@ -5,17 +5,27 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from promptkd.divergences import LogProbs, PerToken, reverse_kl
 from promptkd.micro_batches import split_by_length
-from promptkd.models.language_model import Head, LanguageModel, select_responses
+from promptkd.models.language_model import LanguageModel, select_responses
 from promptkd.objectives import States, accumulate
 from promptkd.rollouts import Rollout
 
-Reader: TypeAlias = tuple[Callable[[Tensor], Tensor], Head]
-"""A model's hidden states as a function of tokens, and the head that reads them."""
+
+@dataclass(frozen=True)
+class Reader:
+    """A model that reads the responses, with or without a soft prompt in front of them."""
+
+    model: LanguageModel
+    soft_prompt: Float[Tensor, "length width"] | None = None
+
+    def packs(self, longest: int) -> bool:
+        front = 0 if self.soft_prompt is None else len(self.soft_prompt)
+        return self.model.packs(longest + front)
+
 
 Losses: TypeAlias = Callable[
     [Mapping[str, LogProbs], Int[Tensor, " tokens"]], Mapping[str, PerToken]
@@ -35,18 +45,27 @@ def token_losses(
 
     Args:
         rollouts: any number of them, in any order.
-        readers: by name; all on one device.
+        readers: by name, all on one device.
         losses: what is measured.
         micro_batch_tokens: tokens per forward pass.
         select: which hidden states are scored.
     """
     placed = [replace(rollout, index=place) for place, rollout in enumerate(rollouts)]
-    device = next(iter(readers.values()))[1].weight.device
+    device = next(iter(readers.values())).model.device
+    longest = max((rollout.num_tokens for rollout in rollouts), default=0)
+    packed = all(reader.packs(longest) for reader in readers.values())
     found: dict[str, dict[int, PerToken]] = {}
-    for batch in split_by_length(placed, micro_batch_tokens, device):
+    for batch in split_by_length(placed, micro_batch_tokens, device, packed=packed):
         states = {
-            name: States(select(read(batch.tokens), batch.response_mask), head, learns=False)
-            for name, (read, head) in readers.items()
+            name: States(
+                select(
+                    reader.model.hidden_states(batch.tokens, reader.soft_prompt),
+                    batch.response_mask,
+                ),
+                reader.model.head,
+                learns=False,
+            )
+            for name, reader in readers.items()
         }
         ids, lengths = batch.response_ids, [len(r.response_ids) for r in batch.rollouts]
 
@@ -102,7 +121,7 @@ def loss_sums(
             values["reverse_kl"] = reverse_kl(own, logprobs["teacher"])
         return values
 
-    readers = {name: (model.hidden_states, model.head) for name, model in models.items()}
+    readers = {name: Reader(model) for name, model in models.items()}
     found = token_losses(rollouts, readers, losses, micro_batch_tokens)
     sums = {name: sum(nats.sum().item() for nats in rows) for name, rows in found.items()}
     return LossSums(**sums, count=sum(len(rollout.response_ids) for rollout in rollouts))

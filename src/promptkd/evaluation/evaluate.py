@@ -8,7 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm import tqdm
 
 from promptkd.config import load_recipe
@@ -19,10 +18,11 @@ from promptkd.evaluation.predictions import Prediction, save_evaluation, summari
 from promptkd.evaluation.suites import PAPER_SEEDS, listed, name_of
 from promptkd.generation.sampling import Decoding
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
-from promptkd.models.language_model import LanguageModel
+from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.loading import (
     check_context,
     compute_dtype,
+    default_device,
     embedding_rows,
     load_model,
     load_tokenizer,
@@ -124,14 +124,14 @@ def evaluate(
         raise UserError(f"{run} is not a run, so scores need a place: give --output DIR.")
     suite = data if isinstance(data, Mapping) else {name_of(data): data}
     examples = {name: read_examples(listed(own))[:num_examples] for name, own in suite.items()}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     dtype = compute_dtype(precision or (defaults.precision if defaults else "auto"), device)
     name = str(run_or_model)
     tokenizer = load_tokenizer(name)
     if teacher is None and defaults and defaults.teacher:
         own = defaults.teacher.model
         teacher = own if same_tokenizer(tokenizer, load_tokenizer(own)) else ""
-    module = load_model(name, dtype).to(device)  # pyright: ignore[reportArgumentType]
+    module = load_model(name, dtype, device)
 
     def setting(given: Any, of_run: Any, otherwise: Any) -> Any:
         return given if given is not None else of_run if defaults else otherwise
@@ -152,10 +152,11 @@ def evaluate(
     )
     vocabulary, teacher_model = embedding_rows(module), None
     if teacher:
-        teacher_module = load_model(teacher, dtype).to(device)  # pyright: ignore[reportArgumentType]
+        teacher_module = load_model(teacher, dtype, device)
         shared = shared_vocabulary(tokenizer, load_tokenizer(teacher), module, teacher_module)
-        vocabulary, teacher_model = shared, LanguageModel(teacher_module, shared, dtype)
-    student = LanguageModel(module, vocabulary, dtype)
+        vocabulary = shared
+        teacher_model = proven(LanguageModel(teacher_module, shared, dtype), teacher)
+    student = proven(LanguageModel(module, vocabulary, dtype), name)
     results = {}
     for of_suite, rows in examples.items():
         dataset = evaluation_set(rows, encoder)

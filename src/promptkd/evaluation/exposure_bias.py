@@ -36,7 +36,7 @@ from promptkd.generation.sampling import Decoding
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.models.language_model import LanguageModel, select_responses
 from promptkd.rollouts import Rollout
-from promptkd.token_losses import token_losses
+from promptkd.token_losses import Reader, token_losses
 
 Responses: TypeAlias = Sequence[Sequence[Rollout]]
 """By request, then by sample."""
@@ -114,10 +114,7 @@ def measure_gaps(
     rollouts = [rollout for samples in responses for rollout in samples]
     measured = token_losses(
         rollouts,
-        {
-            "student": (student.hidden_states, student.head),
-            "teacher": (teacher.hidden_states, teacher.head),
-        },
+        {"student": Reader(student), "teacher": Reader(teacher)},
         # A divergence is never negative; rounding leaves a trace below zero.
         lambda spoken, _: {
             "gap": forward_kl(learner=spoken["student"], target=spoken["teacher"]).clamp_min(0)

@@ -4,8 +4,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from promptkd.config import Recipe, load_recipe
 from promptkd.data import Encoder
 from promptkd.errors import UserError
@@ -13,9 +11,7 @@ from promptkd.generation.sampling import Decoding
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import (
     check_context,
-    compute_dtype,
-    embedding_rows,
-    load_model,
+    load_language_model,
     load_tokenizer,
     stop_ids,
 )
@@ -81,8 +77,8 @@ def load_run(
         )
     tokenizer = load_tokenizer(str(directory))
     teacher_tokenizer = load_tokenizer(recipe.teacher.model)
-    student = load_for_measuring(str(directory), precision)
-    teacher = load_for_measuring(recipe.teacher.model, precision)
+    student = load_language_model(str(directory), precision)
+    teacher = load_language_model(recipe.teacher.model, precision)
     shared = shared_vocabulary(tokenizer, teacher_tokenizer, student.module, teacher.module)
     encoder = Encoder(
         tokenizer,
@@ -104,12 +100,3 @@ def load_run(
         recipe.teacher.model,
         tuple(sorted(stop)),
     )
-
-
-def load_for_measuring(name: str, precision: str) -> LanguageModel:
-    """A frozen model on the machine's best device, over all of its vocabulary."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = compute_dtype(precision, device)
-    module: Any = load_model(name, dtype)
-    module.to(device).requires_grad_(False)
-    return LanguageModel(module, embedding_rows(module), dtype)

@@ -29,17 +29,17 @@ from promptkd.data import Dataset, evaluation_set, read_examples, training_set
 from promptkd.divergences import LogProbs, PerToken, kl
 from promptkd.errors import UserError
 from promptkd.evaluation.evaluate import predict, score
-from promptkd.evaluation.finished_run import FinishedRun, load_for_measuring, load_run
+from promptkd.evaluation.finished_run import FinishedRun, load_run
 from promptkd.evaluation.metrics import paired_bootstrap
 from promptkd.evaluation.predictions import Prediction, summarise
 from promptkd.files import write_json
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.methods import build_method
 from promptkd.models.language_model import LanguageModel
-from promptkd.models.loading import check_context, load_tokenizer
+from promptkd.models.loading import check_context, load_language_model, load_tokenizer
 from promptkd.rollouts import Rollout, reference_rollouts
 from promptkd.teachers import load_soft_prompt, prompt_vectors
-from promptkd.token_losses import token_losses
+from promptkd.token_losses import Reader, token_losses
 
 TOKENS_AT_ONCE = 16384
 """Embeddings compared in one piece; bounds the memory, not the result."""
@@ -93,13 +93,10 @@ class Cast:
         return token_losses(
             rollouts,
             {
-                "first": (first.hidden_states, first.head),
-                "final": (final.hidden_states, final.head),
-                "plain": (teacher.hidden_states, teacher.head),
-                "prompted": (
-                    lambda tokens: teacher.hidden_states(tokens, self.soft_prompt),
-                    teacher.head,
-                ),
+                "first": Reader(first),
+                "final": Reader(final),
+                "plain": Reader(teacher),
+                "prompted": Reader(teacher, self.soft_prompt),
             },
             losses,
             micro_batch_tokens,
@@ -142,7 +139,7 @@ def prompt_analysis(
     finished = load_run(run, "an analysis of the prompt", precision=precision)
     method = _method_of(finished, method)
     initial, final = _soft_prompts(finished, method)
-    first = load_for_measuring(finished.recipe.student.model, precision)
+    first = load_language_model(finished.recipe.student.model, precision)
     first = replace(first, vocabulary=finished.student.vocabulary)
     cast = Cast(finished, first, final)
     trained = training_set(read_examples(finished.recipe.data.train), finished.encoder)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import peft
-import torch
 
 from promptkd.adapters import load_prefix
 from promptkd.config import load_recipe
@@ -13,9 +12,10 @@ from promptkd.data import Encoder, Example
 from promptkd.errors import UserError
 from promptkd.generation.sampling import Decoding
 from promptkd.generation.transformers_engine import TransformersEngine
-from promptkd.models.language_model import LanguageModel
+from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.loading import (
     compute_dtype,
+    default_device,
     embedding_rows,
     load_model,
     load_tokenizer,
@@ -49,7 +49,7 @@ def generate(
     if not (run / "student").is_dir() or not (run / "recipe.yaml").is_file():
         raise UserError(f"{run} is not a finished run: it has no student/. Name a run directory.")
     recipe = load_recipe(run / "recipe.yaml")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     dtype = compute_dtype(recipe.precision, device)
     decoding = Decoding.of_recipe(recipe)
     if temperature is not None:
@@ -65,12 +65,11 @@ def generate(
     for author, name, adapter in voices:
         tokenizer = load_tokenizer(name)
         encoder = Encoder.of_recipe(recipe, tokenizer)
-        module: Any = load_model(name, dtype)
-        module.to(device)
+        module: Any = load_model(name, dtype, device)
         kind = peft.PeftConfig.from_pretrained(str(adapter)).peft_type if adapter else None
         if kind == peft.PeftType.LORA:
             module = peft.PeftModel.from_pretrained(module, str(adapter)).merge_and_unload()
-        model = LanguageModel(module, embedding_rows(module), dtype)
+        model = proven(LanguageModel(module, embedding_rows(module), dtype), name)
         front: dict[str, Any] = {}
         if adapter and kind == peft.PeftType.PROMPT_TUNING:
             front["soft_prompt"] = load_soft_prompt(adapter).to(device)

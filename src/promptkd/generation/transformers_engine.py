@@ -7,7 +7,7 @@ so batch size, batch order and number of ranks don't change what is written (bey
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -78,7 +78,7 @@ class TransformersEngine:
         if model.dtype != model.module.dtype:
             module: Any = copy.deepcopy(model.module)
             module.to(model.dtype).requires_grad_(False)
-            self._working_copy = LanguageModel(module, model.vocabulary, model.dtype)
+            self._working_copy = replace(model, module=module)
             _forget_weights(module)
 
     @torch.no_grad()

@@ -1,11 +1,14 @@
-"""RMSNorm and SwiGLU with derivatives in closed form, on a processor: fewer passes, less kept.
+"""RMSNorm and SwiGLU that save only their inputs: a fifth less memory kept by a training step.
 
 Autograd keeps an operand of every element-wise operation and makes a tensor for each result. Here
 a norm keeps its input (the residual stream, which is there anyway) and a number per token, a gated
-activation its two factors (benchmarks/elementwise.py). Forward passes are equal bit for bit.
+MLP its two factors (benchmarks/elementwise.py). The norm is also 1.4 to 1.6 times as fast; the gate
+wins memory alone. Forward passes are equal bit for bit.
 """
 
-from types import FunctionType, MethodType
+import inspect
+from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -13,46 +16,59 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers.activations import SiLUActivation
-from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
+from transformers import PreTrainedModel
 
 silu_backward = torch.ops.aten.silu_backward.grad_input
 
 
-def keep_inputs_alone(model: nn.Module) -> None:
-    """Let every norm and gated layer that is written as Llama's do its arithmetic here.
+def save_only_inputs(model: PreTrainedModel) -> None:
+    """Let norms and gated MLPs that compute what Llama's do compute it by the functions below.
 
-    Most decoders of transformers share these two pieces of code; the others keep their own.
+    Most decoders of transformers repeat these two layers under names of their own. A layer is one
+    of them if it has their parts and gives their numbers, bit for bit, on random input.
+    (``transformers.register_patch_mapping`` goes by names, while a model is built: it can't tell
+    Llama's norm from Gemma's, which multiplies by 1 + weight.)
     """
-    for module in model.modules():
-        if _same_code(type(module).forward, LlamaRMSNorm.forward):
-            module.forward = MethodType(_norm_forward, module)
-        elif _same_code(type(module).forward, LlamaMLP.forward) and _is_silu(module):
-            module.forward = MethodType(_gated_forward, module)
+    known: dict[tuple[type, type], bool] = {}
+    for layer in model.modules():
+        forward, width = _candidate(layer)
+        if forward is None:
+            continue
+        kind = type(layer), type(getattr(layer, "act_fn", None))
+        if kind not in known:
+            known[kind] = _computes(layer, forward, width, model.dtype)
+        if known[kind]:
+            layer.forward = MethodType(forward, layer)
 
 
-def _same_code(one: Any, other: Any) -> bool:
-    if not isinstance(one, FunctionType):
+def _candidate(layer: Any) -> tuple[Callable[[Any, Tensor], Tensor] | None, int]:
+    """What may replace the layer's forward pass, by the parts it has, and its width."""
+    if hasattr(layer, "variance_epsilon") and isinstance(getattr(layer, "weight", None), Tensor):
+        return _norm, layer.weight.shape[-1]
+    matrices = [getattr(layer, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    if all(isinstance(matrix, nn.Linear) for matrix in matrices):
+        return _gated_mlp, layer.gate_proj.in_features
+    return None, 0
+
+
+@torch.no_grad()
+def _computes(layer: Any, forward: Any, width: int, dtype: torch.dtype) -> bool:
+    """Whether ``forward`` gives the layer's own numbers on a few random tokens."""
+    own = type(layer).forward
+    if len(inspect.signature(own).parameters) != 2:  # it reads more than tokens
         return False
-    codes = one.__code__, other.__code__
-    one, other = ((code.co_code, code.co_names, code.co_consts) for code in codes)
-    return one == other
+    tokens = torch.randn(1, 3, width, generator=torch.Generator().manual_seed(0))
+    tokens = (3 * tokens).to(dtype)  # large enough for a clamp or a cap to show
+    expected = own(layer, tokens)
+    return isinstance(expected, Tensor) and torch.equal(expected, forward(layer, tokens))
 
 
-def _is_silu(layer: Any) -> bool:
-    return isinstance(layer.act_fn, SiLUActivation | nn.SiLU)
-
-
-def _norm_forward(norm: Any, hidden_states: Tensor) -> Tensor:
-    if hidden_states.device.type != "cpu":
-        return type(norm).forward(norm, hidden_states)
+def _norm(norm: Any, hidden_states: Tensor) -> Tensor:
     normalized: Any = RMSNorm.apply(hidden_states, norm.weight, norm.variance_epsilon)
     return normalized
 
 
-def _gated_forward(layer: Any, x: Tensor) -> Tensor:
-    if x.device.type != "cpu":
-        return type(layer).forward(layer, x)
+def _gated_mlp(layer: Any, x: Tensor) -> Tensor:
     gated: Any = SwiGLU.apply(layer.gate_proj(x), layer.up_proj(x))
     return layer.down_proj(gated)
 

@@ -4,8 +4,9 @@ The trunk turns tokens into hidden states; the head turns hidden states into log
 later and in chunks (``objectives``), so whole logits never exist.
 """
 
+import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,9 +18,8 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from promptkd.errors import UserError
-from promptkd.kernels.attention import attend_grouped, can_pack, packed_arguments
+from promptkd.kernels.attention import can_pack, packed_arguments
 from promptkd.kernels.matmul import linear
-from promptkd.kernels.norms_and_gates import keep_inputs_alone
 
 PADDING = -1
 """In place of a token, where a row of tokens has ended or not begun."""
@@ -101,19 +101,17 @@ class LanguageModel:
     """A causal language model, split into trunk and head.
 
     Attributes:
-        module: the transformers model, in evaluation mode (dropout is off); from here on it attends
-            by ``attention.grouped_sdpa`` where it did by torch's kernels.
+        module: the transformers model, in evaluation mode (dropout is off); it isn't changed.
         vocabulary: how many token ids are compared; at most the embedding rows of either model.
         dtype: what its matrices are multiplied in; fp32 weights stay fp32 (master weights).
+        packing: whether rows of different lengths are laid end to end, so that no matmul sees
+            padding; ``proven`` finds out whether the model can.
     """
 
     module: PreTrainedModel
     vocabulary: int
     dtype: torch.dtype = torch.float32
-
-    def __post_init__(self) -> None:
-        attend_grouped(self.module)
-        keep_inputs_alone(self.module)
+    packing: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -174,8 +172,8 @@ class LanguageModel:
         packed = ragged and not past_length and self.packs(real.shape[1])
         arguments: dict[str, Any] = {name: inputs}
         if packed:
-            arguments = {name: inputs[real][None], "position_ids": positions[real][None]}
-            arguments |= packed_arguments(real.sum(1).tolist())
+            arguments = packed_arguments(self.module, real.sum(1).tolist())
+            arguments[name] = inputs[real][None]
         elif ragged or past_length:
             arguments |= {"attention_mask": real.long(), "position_ids": positions[:, past_length:]}
         trunk: Any = self.module.base_model
@@ -192,7 +190,7 @@ class LanguageModel:
 
     def packs(self, longest: int) -> bool:
         """Whether rows of at most ``longest`` tokens, prompt included, are packed into one."""
-        return can_pack(self.module, longest)
+        return self.packing and can_pack(self.module, longest)
 
     def autocast(self) -> Any:
         if self.dtype == self.module.dtype:
@@ -207,29 +205,45 @@ def select_responses(
     return hidden[:, :-1][response_mask[:, 1:]]
 
 
-@torch.no_grad()
-def check_head(model: LanguageModel, name: str) -> None:
-    """Prove that trunk and head, as split here, give the model's own logits, packed rows or not.
+def proven(model: LanguageModel, name: str) -> LanguageModel:
+    """The model with packing, if its packed rows give its own logits, else without.
 
     Raises:
-        UserError: if the model does something else between or after them.
+        UserError: if trunk and head, as split here, don't give them for padded rows either.
     """
-    lengths = 8, 5
-    tokens = torch.full((2, max(lengths)), PADDING, device=model.device)
-    for row, length in zip(tokens, lengths, strict=True):
-        row[:length] = torch.arange(1, 1 + length, device=model.device)
-    tokens.clamp_max_(model.vocabulary - 1)
-    hidden, worst = model.hidden_states(tokens), 0.0
-    for row, length in enumerate(lengths):
-        with model.autocast():
-            own = model.module(input_ids=tokens[row : row + 1, :length], use_cache=False)
-        expected = own.logits[0, :, : model.vocabulary].float().log_softmax(-1)
-        actual = model.head.logprobs(hidden[row, :length])
-        worst = max(worst, (actual - expected).abs().max().item())
-    if not worst < (1e-3 if model.dtype == torch.float32 else 0.3):
+    tolerance = 1e-3 if model.dtype == torch.float32 else 0.3
+    packed = replace(model, packing=True)
+    if can_pack(model.module, longest=16) and _largest_error(packed) < tolerance:
+        return packed
+    padded = replace(model, packing=False)
+    worst = _largest_error(padded)
+    if not worst < tolerance:
         raise UserError(
             f"{name} ({type(model.module).__name__}): log-probabilities from its trunk and output "
             f"layer differ from its own by {worst:.3g} nats. This architecture does something "
             "that promptkd doesn't know after its output layer, or between the rows of a batch; "
             "please report it."
         )
+    return padded
+
+
+@torch.no_grad()
+def _largest_error(model: LanguageModel) -> float:
+    """Between the model's own log-probabilities and those of trunk and head, in nats."""
+    lengths = 8, 5
+    tokens = torch.full((2, max(lengths)), PADDING, device=model.device)
+    for row, length in zip(tokens, lengths, strict=True):
+        row[:length] = torch.arange(1, 1 + length, device=model.device)
+    tokens.clamp_max_(model.vocabulary - 1)
+    try:
+        hidden = model.hidden_states(tokens)
+    except (RuntimeError, TypeError, ValueError, IndexError):  # its layers know no packed rows
+        return math.inf
+    worst = torch.tensor(0.0, device=model.device)
+    for row, length in enumerate(lengths):
+        with model.autocast():
+            own = model.module(input_ids=tokens[row : row + 1, :length], use_cache=False)
+        expected = own.logits[0, :, : model.vocabulary].float().log_softmax(-1)
+        actual = model.head.logprobs(hidden[row, :length])
+        worst = worst.maximum((actual - expected).abs().max())  # NaN stays NaN
+    return worst.item()

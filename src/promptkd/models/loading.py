@@ -10,30 +10,60 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from promptkd import kernels
 from promptkd.errors import UserError
-from promptkd.kernels.allocator import keep_freed_memory
+from promptkd.models.language_model import LanguageModel, proven
 
 
-def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a causal language model for evaluation-mode use; a saved LoRA is merged into its base.
+def default_device() -> torch.device:
+    """The first GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-    From here on the process keeps the memory it frees (``memory.keep_freed_memory``).
+
+def load_model(
+    name: str, dtype: torch.dtype, device: torch.device | None = None
+) -> PreTrainedModel:
+    """Load a causal language model for evaluation-mode use, with the kernels of its device.
+
+    A saved LoRA is merged into its base.
 
     Args:
         name: hub id, directory, ``.gguf`` file, or the directory of a finished run (its student).
         dtype: of the weights.
+        device: ``default_device`` if not given.
 
     Raises:
         UserError: if there is no such model.
     """
-    keep_freed_memory()
+    device = device or default_device()
+    module: Any = _load(name, dtype).eval()
+    module.to(device)
+    kernels.prepare(module, device)
+    return module
+
+
+def load_language_model(
+    name: str, precision: str, *, vocabulary: int | None = None, device: torch.device | None = None
+) -> LanguageModel:
+    """A frozen model to generate and measure with, over the first ``vocabulary`` token ids or all.
+
+    Raises:
+        UserError: if there is no such model, or its architecture isn't understood.
+    """
+    device = device or default_device()
+    dtype = compute_dtype(precision, device)
+    module = load_model(name, dtype, device).requires_grad_(False)
+    return proven(LanguageModel(module, vocabulary or embedding_rows(module), dtype), name)
+
+
+def _load(name: str, dtype: torch.dtype) -> PreTrainedModel:
     arguments = _location(name)
     adapter = Path(arguments["pretrained_model_name_or_path"])
     if (adapter / "adapter_config.json").is_file():
         base = peft.PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
         assert base is not None, "written by save_lora"
-        whole = peft.PeftModel.from_pretrained(load_model(base, dtype), str(adapter))
-        return whole.merge_and_unload().eval()
+        whole = peft.PeftModel.from_pretrained(_load(base, dtype), str(adapter))
+        return whole.merge_and_unload()
     try:
         model = AutoModelForCausalLM.from_pretrained(**arguments, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:
@@ -46,7 +76,7 @@ def load_model(name: str, dtype: torch.dtype) -> PreTrainedModel:
         plain.load_state_dict(model.state_dict())
         plain.generation_config = model.generation_config
         model = plain
-    return model.eval()
+    return model
 
 
 def load_tokenizer(name: str) -> Any:

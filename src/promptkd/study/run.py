@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import typer
 
 from promptkd.api import train
@@ -19,7 +18,7 @@ from promptkd.evaluation.evaluate import evaluate
 from promptkd.files import write_text
 from promptkd.generation.sampling import Decoding
 from promptkd.methods import build_method
-from promptkd.models.loading import load_tokenizer
+from promptkd.models.loading import default_device, load_tokenizer
 from promptkd.models.vocabularies import same_tokenizer
 from promptkd.report.data import Evaluation, read_evaluations
 from promptkd.report.report import report
@@ -198,7 +197,7 @@ def _refuse_several_processes(study: Study) -> None:
 
 def _rehearse(runs: Sequence[PlannedRun], methods: Mapping[str, Method]) -> None:
     """All that a run checks before its first step, once per method that isn't through."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = default_device()
     checked = set()
     for run in runs:
         method = methods[run.label]

@@ -9,7 +9,7 @@ from promptkd.composition import Method
 from promptkd.data import Dataset, Encoder
 from promptkd.errors import UserError
 from promptkd.micro_batches import pad
-from promptkd.models.language_model import LanguageModel, check_head, select_responses
+from promptkd.models.language_model import LanguageModel, select_responses
 from promptkd.models.loading import check_context, embedding_rows, stop_ids
 from promptkd.rollouts import Rollout
 from promptkd.teachers import Teacher
@@ -85,7 +85,6 @@ def check_models(
     """
     lengths = encoder.max_request_tokens, encoder.max_response_tokens
     check_context(student.module.config, *lengths, f"the student {names[0]}")
-    check_head(student, names[0])
     stops = stop_ids(tokenizer, student.module)
     found: dict[str, Any] = {"stop_ids": list(stops), "vocabulary": student.vocabulary}
     say(f"responses end with {[tokenizer.convert_ids_to_tokens(i) for i in stops]} {list(stops)}")
@@ -93,7 +92,6 @@ def check_models(
         return found
     front = teacher.front_length
     check_context(teacher.model.module.config, *lengths, f"the teacher {names[1]}", front)
-    check_head(teacher.model, names[1])
     batch = pad(
         [Rollout(e.index, e.request_ids, e.request_ids[-1:], "probe") for e in data.examples[:4]],
         student.device,

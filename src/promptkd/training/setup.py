@@ -23,7 +23,7 @@ from promptkd.generation.generators import Authors
 from promptkd.generation.sampling import Decoding
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.generation.vllm_engine import VLLMEngine
-from promptkd.models.language_model import LanguageModel
+from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.loading import (
     compute_dtype,
     embedding_rows,
@@ -99,7 +99,7 @@ def assemble(
         method, data, validation, recipe.evaluation.metric, recipe.teacher is not None
     )
     lora = recipe.student.lora
-    module: Any = load_model(recipe.student.model, dtype if lora else torch.float32)
+    module: Any = load_model(recipe.student.model, dtype if lora else torch.float32, device)
     if lora:
         add_lora(module, lora.r, lora.alpha, lora.target_modules, recipe.seed)
     if recipe.optimization.gradient_checkpointing:
@@ -108,19 +108,22 @@ def assemble(
     plain_teacher, teacher, teacher_tokenizer, comparable = None, None, None, False
     if recipe.teacher and (method.needs_teacher or validation):
         teacher_tokenizer = load_tokenizer(recipe.teacher.model)
-        teacher_module: Any = load_model(recipe.teacher.model, dtype)
+        teacher_module: Any = load_model(recipe.teacher.model, dtype, device)
         rows = embedding_rows(teacher_module)
         comparable = same_tokenizer(tokenizer, teacher_tokenizer)
         if method.compares_tokens or comparable:
             vocabulary = rows = shared_vocabulary(
                 tokenizer, teacher_tokenizer, module, teacher_module
             )
-        plain_teacher = LanguageModel(teacher_module.to(device).requires_grad_(False), rows, dtype)
+        teacher_module.requires_grad_(False)
+        name = recipe.teacher.model
+        plain_teacher = proven(LanguageModel(teacher_module, rows, dtype), f"the teacher {name}")
         if method.teacher is not None:
             teacher = method.teacher.build(plain_teacher, teacher_tokenizer)
     if recipe.evaluation.exposure_bias_every_steps:
         preflight.check_exposure_bias(validation, comparable, num_ranks)
-    student = LanguageModel(module.to(device), vocabulary, dtype)
+    student = LanguageModel(module, vocabulary, dtype)
+    student = proven(student, f"the student {recipe.student.model}")
     names = (recipe.student.model, recipe.teacher.model if recipe.teacher else "")
     compared = teacher if comparable else None  # else it reads only texts, as its own tokens
     found = preflight.check_models(student, compared, tokenizer, encoder, data, names, say)

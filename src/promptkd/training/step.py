@@ -199,7 +199,10 @@ class Step:
         )
         pieces = []
         for term, written, count in zip(terms, rollouts, counts.tolist(), strict=True):
-            for batch in split_by_length(written, self.micro_batch_tokens, device):
+            cut = split_by_length(
+                written, self.micro_batch_tokens, device, packed=self._packs(written)
+            )
+            for batch in cut:
                 packed = self.student.packs(batch.tokens.shape[1])
                 positions = batch.num_tokens if packed else batch.tokens.numel()
                 adaptation_weight = 1 / adapting if term.objective.needs_teacher else 0.0
@@ -208,6 +211,14 @@ class Step:
         real = sum(piece.batch.num_tokens for piece in pieces)
         seen = sum(piece.num_positions for piece in pieces)
         return pieces, StepMetrics(Cost(device), adapting, padding_share=1 - real / seen)
+
+    def _packs(self, rollouts: Sequence[Rollout]) -> bool:
+        """Whether no model pads rows of these lengths."""
+        longest = max((rollout.num_tokens for rollout in rollouts), default=0)
+        teacher = self.teacher
+        return self.student.packs(longest) and (
+            teacher is None or teacher.model.packs(longest + teacher.front_length)
+        )
 
     def _student_states(self, batch: MicroBatch, learns: bool, cost: Cost) -> States:
         cost.count_trunk("student", self.student, batch.num_tokens, 2 * learns)

@@ -1,94 +1,12 @@
-"""The command line: one command per function of the library; torch is imported only to work."""
+"""Commands that measure what came of a run."""
 
-import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from promptkd.cli.app import app, keep_freed_memory, show_scores
 from promptkd.errors import UserError
-
-app = typer.Typer(
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-    help="Distil a large generative language model into a small one.",
-)
-PLACE_ERRORS = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
-SEVERAL = ("--seeds", "--data", "--calibration")
-
-
-@app.command("init-student")
-def init_student(
-    teacher: Annotated[str, typer.Option(help="hub id, directory or .gguf file")],
-    layers: Annotated[int, typer.Option(help="how many of its layers the student keeps")],
-    output: Annotated[Path, typer.Option(help="directory of the student")],
-    calibration: Annotated[
-        list[str] | None, typer.Option(help="data with responses; without it, evenly spaced")
-    ] = None,
-    search: Annotated[str, typer.Option(help="single | greedy (better, slower)")] = "single",
-    template: Annotated[str, typer.Option(help="as data.template in a recipe")] = "alpaca",
-    rows: Annotated[int, typer.Option(min=1, help="calibration rows used")] = 32,
-) -> None:
-    """Make a student out of the teacher by dropping the layers that matter least."""
-    if search not in ("single", "greedy"):
-        raise UserError(f"--search is '{search}'; known: single, greedy.")
-    from promptkd.pruning import init_student as run
-
-    record = run(
-        teacher,
-        layers,
-        output,
-        calibration=calibration,
-        search=search,
-        template=template,
-        num_calibration_rows=rows,
-    )
-    typer.echo(f"layers dropped: {record['dropped']} ({record['search']})")
-    if "loss_whole" in record:
-        typer.echo(
-            f"cross-entropy, nats per token: teacher {record['loss_whole']:.3f}, "
-            f"student {record['loss_pruned']:.3f}"
-        )
-    typer.echo(f"student: {output}")
-
-
-@app.command()
-def check(
-    recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
-) -> None:
-    """Prove that a recipe works before it runs: the pair, the data, the memory, one step."""
-    from promptkd.config import load_recipe
-
-    loaded = load_recipe(recipe, overrides or [])
-    from promptkd.api import check as run
-
-    found = run(loaded)
-    first, steps = found["first"], found["steps"]
-    seconds = first["seconds_writing"] + first["seconds_learning"]
-    typer.echo(
-        f"one step: loss {first['loss']:.3f} nats per token, {first['response_length']:.0f} tokens "
-        f"per response, {100 * first['share_ended']:.0f}% ended, {seconds:.1f} s "
-        f"({first['seconds_writing']:.1f} s writing); the slowest, since it is the first"
-    )
-    typer.echo(f"memory: {first['peak_memory'] / 1e9:.1f} GB at most so far")
-    typer.echo(f"the run: {steps} steps, some {steps * seconds / 60:.0f} min, into {loaded.output}")
-
-
-@app.command()
-def train(
-    recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
-) -> None:
-    """Distil. The same command again resumes a run that was stopped."""
-    from promptkd.config import load_recipe
-
-    loaded = load_recipe(recipe, overrides or [])
-    from promptkd.api import train as run
-
-    typer.echo(f"run: {run(loaded)}")
 
 
 @app.command()
@@ -118,6 +36,8 @@ def evaluate(
     asked = read_suite(suite) if suite else suite_of_files(data or [])
     from promptkd.evaluation.evaluate import evaluate as run
 
+    keep_freed_memory()
+
     results = run(
         model,
         asked,
@@ -133,7 +53,7 @@ def evaluate(
         no_repeat_ngram_size=no_repeat_ngram_size,
         teacher=teacher,
     )
-    _show_scores(results)
+    show_scores(results)
     typer.echo(f"scores: {output or Path(model) / 'evaluation'}")
 
 
@@ -144,7 +64,7 @@ def rescore(
     """Compute ROUGE-L and the like anew from the kept predictions, without generating again."""
     from promptkd.evaluation.predictions import rescore as run
 
-    _show_scores(run(directory))
+    show_scores(run(directory))
     typer.echo(f"scores: {directory}")
 
 
@@ -201,6 +121,8 @@ def exposure_bias(
     """Measure R(l), E(l) and ExAccErr(l) of a run's student against its plain teacher."""
     from promptkd.evaluation.exposure_bias import exposure_bias as measure
 
+    keep_freed_memory()
+
     result = measure(
         run,
         data,
@@ -234,6 +156,8 @@ def analyse_prompt(
 ) -> None:
     """Where the soft prompt went, and what the teacher says differently for it."""
     from promptkd.evaluation.prompt_analysis import prompt_analysis
+
+    keep_freed_memory()
 
     result = prompt_analysis(run, data, num_examples=num_examples, seed=seed, precision=precision)
     for row in result["vectors"]:
@@ -317,21 +241,6 @@ def judge(
 
 
 @app.command()
-def study(
-    file: Annotated[
-        Path, typer.Argument(help="YAML file; see docs/study.md", metavar="study.yaml")
-    ],
-) -> None:
-    """Train and score several methods with several seeds; one table. The same command resumes."""
-    from promptkd.study.file import load_study
-
-    loaded = load_study(file)
-    from promptkd.study.run import run_study
-
-    typer.echo(f"study: {run_study(loaded)}")
-
-
-@app.command()
 def report(
     runs: Annotated[
         list[Path], typer.Argument(help="runs, and directories of other models' scores")
@@ -342,58 +251,3 @@ def report(
     from promptkd.report.report import report as write
 
     typer.echo(f"report: {write(runs, output)}")
-
-
-@app.command()
-def demo(
-    output: Annotated[Path, typer.Option(help="directory of the demonstration")] = Path(
-        "runs/demo"
-    ),
-) -> None:
-    """A real teacher, a real student, start to end on this machine, nothing to configure."""
-    from promptkd.demo import demo as run
-
-    typer.echo(f"report: {run(output)}")
-
-
-def _show_scores(results: dict[str, Any]) -> None:
-    for name, result in results.items():
-        cut = f", {result['num_cut_requests']} requests cut" if result["num_cut_requests"] else ""
-        typer.echo(f"{name}: {result['num_examples']} examples, seeds {result['seeds']}{cut}")
-        for score, values in result["scores"].items():
-            shown = f"  {score:24} {values['mean']:8.3f}"
-            if len(result["seeds"]) > 1 and "deviation_over_seeds" in values:
-                shown += f" ± {values['deviation_over_seeds']:.2f} over seeds"
-            if "interval_95" in values:
-                low, high = values["interval_95"]
-                shown += f", 95% [{low:.2f}, {high:.2f}]"
-            typer.echo(shown)
-
-
-def _repeat_options(arguments: list[str]) -> list[str]:
-    """``--seeds 10 20`` as click wants it: ``--seeds 10 --seeds 20``."""
-    expanded: list[str] = []
-    current = ""
-    for argument in arguments:
-        if argument.startswith("-"):
-            current = argument if argument in SEVERAL else ""
-            if not current:
-                expanded.append(argument)
-        elif current:
-            expanded += [current, argument]
-        else:
-            expanded.append(argument)
-    return expanded
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run a command; what the user can mend ends in one sentence and exit status 1."""
-    given: Any = _repeat_options(sys.argv[1:] if arguments is None else arguments)
-    try:
-        app(given)
-    except UserError as error:
-        typer.echo(f"promptkd: {error}", err=True)
-        sys.exit(1)
-    except PLACE_ERRORS as error:
-        typer.echo(f"promptkd: {error.filename}: {error.strerror}. Name another place.", err=True)
-        sys.exit(1)
