@@ -36,7 +36,7 @@ from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.loading import compute_dtype, load_tokenizer, stop_ids
 from promptkd.pruning import init_student
 from promptkd.rollouts import Rollout
-from promptkd.training.step import Cost, Learner, Step, StepMetrics
+from promptkd.training.step import Cost, Learner, Step, StepMetrics, StepSettings
 
 MODELS = Path("runs/benchmarks")
 RESULTS = Path(__file__).parent / "results"
@@ -125,6 +125,7 @@ class OurStep:
         vocabulary = vocabulary or setting.teacher.config.vocab_size
         for module in (setting.student, setting.teacher):  # as promptkd's loader does
             kernels.prepare(module, module.device)
+        kernels.prepare_learner(setting.student, setting.student.device)
         student = proven(LanguageModel(setting.student, vocabulary, DTYPE), "student")
         composition = build_method(method)
         assert composition.teacher is not None
@@ -141,11 +142,11 @@ class OurStep:
             composition,
             student,
             teacher,
-            Learner(own, torch.optim.AdamW(own, lr=1e-5, fused=True)),
-            Learner(adapted, torch.optim.AdamW(adapted, lr=1e-3)) if adapted else None,
-            micro_batch_tokens=micro_batch_tokens,
-            max_grad_norm=1.0,
-            teacher_step=teacher_step,
+            student_learner=Learner(own, torch.optim.AdamW(own, lr=1e-5, fused=True)),
+            teacher_learner=(
+                Learner(adapted, torch.optim.AdamW(adapted, lr=1e-3)) if adapted else None
+            ),
+            settings=StepSettings(micro_batch_tokens=micro_batch_tokens, teacher_step=teacher_step),
         )
 
     def write(self, number: int) -> list[Rollout]:

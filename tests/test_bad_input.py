@@ -225,7 +225,7 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_word_and_changes_nothing(pai
 def validated(pair, tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any]]:
     """A recipe that writes students and checkpoints, and the result of its uninterrupted run."""
     place = tmp_path_factory.mktemp("validated")
-    raw = recipe(pair, evaluation={"every_steps": 1, "metric": "validation_loss"})
+    raw = recipe(pair, evaluation={"every_steps": 1, "metric": "cross_entropy"})
     raw["data"] |= {"validation": str(pair / "valid.jsonl")}
     path = runs.write_recipe(place, raw | {"output": str(place / "run")})
     assert runs.run(["train", path], place / "out").status == 0

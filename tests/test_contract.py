@@ -61,7 +61,7 @@ def recipe(directory, output, method, max_steps=2, **overrides):
         method=method,
         data=data,
         optimization={"global_batch_size": 2, "max_steps": max_steps, "micro_batch_tokens": 40},
-        evaluation={"every_steps": 1, "metric": "validation_loss"},
+        evaluation={"every_steps": 1, "metric": "cross_entropy"},
         output=str(output),
         **overrides,
     )

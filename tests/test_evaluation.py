@@ -13,9 +13,10 @@ import tiny
 from promptkd.data import Encoder, Example, evaluation_set, read_examples
 from promptkd.errors import UserError
 from promptkd.evaluation.comparison import compare
-from promptkd.evaluation.evaluate import evaluate, predict, score
+from promptkd.evaluation.evaluate import evaluate
 from promptkd.evaluation.metrics import bootstrap_interval, exact_match, paired_bootstrap, rouge_l
-from promptkd.evaluation.predictions import rescore, summarise
+from promptkd.evaluation.results import rescore, summarise
+from promptkd.evaluation.scorer import predict, score
 from promptkd.evaluation.suites import read_suite, suite_of_files
 from promptkd.generation.sampling import Decoding
 from promptkd.generation.transformers_engine import TransformersEngine

@@ -15,8 +15,8 @@ from promptkd.errors import UserError
 from promptkd.evaluation.exposure_bias import (
     curve_in_training,
     exposure_bias,
+    generate_responses,
     measure_gaps,
-    write_responses,
 )
 from promptkd.evaluation.exposure_curves import (
     Gaps,
@@ -31,7 +31,7 @@ from promptkd.generation.sampling import Decoding
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.models.language_model import LanguageModel
 from promptkd.rollouts import Rollout
-from promptkd.training.trainer import VALIDATION_SEED
+from promptkd.training.validation import SEED as VALIDATION_SEED
 from tiny import EOS, model, recipe, save_pair, tokenizer, write_data
 
 VOCABULARY = 98
@@ -63,7 +63,7 @@ def dataset(tmp_path, num_rows=6):
 
 def write(language, data, seeds=(1, 2), num_samples=1, decoding=None):
     engine = TransformersEngine(language, (EOS,))
-    return write_responses(engine, data, decoding or Decoding(NUM_STEPS), seeds, num_samples)
+    return generate_responses(engine, data, decoding or Decoding(NUM_STEPS), seeds, num_samples)
 
 
 @pytest.fixture(scope="module")
@@ -421,8 +421,13 @@ def test_the_curve_in_training_is_the_curve_of_the_run(run):
     decoding = finished.decoding()
     by_teacher = write(finished.teacher, data, (7,), decoding=decoding)
     engine = TransformersEngine(finished.student, finished.stop)
+    own = generate_responses(engine, data, decoding, (7,))
     curve = curve_in_training(
-        finished.student, finished.teacher, engine, by_teacher, data, decoding, seeds=(7,)
+        own,
+        by_teacher,
+        finished.student,
+        finished.teacher,
+        num_steps=decoding.max_new_tokens,
     )
     assert curve.to_dict()["excess"] == pytest.approx(expected["excess"])
 
@@ -473,21 +478,19 @@ def test_ranks_that_gather_their_shares_get_the_whole_curve(pair, tmp_path):
     data, decoding = dataset(tmp_path), Decoding(NUM_STEPS)
     engine = TransformersEngine(student, (EOS,))
     by_teacher = write(teacher, data)
-    whole = curve_in_training(student, teacher, engine, by_teacher, data, decoding, seeds=(1, 2))
+    own = generate_responses(engine, data, decoding, (1, 2))
+    whole = curve_in_training(own, by_teacher, student, teacher, num_steps=NUM_STEPS)
     others = iter(
         measure_gaps(responses[1::2], student, teacher, NUM_STEPS)
-        for responses in (write(student, data), by_teacher)
+        for responses in (own, by_teacher)
     )
-    share = type(data)(data.examples[::2])
     first_of_two = curve_in_training(
+        own[::2],
+        by_teacher[::2],
         student,
         teacher,
-        engine,
-        by_teacher[::2],
-        share,
-        decoding,
-        seeds=(1, 2),
-        gather=lambda own: [*own, next(others)],
+        num_steps=NUM_STEPS,
+        gather=lambda found: [*found, next(others)],
     )
     torch.testing.assert_close(first_of_two.excess, whole.excess, rtol=1e-3, atol=1e-3)
 

@@ -16,7 +16,7 @@ from promptkd.models.language_model import LanguageModel, select_responses
 from promptkd.objectives import CrossEntropy, Divergence, States, Tiling, accumulate
 from promptkd.rollouts import Reference, Rollout, Stateless, reference_rollouts
 from promptkd.teachers import Adaptation, Frozen, SoftPrompt, TextPrompt
-from promptkd.training.step import Learner, LossNotFinite, Step
+from promptkd.training.step import Learner, LossNotFinite, Step, StepSettings
 
 CPU = torch.device("cpu")
 
@@ -66,10 +66,13 @@ def step_of(
         method,
         student,
         teacher,
-        *learners,
-        max_grad_norm=max_grad_norm,
-        teacher_step=teacher_step,
-        **{"micro_batch_tokens": 64, **options},
+        student_learner=learners[0],
+        teacher_learner=learners[1],
+        settings=StepSettings(
+            max_grad_norm=max_grad_norm,
+            teacher_step=teacher_step,
+            **{"micro_batch_tokens": 64, **options},
+        ),
     )
 
 

@@ -157,7 +157,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_the_run_that_was_not_stopped(na
         method=method,
         data={"validation": str(tmp_path / "train.jsonl"), "max_response_tokens": 6},
         optimization={"max_steps": 5},
-        evaluation={"every_steps": 2, "num_examples": 2, "metric": "validation_loss"},
+        evaluation={"every_steps": 2, "num_examples": 2, "metric": "cross_entropy"},
         checkpoints={"every_steps": 1, "keep": 9},
     )
     whole = run(recipe)

@@ -37,7 +37,7 @@ def recipe(pair: Path, method: dict[str, Any], output: Path, **optimization: Any
         pair,
         method=method,
         data={"validation": str(pair / "valid.jsonl"), "max_response_tokens": 8},
-        evaluation={"every_steps": 0, "metric": "validation_loss"},
+        evaluation={"every_steps": 0, "metric": "cross_entropy"},
         checkpoints={"every_steps": 1},
         output=str(output),
     )

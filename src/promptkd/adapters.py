@@ -82,11 +82,20 @@ def add_lora(
     return config
 
 
-def trained_state(module: PreTrainedModel) -> dict[str, Tensor]:
-    """What training changes: the adapters, or all of a model that has none."""
-    state = module.state_dict()
-    frozen = {name for name, value in module.named_parameters() if not value.requires_grad}
-    return {name: value for name, value in state.items() if not frozen or "lora_" in name}
+class TrainedWeights:
+    """What training changes in a model: the adapters, or all of a model that has none."""
+
+    def __init__(self, module: PreTrainedModel):
+        self._module = module
+
+    def state_dict(self) -> dict[str, Tensor]:
+        whole = self._module.state_dict()
+        parameters = self._module.named_parameters()
+        frozen = {name for name, value in parameters if not value.requires_grad}
+        return {name: value for name, value in whole.items() if not frozen or "lora_" in name}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self._module.load_state_dict(self._module.state_dict() | state)
 
 
 def save_lora(module: PreTrainedModel, directory: Path, base: str) -> None:

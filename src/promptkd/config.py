@@ -33,6 +33,7 @@ FAMILIAR_NAMES = {
     "report_to": "tracking",
     "output_dir": "output",
     "lr": "learning_rate",
+    "validation_loss": "cross_entropy",
 }
 
 
@@ -123,9 +124,7 @@ class OptimizationSection(Section):
 
 class EvaluationSection(Section):
     every_steps: int = Field(default=44, ge=0, description="0 evaluates at the end only")
-    metric: Literal["rouge_l", "exact_match", "reverse_kl_to_teacher", "validation_loss"] = (
-        "rouge_l"
-    )
+    metric: Literal["rouge_l", "exact_match", "reverse_kl_to_teacher", "cross_entropy"] = "rouge_l"
     num_examples: int = Field(default=200, ge=1)
     exposure_bias_every_steps: int = Field(
         default=0, ge=0, description="R(l), E(l), ExAccErr(l) on the validation data; 0: never"

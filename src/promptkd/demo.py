@@ -25,7 +25,7 @@ SHOWN = {
     "reverse_kl_to_teacher": "KL to teacher",
     "rouge_l": "ROUGE-L",
     "cross_entropy": "cross-entropy",
-    "num_tokens": "length",
+    "response_length": "length",
     "ended": "ended, %",
 }
 

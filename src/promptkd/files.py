@@ -45,6 +45,20 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, text)
 
 
+def read_json(path: Path, notes: list[str]) -> dict[str, Any] | None:
+    """A JSON object; None if the file doesn't exist, or is damaged, which is noted."""
+    if not path.exists():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        notes.append(f"{path} is damaged and not shown.")
+        return None
+    return content
+
+
 def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object a line."""
     write_text(path, "".join(map(json_line, rows)))
@@ -67,13 +81,13 @@ def json_line(row: dict[str, Any]) -> str:
     return json.dumps(row, ensure_ascii=False) + "\n"
 
 
-def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The objects of a file, and the numbers (from 1) of lines that hold none.
+def read_json_lines(path: Path) -> tuple[dict[int, dict[str, Any]], list[int]]:
+    """The objects of a file by line number (from 1), and the numbers of lines that hold none.
 
     A process that was killed leaves at most its last line unfinished; other damage is somebody
     else's, and what stands around it is still good.
     """
-    rows: list[dict[str, Any]] = []
+    rows: dict[int, dict[str, Any]] = {}
     damaged: list[int] = []
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     for number, line in enumerate(lines, start=1):
@@ -81,10 +95,10 @@ def read_json_lines(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             row = None
         if isinstance(row, dict):
-            rows.append(row)
+            rows[number] = row
         else:
             damaged.append(number)
     return rows, damaged

@@ -62,9 +62,9 @@ def rescore(
     directory: Annotated[Path, typer.Argument(help="a run, or what evaluate wrote to")],
 ) -> None:
     """Compute ROUGE-L and the like anew from the kept predictions, without generating again."""
-    from promptkd.evaluation.predictions import rescore as run
+    from promptkd.evaluation.results import rescore as run
 
-    show_scores(run(directory))
+    show_scores({name: found.to_dict() for name, found in run(directory).items()})
     typer.echo(f"scores: {directory}")
 
 
@@ -77,7 +77,7 @@ def compare(
     from promptkd.evaluation.comparison import compare as run
 
     for row in run(first, second):
-        verdict = "clear" if row.low > 0 or row.high < 0 else "not clear"
+        verdict = "clear" if row.shown else "not clear"
         typer.echo(
             f"{row.data:20} {row.score:12} {row.first:8.3f} - {row.second:8.3f} = "
             f"{row.difference:+.3f}, 95% [{row.low:+.3f}, {row.high:+.3f}] ({verdict}, "

@@ -1,18 +1,16 @@
 """Two evaluations side by side: is the difference more than chance? No torch."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from promptkd.errors import UserError
-from promptkd.evaluation.metrics import SCORED
-from promptkd.report.data import Evaluation, Model, read_evaluations
-from promptkd.report.findings import compare as compare_models
+from promptkd.evaluation.results import SCORED, Evaluation, read_evaluations
+from promptkd.evaluation.statistics import paired_difference
 
 
 @dataclass(frozen=True)
 class Difference:
-    """first - second in one score, over the same requests.
+    """first - second in one score, over the requests for which both have it.
 
     Attributes:
         data: the data set's name.
@@ -28,11 +26,42 @@ class Difference:
     high: float
     num_requests: int
 
+    @property
+    def shown(self) -> bool:
+        """Whether the data show a difference: the interval excludes zero."""
+        return self.low > 0 or self.high < 0
+
+
+def difference(own: Evaluation, other: Evaluation, score: str) -> Difference | None:
+    """A request's score is its mean over the seeds; requests are resampled in pairs.
+
+    None if one lacks the score, or if they were asked different requests.
+    """
+    ours, theirs = own.by_example(score), other.by_example(score)
+    if not ours or ours.keys() != theirs.keys():
+        return None
+    first, second = list(ours.values()), list(theirs.values())
+    gap, low, high = paired_difference(first, second)
+    return Difference(
+        data=own.name,
+        score=score,
+        first=sum(first) / len(first),
+        second=sum(second) / len(second),
+        difference=gap,
+        low=low,
+        high=high,
+        num_requests=len(first),
+    )
+
+
+def differences(own: Evaluation, other: Evaluation) -> list[Difference]:
+    """Every score that both have of every response."""
+    found = (difference(own, other, score) for score in SCORED)
+    return [row for row in found if row is not None]
+
 
 def compare(first: str | Path, second: str | Path) -> list[Difference]:
     """Every score that two evaluations share, on every data set that both were asked.
-
-    Each request's score is its mean over the seeds; requests are resampled in pairs.
 
     Args:
         first: a run's directory, or one that ``evaluate`` wrote to.
@@ -48,15 +77,22 @@ def compare(first: str | Path, second: str | Path) -> list[Difference]:
             rows += differences(own[name], other[name])
     if rows:
         return rows
-    settings = ("data", "num_examples", "seeds", "template", "max_request_tokens", "decoding")
-    asked = "; ".join(
-        f"{place}: " + json.dumps({n: {k: e.record.get(k) for k in settings} for n, e in d.items()})
-        for place, d in ((first, own), (second, other))
-    )
-    raise UserError(
-        "Nothing to compare: no data set was evaluated on the same requests with the same seeds "
-        f"and decoding. Evaluate both alike. {asked}"
-    )
+    raise UserError(f"Nothing to compare: {_why_not(own, other)} Evaluate both alike.")
+
+
+def _why_not(own: dict[str, Evaluation], other: dict[str, Evaluation]) -> str:
+    common = sorted(own.keys() & other.keys())
+    if not common:
+        return (
+            f"the first was evaluated on {', '.join(own)}, the second on {', '.join(other)}, and "
+            "no data set is among both."
+        )
+    reasons = []
+    for name in common:
+        ours, theirs = own[name].settings(), other[name].settings()
+        unlike = [f"{k} {ours[k]!r} and {theirs[k]!r}" for k in ours if ours[k] != theirs[k]]
+        reasons.append(f"{name}: {'; '.join(unlike) or 'other requests under the same name'}.")
+    return " ".join(reasons)
 
 
 def _evaluations(place: Path) -> dict[str, Evaluation]:
@@ -65,27 +101,3 @@ def _evaluations(place: Path) -> dict[str, Evaluation]:
     if not found:
         raise UserError(f"{place} holds no evaluation. Run: promptkd evaluate {place} --data FILE")
     return found
-
-
-def differences(own: Evaluation, other: Evaluation) -> list[Difference]:
-    """Every score that both have of every response; none if they were asked different requests."""
-    rows = []
-    for score in SCORED:
-        found = compare_models(Model("first", "other", own), Model("second", "other", other), score)
-        if found is None:
-            continue
-        first, second = (e.record["scores"][score]["mean"] for e in (own, other))
-        unit = 100.0 if score == "ended" else 1.0  # percent, as in the scores
-        rows.append(
-            Difference(
-                own.name,
-                score,
-                first,
-                second,
-                unit * found.difference,
-                unit * found.low,
-                unit * found.high,
-                num_requests=len(own.by_example(score) or ()),
-            )
-        )
-    return rows

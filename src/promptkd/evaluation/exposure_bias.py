@@ -59,7 +59,7 @@ AUTHORS_DEFINITION = {
 }
 
 
-def write_responses(
+def generate_responses(
     engine: Engine,
     data: Dataset,
     decoding: Decoding,
@@ -139,41 +139,30 @@ def measure_gaps(
 
 
 def curve_in_training(
+    own_responses: Responses,
+    teacher_responses: Responses,
     student: LanguageModel,
     teacher: LanguageModel,
-    engine: Engine,
-    teacher_responses: Responses,
-    data: Dataset,
-    decoding: Decoding,
     *,
-    seeds: Sequence[int],
-    num_samples: int = 1,
+    num_steps: int,
     micro_batch_tokens: int = 4096,
     gather: Callable[[list[Gaps]], list[Gaps]] = list,
 ) -> Curve:
     """R and E (the paper's) of the student as it is now: a point of the paper's Figure 3(b).
 
-    The teacher doesn't change, so ``teacher_responses`` are written once per run, by
-    ``write_responses`` with the teacher's engine and the same data, decoding and seeds.
-
     Args:
+        own_responses: the student's, to this process's share of the requests.
+        teacher_responses: the plain teacher's to the same; it doesn't change, so they are made
+            once per run, with the same seeds.
         student: q.
         teacher: p, plain.
-        engine: the student's.
-        teacher_responses: to the requests of ``data``.
-        data: this rank's share of the requests, at least one.
-        decoding: the run's.
-        seeds: one response per request and seed, times ``num_samples``.
-        num_samples: responses per request and seed.
-        micro_batch_tokens: padded tokens per forward pass.
-        gather: puts together what the ranks measured (``accelerate.utils.gather_object``).
+        num_steps: no response is longer.
+        micro_batch_tokens: tokens per forward pass.
+        gather: puts together what the processes measured (``Ranks.gather``).
     """
     curves = []
-    own = write_responses(engine, data, decoding, seeds, num_samples)
-    for responses in (own, teacher_responses):
-        gaps = measure_gaps(
-            responses, student, teacher, decoding.max_new_tokens, micro_batch_tokens
-        )
+    for responses in (own_responses, teacher_responses):
+        gaps = measure_gaps(responses, student, teacher, num_steps, micro_batch_tokens)
         shares = gather([gaps])
         curves.append(
             Gaps(torch.cat([s.nats for s in shares]), torch.cat([s.lengths for s in shares]))
@@ -239,7 +228,7 @@ def exposure_bias(
     decoding = finished.decoding(AUTHORS_BLOCKED_NGRAM if authors_script else 0)
     gaps = [
         measure_gaps(
-            write_responses(
+            generate_responses(
                 TransformersEngine(author, finished.stop), dataset, decoding, seeds, num_samples
             ),
             finished.student,

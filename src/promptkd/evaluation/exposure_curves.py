@@ -12,17 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, tensor
+
+from promptkd.evaluation.statistics import NUM_RESAMPLES, TAILS, resampled_counts
 
 PerStep: TypeAlias = Float[Tensor, "*resamples steps"]
 
 NO_GAP = 1e-6
 """Nats; below this, KL(teacher || student) is rounding, and a ratio to it means nothing."""
-LEVEL = 0.95
-NUM_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -136,23 +135,16 @@ def exposure_intervals(
     by_teacher: Gaps,
     *,
     per_token: bool = False,
-    level: float = LEVEL,
-    num_resamples: int = NUM_RESAMPLES,
-    seed: int = 0,
 ) -> dict[str, tuple[PerStep, PerStep]]:
     """Percentile bootstrap over requests: (low, high) of R, E and ExAccErr at every l.
 
     A resample takes the same requests for both authors, with all of their samples.
 
     >>> gaps = Gaps(tensor([[[1.0, 2.0]], [[1.0, 2.0]]]).double(), tensor([[2], [2]]))
-    >>> exposure_intervals(gaps, gaps, num_resamples=10)["student_gap"][0].tolist()
+    >>> exposure_intervals(gaps, gaps)["student_gap"][0].tolist()
     [1.0, 3.0]
     """
-    num_requests = len(by_student.nats)
-    counts = np.random.default_rng(seed).multinomial(
-        num_requests, np.full(num_requests, 1 / num_requests), size=num_resamples
-    )
-    weights = torch.from_numpy(counts).double()
+    weights = torch.from_numpy(resampled_counts(len(by_student.nats))).double()
     last = _last_step(by_student, by_teacher, per_token)
     student_gap = accumulated_gap(by_student, weights, per_token)[:, :last]
     teacher_gap = accumulated_gap(by_teacher, weights, per_token)[:, :last]
@@ -161,7 +153,7 @@ def exposure_intervals(
         "teacher_gap": teacher_gap,
         "excess": _excess_where_defined(student_gap, teacher_gap),
     }
-    ends = tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.double)
+    ends = tensor(TAILS, dtype=torch.double)
     intervals = {}
     for name, values in drawn.items():
         # A resample without a response that is still running says nothing about that step.
@@ -215,7 +207,7 @@ def _with_intervals(by_student: Gaps, by_teacher: Gaps, per_token: bool) -> dict
     return {
         **exposure_curve(by_student, by_teacher, per_token=per_token).to_dict(),
         "intervals": {
-            "level": LEVEL,
+            "level": 0.95,
             "num_resamples": NUM_RESAMPLES,
             "resampled": "requests",
             **{

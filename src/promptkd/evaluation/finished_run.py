@@ -11,11 +11,10 @@ from promptkd.generation.sampling import Decoding
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import (
     check_context,
-    load_language_model,
     load_tokenizer,
     stop_ids,
 )
-from promptkd.models.vocabularies import shared_vocabulary
+from promptkd.models.vocabularies import load_pair
 
 
 @dataclass(frozen=True)
@@ -76,10 +75,8 @@ def load_run(
             "student with one. Add 'teacher: {model: ...}' to its recipe."
         )
     tokenizer = load_tokenizer(str(directory))
-    teacher_tokenizer = load_tokenizer(recipe.teacher.model)
-    student = load_language_model(str(directory), precision)
-    teacher = load_language_model(recipe.teacher.model, precision)
-    shared = shared_vocabulary(tokenizer, teacher_tokenizer, student.module, teacher.module)
+    student, teacher = load_pair(str(directory), recipe.teacher.model, tokenizer, precision)
+    assert teacher is not None, "there is one"
     encoder = Encoder(
         tokenizer,
         recipe.data.template,
@@ -91,12 +88,12 @@ def load_run(
         check_context(model.module.config, *lengths, name)
     stop = {*stop_ids(tokenizer, student.module), *stop_ids(tokenizer, teacher.module)}
     return FinishedRun(
-        directory,
-        recipe,
-        tokenizer,
-        encoder,
-        replace(student, vocabulary=shared),
-        replace(teacher, vocabulary=shared),
-        recipe.teacher.model,
-        tuple(sorted(stop)),
+        directory=directory,
+        recipe=recipe,
+        tokenizer=tokenizer,
+        encoder=encoder,
+        student=student,
+        teacher=teacher,
+        teacher_name=recipe.teacher.model,
+        stop=tuple(sorted(stop)),
     )

@@ -1,22 +1,17 @@
-"""Scores of written text: ROUGE-L, exact match, intervals. Pure functions, no torch.
+"""Scores of generated text: ROUGE-L and exact match. Pure functions, no torch.
 
 ROUGE-L is Google's (``rouge_score``, stemmed, F1, maximum over references): its own tokenisation
 and stemmer, with the longest common subsequence computed by rapidfuzz, which is about a hundred
 times faster and equal (tests/test_metrics.py).
 """
 
-import math
 import string
 from collections.abc import Sequence
 from functools import lru_cache
 
-import numpy as np
 from nltk.stem import porter
 from rapidfuzz.distance import LCSseq
 from rouge_score import tokenize
-
-SCORED = ("rouge_l", "exact_match", "num_tokens", "ended")
-"""What is known of every single response."""
 
 
 class _RememberingStemmer(porter.PorterStemmer):
@@ -63,54 +58,3 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
 def _normalised(text: str) -> str:
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     return " ".join(text.split())
-
-
-def bootstrap_interval(
-    values: Sequence[float], level: float = 0.95, num_resamples: int = 2000, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean, resampling examples.
-
-    Raises:
-        ValueError: if there are no values.
-    """
-    if not len(values):
-        raise ValueError("the interval of no values is undefined")
-    data = np.asarray(values, dtype=float)
-    random = np.random.default_rng(seed)
-    at_once = max(1, 1_000_000 // len(data))
-    means = np.concatenate(
-        [
-            data[random.integers(len(data), size=(min(at_once, left), len(data)))].mean(1)
-            for left in range(num_resamples, 0, -at_once)
-        ]
-    )
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def paired_bootstrap(
-    first: Sequence[float],
-    second: Sequence[float],
-    level: float = 0.95,
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float, float]:
-    """Mean of first - second over the same examples, with its bootstrap interval.
-
-    Raises:
-        ValueError: if the lengths differ.
-    """
-    if len(first) != len(second):
-        raise ValueError(f"paired scores need the same examples: {len(first)} and {len(second)}")
-    difference = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
-    return float(difference.mean()), *bootstrap_interval(
-        difference.tolist(), level, num_resamples, seed
-    )
-
-
-def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation (0 for a single value)."""
-    mean = sum(values) / len(values)
-    if len(values) < 2:
-        return mean, 0.0
-    return mean, math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))

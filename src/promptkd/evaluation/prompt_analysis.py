@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -28,10 +27,10 @@ from promptkd.composition import Method
 from promptkd.data import Dataset, evaluation_set, read_examples, training_set
 from promptkd.divergences import LogProbs, PerToken, kl
 from promptkd.errors import UserError
-from promptkd.evaluation.evaluate import predict, score
 from promptkd.evaluation.finished_run import FinishedRun, load_run
-from promptkd.evaluation.metrics import paired_bootstrap
-from promptkd.evaluation.predictions import Prediction, summarise
+from promptkd.evaluation.results import Prediction, summarise
+from promptkd.evaluation.scorer import predict, score
+from promptkd.evaluation.statistics import bootstrap_interval, paired_difference
 from promptkd.files import write_json
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.methods import build_method
@@ -52,7 +51,7 @@ DEFINITION = {
     "kl_prompted_plain": "KL(teacher with prompt || teacher without), nats per response token",
     "responses": "'student': written by the final student; 'reference': the data's own",
     "rouge_l": "of the responses the teacher writes, against the references, percent",
-    "num_tokens": "of the responses the teacher writes, mean",
+    "response_length": "of the responses the teacher writes, mean",
     "ended": "share of the teacher's responses that end within the limit, percent",
     "differences": "with prompt - without; intervals: bootstrap over requests",
     "moved": "Euclidean distance from the initial vector; moved_share: over the initial norm",
@@ -235,27 +234,6 @@ def compare_with_tokens(
     return torch.cat(cosines, dim=1), torch.cat(distances, dim=1)
 
 
-def token_mean_interval(
-    sums: Sequence[float],
-    counts: Sequence[int],
-    level: float = 0.95,
-    num_resamples: int = 2000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of sum(sums) / sum(counts), resampling requests.
-
-    >>> token_mean_interval([2.0, 4.0], [1, 2], num_resamples=10)
-    (2.0, 2.0)
-    """
-    size = len(sums)
-    weights = np.random.default_rng(seed).multinomial(
-        size, np.full(size, 1 / size), size=num_resamples
-    )
-    means = (weights @ np.asarray(sums, dtype=float)) / (weights @ np.asarray(counts, dtype=float))
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
 def _analyse_set(
     cast: Cast, name: str, data: Dataset, seed: int, num_shown: int, micro_batch_tokens: int
 ) -> dict[str, list[dict[str, Any]]]:
@@ -284,7 +262,7 @@ def _analyse_set(
             voice = "prompted" if prompted else "plain"
             means = {key: sum(sums[_key(key, voice)]) / sum(counts) for key in TABLE_4_KLS}
             spoken = summarise(predictions[voice])
-            row = {key: value["mean"] for key, value in spoken.items() if key != "exact_match"}
+            row = {key: value.mean for key, value in spoken.items() if key != "exact_match"}
             table.append({**where, "prompt": prompted, **means, **row})
         differences.append({**where, **_kl_differences(sums, counts)})
         drift.append(
@@ -328,10 +306,11 @@ def _text_differences(
     plain: Sequence[Prediction], prompted: Sequence[Prediction]
 ) -> dict[str, dict[str, Any]]:
     rows = {}
-    for name in ("rouge_l", "num_tokens"):
-        with_prompt, without = ([getattr(p, name) for p in who] for who in (prompted, plain))
-        if None not in with_prompt:
-            mean, low, high = paired_bootstrap(with_prompt, without)
+    for name in ("rouge_l", "response_length"):
+        pairs = [(p.score(name), q.score(name)) for p, q in zip(prompted, plain, strict=True)]
+        known = [(own, other) for own, other in pairs if own is not None and other is not None]
+        if known:
+            mean, low, high = paired_difference(*zip(*known, strict=True))
             rows[name] = {"mean": mean, "interval_95": [low, high]}
     return rows
 
@@ -340,7 +319,7 @@ def _with_interval(
     name: str, sums: Sequence[float], counts: Sequence[int]
 ) -> dict[str, dict[str, Any]]:
     mean = sum(sums) / sum(counts)
-    return {name: {"mean": mean, "interval_95": list(token_mean_interval(sums, counts))}}
+    return {name: {"mean": mean, "interval_95": list(bootstrap_interval(sums, counts))}}
 
 
 def _method_of(run: FinishedRun, given: Method | None) -> Method:

@@ -18,6 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from promptkd.errors import UserError
+from promptkd.evaluation.results import Prediction, read_predictions
 from promptkd.evaluation.suites import PAPER_SEEDS, name_of
 from promptkd.files import write_text
 from promptkd.judge.client import Endpoint, KeptReplies, RequestFailed, shortened
@@ -274,7 +275,7 @@ def _ask(
 
 def _predictions(
     run: Path, data: str, seeds: Sequence[int] | None, num_examples: int | None
-) -> dict[Pair, dict[str, Any]]:
+) -> dict[Pair, Prediction]:
     """The run's predictions by (seed, index), written now if there are none."""
     path = run / "evaluation" / f"{name_of(data)}.predictions.jsonl"
     if not path.is_file():
@@ -287,15 +288,12 @@ def _predictions(
         from promptkd.evaluation.evaluate import evaluate
 
         evaluate(run, data, seeds=seeds or PAPER_SEEDS, num_examples=num_examples)
-    rows: dict[Pair, dict[str, Any]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").rstrip("\n").split("\n"), 1):
-        try:
-            row = json.loads(line)
-            rows[row["seed"], row["index"]] = row
-        except (ValueError, LookupError, TypeError):
-            raise UserError(
-                f"{path}:{number}: not a prediction. Remove the file; it is written again."
-            ) from None
+    found, damaged = read_predictions(path)
+    if damaged:
+        raise UserError(
+            f"{path}:{damaged[0]}: not a prediction. Remove the file; it is written again."
+        )
+    rows = {(prediction.seed, prediction.index): prediction for prediction in found}
     missing = sorted(set(seeds or ()) - {seed for seed, _ in rows})
     if missing:
         raise UserError(
@@ -310,7 +308,7 @@ def _predictions(
 
 
 def _opponents(
-    rows: dict[Pair, dict[str, Any]],
+    rows: dict[Pair, Prediction],
     run: str | Path,
     against: str | Path | None,
     data: str,
@@ -319,14 +317,14 @@ def _opponents(
 ) -> dict[Pair, str]:
     """What each response is compared with: its first reference, or the other run's response."""
     if against is None:
-        without = sorted({index for (_, index), row in rows.items() if not row["references"]})
+        without = sorted({index for (_, index), row in rows.items() if not row.references})
         if without:
             raise UserError(
                 f"{len(without)} requests of {data} have no reference (the first is row "
                 f"{without[0]}). Bring references, or compare with another run: "
                 "--protocol pairwise --against RUN."
             )
-        return {pair: row["references"][0] for pair, row in rows.items()}
+        return {pair: row.references[0] for pair, row in rows.items()}
     others = _predictions(Path(against), data, seeds, num_examples)
     if others.keys() != rows.keys():
         raise UserError(
@@ -334,24 +332,24 @@ def _opponents(
             f"{len(others)} responses, {len(rows.keys() & others.keys())} of the same request and "
             "seed. Give --seeds and --num-examples that both have, or evaluate both alike."
         )
-    if any(others[pair]["references"] != row["references"] for pair, row in rows.items()):
+    if any(others[pair].references != row.references for pair, row in rows.items()):
         raise UserError(
             f"{run} and {against} answered different requests under the name "
             f"{name_of(data)}. Evaluate both on the same data."
         )
-    return {pair: other["response"] for pair, other in others.items()}
+    return {pair: other.response for pair, other in others.items()}
 
 
 def _questions(
-    rows: dict[Pair, dict[str, Any]], opponents: dict[Pair, str], protocol: str
+    rows: dict[Pair, Prediction], opponents: dict[Pair, str], protocol: str
 ) -> list[Question]:
     questions = []
     for pair, row in rows.items():
         for order in ORDERS[protocol]:
-            shown = (row["response"], opponents[pair])
+            shown = (row.response, opponents[pair])
             first, second = shown if order == MODEL_FIRST else reversed(shown)
             text = INSTRUCTIONS[protocol].format(
-                request=row["request"].strip(), first=first, second=second
+                request=row.request.strip(), first=first, second=second
             )
             questions.append(Question(pair, order, text))
     return questions

@@ -13,7 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from promptkd.evaluation.metrics import bootstrap_interval, mean_and_deviation
+from promptkd.evaluation.statistics import (
+    TAILS,
+    bootstrap_interval,
+    mean_and_deviation,
+    resampled_counts,
+)
 
 Pair = tuple[int, int]
 """(decoding seed, row of the data)."""
@@ -110,9 +115,7 @@ def summarise_grades(verdicts: dict[tuple[Pair, str], Any]) -> tuple[int, dict[s
         return 0, None
     by_seed = _percent_of_reference(grades.sum(-1)[..., None])[:, 0]
     judged = by_seed[~np.isnan(by_seed)].tolist()
-    random = np.random.default_rng(0)
-    draws = random.multinomial(len(indices), np.full(len(indices), 1 / len(indices)), size=2000)
-    resampled = _percent_of_reference(grades @ draws.T)
+    resampled = _percent_of_reference(grades @ resampled_counts(len(indices)).T)
     known = ~np.isnan(resampled)
     usable = known.any(0)
     means = np.where(known, resampled, 0.0).sum(0)[usable] / known.sum(0)[usable]
@@ -121,7 +124,7 @@ def summarise_grades(verdicts: dict[tuple[Pair, str], Any]) -> tuple[int, dict[s
         "score": {
             "mean": mean,
             "deviation_over_seeds": deviation,
-            "interval_95": np.quantile(means, [0.025, 0.975]).tolist(),
+            "interval_95": np.quantile(means, TAILS).tolist(),
             "by_seed": [None if np.isnan(value) else float(value) for value in by_seed],
         },
         "model_grade": {"mean": float(grades[0].sum() / num_judged)},

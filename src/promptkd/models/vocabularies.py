@@ -1,9 +1,11 @@
 """Which token ids two models share."""
 
+from dataclasses import replace
 from typing import Any
 
 from promptkd.errors import UserError
-from promptkd.models.loading import embedding_rows
+from promptkd.models.language_model import LanguageModel
+from promptkd.models.loading import embedding_rows, load_language_model, load_tokenizer
 
 
 def first_difference(
@@ -46,3 +48,19 @@ def shared_vocabulary(
 
 def same_tokenizer(student_tokenizer: Any, teacher_tokenizer: Any) -> bool:
     return first_difference(student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()) is None
+
+
+def load_pair(
+    student: str, teacher: str | None, tokenizer: Any, precision: str
+) -> tuple[LanguageModel, LanguageModel | None]:
+    """Two models over their shared vocabulary, or the first alone over all of its own.
+
+    Raises:
+        UserError: if one can't be loaded, or they have different token tables.
+    """
+    own = load_language_model(student, precision)
+    if teacher is None:
+        return own, None
+    other = load_language_model(teacher, precision)
+    shared = shared_vocabulary(tokenizer, load_tokenizer(teacher), own.module, other.module)
+    return replace(own, vocabulary=shared), replace(other, vocabulary=shared)

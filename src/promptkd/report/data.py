@@ -4,8 +4,6 @@ A run that was stopped, was never evaluated or lost its last line is still worth
 every file but the recipe may be missing, and what could not be read becomes a note on the page.
 """
 
-import hashlib
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,46 +12,10 @@ from typing import Any
 import yaml
 
 from promptkd.errors import UserError
+from promptkd.evaluation.results import Evaluation, read_evaluations
+from promptkd.files import read_json, read_json_lines
 
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """One NAME.json of ``promptkd evaluate`` with its predictions.
-
-    Attributes:
-        name: the data's.
-        record: what NAME.json holds.
-        predictions: lines of NAME.predictions.jsonl, one per request and seed.
-    """
-
-    name: str
-    record: Row
-    predictions: tuple[Row, ...]
-
-    @property
-    def protocol(self) -> str:
-        """Equal exactly for evaluations whose scores may be compared: same rows, same decoding."""
-        rows = sorted(
-            {(p["index"], json.dumps(p["references"] or p["request"])) for p in self.predictions}
-        )
-        settings = [
-            self.record.get(key)
-            for key in ("decoding", "seeds", "num_examples", "template", "max_request_tokens")
-        ]
-        text = json.dumps([rows or self.name, settings], sort_keys=True)
-        return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
-
-    def by_example(self, score: str) -> dict[int, float] | None:
-        """Mean over seeds of one score per request; None if any response lacks it."""
-        collected: dict[int, list[float]] = {}
-        for prediction in self.predictions:
-            value = prediction.get(score)
-            if value is None:
-                return None
-            collected.setdefault(prediction["index"], []).append(float(value))
-        return {i: sum(values) / len(values) for i, values in sorted(collected.items())}
 
 
 @dataclass(frozen=True)
@@ -123,8 +85,9 @@ class DataSet:
     models: tuple[Model, ...]
 
     @property
-    def record(self) -> Row:
-        return self.models[0].evaluation.record
+    def evaluation(self) -> Evaluation:
+        """The first model's: its settings are everybody's."""
+        return self.models[0].evaluation
 
     def of_role(self, role: str) -> list[Model]:
         return [model for model in self.models if model.role == role]
@@ -141,7 +104,7 @@ def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[Evaluation]]:
         if (path / "recipe.yaml").is_file():
             run_paths.append(path)
             continue
-        found = list(read_evaluations(path)) if path.is_dir() else []
+        found = read_evaluations(path) if path.is_dir() else []
         if not found:
             raise UserError(
                 f"{path} is neither a run (no recipe.yaml) nor a directory of scores. "
@@ -200,37 +163,14 @@ def read_run(path: Path, label: str) -> Run:
 
 
 def read_lines(path: Path, notes: list[str]) -> list[Row]:
-    """JSON lines up to the first damaged one, which a killed process may leave; noted."""
+    """JSON lines; damaged ones are left out and noted."""
     if not path.exists():
         return []
-    rows = []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    for number, line in enumerate(lines, start=1):
-        if not line:
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            row = None
-        if not isinstance(row, dict):
-            notes.append(f"{path}: line {number} is damaged; only what is before it is shown.")
-            break
-        rows.append(row)
-    return rows
-
-
-def read_json(path: Path, notes: list[str]) -> Row | None:
-    """A JSON object, or None with a note if it is damaged, without one if it doesn't exist."""
-    if not path.exists():
-        return None
-    try:
-        content = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except json.JSONDecodeError:
-        content = None
-    if not isinstance(content, dict):
-        notes.append(f"{path} is damaged and not shown.")
-        return None
-    return content
+    rows, damaged = read_json_lines(path)
+    if damaged:
+        shown = ", ".join(map(str, damaged[:3]))
+        notes.append(f"{path}: {len(damaged)} damaged lines are left out (line {shown}).")
+    return list(rows.values())
 
 
 def data_sets(runs: Sequence[Run], loose: Iterable[Evaluation] = ()) -> list[DataSet]:
@@ -242,7 +182,7 @@ def data_sets(runs: Sequence[Run], loose: Iterable[Evaluation] = ()) -> list[Dat
     groups: dict[str, list[Model]] = {}
     owned = [(run, evaluation) for run in runs for evaluation in run.evaluations]
     for run, evaluation in [*owned, *((None, evaluation) for evaluation in loose)]:
-        label, role = _who(str(evaluation.record.get("model", "")), runs, run)
+        label, role = _who(evaluation.model, runs, run)
         models = groups.setdefault(evaluation.protocol, [])
         if not any((model.label, model.role) == (label, role) for model in models):
             models.append(Model(label, role, evaluation))
@@ -277,19 +217,6 @@ def _who(model: str, runs: Sequence[Run], owner: Run | None) -> tuple[str, str]:
 
 def _same_place(model: str, other: str | Path) -> bool:
     return model == str(other) or Path(model).resolve() == Path(other).resolve()
-
-
-def read_evaluations(directory: Path, notes: list[str] | None = None) -> Iterable[Evaluation]:
-    """Every evaluation below a directory, in the order of their paths."""
-    notes = [] if notes is None else notes
-    for path in sorted(directory.rglob("*.json")):
-        record = read_json(path, notes)
-        if record is None or not isinstance(record.get("scores"), dict):
-            continue
-        if "decoding" not in record:
-            continue
-        lines = path.with_name(f"{path.stem}.predictions.jsonl")
-        yield Evaluation(path.stem, record, tuple(read_lines(lines, notes)))
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

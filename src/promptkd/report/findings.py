@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from promptkd.evaluation.metrics import paired_bootstrap
+from promptkd.evaluation.comparison import difference
+from promptkd.evaluation.results import Evaluation
 from promptkd.report.data import DataSet, Model, Run
 
 RANKED = ("rouge_l", "exact_match")  # per request, and more is better
@@ -18,7 +19,7 @@ SCORE_NAMES = {
     "exact_match": "Exact match, %",
     "reverse_kl_to_teacher": "KL to teacher, nats/token",
     "cross_entropy": "Cross-entropy, nats/token",
-    "num_tokens": "Length, tokens",
+    "response_length": "Length, tokens",
     "ended": "Ended by itself, %",
 }
 
@@ -54,7 +55,7 @@ class Distance:
 
 
 @dataclass(frozen=True)
-class Cost:
+class TrainingCost:
     """What training took, over the logged steps."""
 
     steps: int
@@ -84,13 +85,18 @@ class Cost:
         return self.flops / self.seconds_learning if self.seconds_learning else 0.0
 
 
-def compare(first: Model, second: Model, score: str) -> Comparison | None:
+def between(first: Model, second: Model, score: str) -> Comparison | None:
     """Paired bootstrap over requests; None if a score is missing or the requests differ."""
-    own, other = first.evaluation.by_example(score), second.evaluation.by_example(score)
-    if not own or not other or own.keys() != other.keys():
+    found = difference(first.evaluation, second.evaluation, score)
+    if found is None:
         return None
-    values = paired_bootstrap(list(own.values()), list(other.values()))
-    return Comparison(first.label, second.label, *values)
+    return Comparison(
+        first=first.label,
+        second=second.label,
+        difference=found.difference,
+        low=found.low,
+        high=found.high,
+    )
 
 
 def best_model(models: Sequence[Model], score: str) -> str | None:
@@ -101,7 +107,7 @@ def best_model(models: Sequence[Model], score: str) -> str | None:
     if len(models) < 2:
         return None
     leader = max(models, key=lambda model: _mean(model, score))
-    comparisons = [compare(leader, other, score) for other in models if other is not leader]
+    comparisons = [between(leader, other, score) for other in models if other is not leader]
     if all(c is not None and c.low > 0 for c in comparisons):
         return leader.label
     return None
@@ -142,26 +148,27 @@ def warnings(run: Run) -> list[str]:
     if ended and ended[0] - ended[1] >= ENDED_LESS:
         shares = f"{ended[0]:.0f}% before, {ended[1]:.0f}% now"
         found.append(f"fewer of its responses end by themselves ({shares})")
-    length = validation_change(run, "num_tokens")
+    length = validation_change(run, "response_length")
     if length and length[0] and length[1] and not 0.5 < length[1] / length[0] < 2:
         found.append(f"its responses went from {length[0]:.0f} to {length[1]:.0f} tokens")
     return found
 
 
-def cost(run: Run) -> Cost | None:
+def cost(run: Run) -> TrainingCost | None:
     """Sums over the logged steps; None if there are none."""
     if not run.steps:
         return None
-    return Cost(
-        len(run.steps),
-        int(sum(row.get("num_tokens", 0) for row in run.steps)),
-        sum(row.get("seconds_writing", 0.0) for row in run.steps),
-        sum(row.get("seconds_learning", 0.0) for row in run.steps),
-        sum(row.get("seconds_teacher", 0.0) for row in run.steps),
-        sum(row.get("seconds_student", 0.0) for row in run.steps),
-        sum(row.get("seconds_losses", 0.0) for row in run.steps),
-        sum(row.get("flops", 0.0) for row in run.steps),
-        max(row.get("peak_memory", 0) for row in run.steps),
+    summed = ("writing", "learning", "teacher", "student", "losses")
+    seconds = {
+        f"seconds_{part}": sum(row.get(f"seconds_{part}", 0.0) for row in run.steps)
+        for part in summed
+    }
+    return TrainingCost(
+        steps=len(run.steps),
+        tokens=int(sum(row.get("num_tokens", 0) for row in run.steps)),
+        **seconds,
+        flops=sum(row.get("flops", 0.0) for row in run.steps),
+        peak_memory=max(row.get("peak_memory", 0) for row in run.steps),
     )
 
 
@@ -174,17 +181,17 @@ def size_share(run: Run) -> float | None:
 
 def describe(data: DataSet) -> str:
     """``dolly_valid (200 requests, seeds 10 and 20)``."""
-    record = data.record
-    seeds = [str(seed) for seed in record.get("seeds", [])]
+    evaluation = data.evaluation
+    seeds = [str(seed) for seed in evaluation.seeds]
     named = " and ".join([", ".join(seeds[:-1]), seeds[-1]] if len(seeds) > 1 else seeds)
-    number = record.get("num_examples", 0)
+    number = evaluation.num_examples
     requests = f"{number} request{'s' if number != 1 else ''}"
     return f"{data.name} ({requests}, seed{'s' if len(seeds) > 1 else ''} {named})"
 
 
-def decoding_words(record: dict[str, Any]) -> str:
-    """How the responses were written, in words."""
-    decoding = record.get("decoding", {})
+def decoding_words(evaluation: Evaluation) -> str:
+    """How the responses were generated, in words."""
+    decoding = evaluation.decoding
     temperature = decoding.get("temperature", 1.0)
     parts = ["greedy decoding"] if temperature == 0 else [f"temperature {temperature:g}"]
     if decoding.get("top_p", 1.0) < 1:
@@ -194,9 +201,9 @@ def decoding_words(record: dict[str, Any]) -> str:
     blocked = decoding.get("no_repeat_ngram_size", 0)
     parts.append(f"no repeated {blocked}-grams" if blocked else "no n-gram blocking")
     parts.append(f"at most {decoding.get('max_new_tokens', '?')} tokens")
-    parts.append(f"template {record.get('template')}")
-    if record.get("num_cut_requests"):
-        parts.append(f"{record['num_cut_requests']} requests cut")
+    parts.append(f"template {evaluation.template}")
+    if evaluation.num_cut_requests:
+        parts.append(f"{evaluation.num_cut_requests} requests cut")
     return ", ".join(parts)
 
 
@@ -229,16 +236,16 @@ def answer(runs: Sequence[Run], sets: Sequence[DataSet]) -> list[str]:
     ]
 
 
-def comparison_words(c: Comparison, unit: str = "") -> str:
+def comparison_words(c: Comparison) -> str:
     """``2.1 more, 95% interval 0.9 to 3.3`` or ``no difference shown (+0.1, 95% -0.4 to 0.6)``."""
     if not c.shown:
         return (
-            f"no difference shown ({signed(c.difference)}{unit}, 95% interval "
+            f"no difference shown ({signed(c.difference)}, 95% interval "
             f"{plain(c.low)} to {plain(c.high)})"
         )
     word = "more" if c.difference > 0 else "less"
     low, high = sorted((abs(c.low), abs(c.high)))
-    return f"{abs(c.difference):.1f}{unit} {word}, 95% interval {low:.1f} to {high:.1f}"
+    return f"{abs(c.difference):.1f} {word}, 95% interval {low:.1f} to {high:.1f}"
 
 
 def _closeness(run: Run, sets: Sequence[DataSet]) -> str:
@@ -261,14 +268,14 @@ def _score_sentences(run: Run, sets: Sequence[DataSet]) -> list[str]:
         own = next((m for m in data.of_role("run") if m.label == run.label), None)
         if own is None or _mean(own, "rouge_l") is None:
             continue
-        interval = own.evaluation.record["scores"]["rouge_l"].get("interval_95")
+        interval = own.evaluation.scores["rouge_l"].interval_95
         shown = f" (95% interval {plain(interval[0])} to {plain(interval[1])})" if interval else ""
         sentence = f"On {describe(data)} it scores ROUGE-L {_mean(own, 'rouge_l'):.1f}{shown}"
         against = [
             f"against its {model.label}: {comparison_words(found)}"
             for role in ("start", "teacher")
             for model in data.of_role(role)
-            if (found := compare(own, model, "rouge_l"))
+            if (found := between(own, model, "rouge_l"))
         ]
         return ["; ".join([sentence, *against]) + "."]
     change = validation_change(run, "rouge_l")
@@ -287,7 +294,7 @@ def _ranking(runs: Sequence[Run], sets: Sequence[DataSet]) -> list[str]:
             continue
         models.sort(key=lambda model: -_mean(model, "rouge_l"))
         leader, others = models[0], models[1:]
-        found = [c for other in others if (c := compare(leader, other, "rouge_l"))]
+        found = [c for other in others if (c := between(leader, other, "rouge_l"))]
         where = f"on {describe(data)}"
         tied = [c.second for c in found if not c.shown]
         if len(tied) == len(others):
@@ -316,7 +323,7 @@ def _closest(runs: Sequence[Run], sets: Sequence[DataSet]) -> str:
 
 
 def _mean(model: Model, score: str) -> Any:
-    return model.evaluation.record["scores"].get(score, {}).get("mean")
+    return model.evaluation.mean(score)
 
 
 def _listed(names: Sequence[str]) -> str:

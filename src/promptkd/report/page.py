@@ -137,7 +137,7 @@ def _rests_on(runs: Sequence[Run], sets: Sequence[DataSet]) -> list[str]:
     """Data, seeds and settings behind the answer."""
     said = []
     if sets and sets[0].of_role("run"):
-        said.append(f"Scores: {describe(sets[0])}; {decoding_words(sets[0].record)}.")
+        said.append(f"Scores: {describe(sets[0])}; {decoding_words(sets[0].evaluation)}.")
     found = dict.fromkeys(d.where for run in runs if (d := distance(run, sets)))
     said += [f"Distance: KL(student ‖ teacher), each on its own responses, {w}." for w in found]
     return said
@@ -195,24 +195,20 @@ def _large_numbers(run: Run, sets: Sequence[DataSet]) -> list[LargeNumber]:
 
 def _score_number(run: Run, sets: Sequence[DataSet]) -> LargeNumber | None:
     for data in sets:
-        scores = {
-            (m.label, m.role): m.evaluation.record["scores"].get("rouge_l") for m in data.models
-        }
+        scores = {(m.label, m.role): m.evaluation.scores.get("rouge_l") for m in data.models}
         own = scores.get((run.label, "run"))
-        if not own or "interval_95" not in own:
+        if not own or not own.interval_95:
             continue
-        low, high = own["interval_95"]
-        others = {
-            who: s["mean"] for who, s in scores.items() if s and who[1] in ("start", "teacher")
-        }
+        low, high = own.interval_95
+        others = {who: s.mean for who, s in scores.items() if s and who[1] in ("start", "teacher")}
         top = 1.1 * max([high, *others.values(), 1e-9])
         marks = [Mark(label, 100 * mean / top, role) for (label, role), mean in others.items()]
-        marks.append(Mark("student", 100 * own["mean"] / top, "run"))
+        marks.append(Mark("student", 100 * own.mean / top, "run"))
         known = [f"{label} {mean:.1f}" for (label, _), mean in others.items()]
         detail = f"95% interval {plain(low)} to {plain(high)}"
         return LargeNumber(
             f"ROUGE-L on {data.name}",
-            f"{own['mean']:.1f}",
+            f"{own.mean:.1f}",
             "percent",
             "; ".join([detail, *known]),
             fill=0.0,
@@ -244,7 +240,7 @@ def _notes(runs: Sequence[Run], sets: Sequence[DataSet]) -> list[str]:
     if len(runs) > 1:
         notes += [f"{run.label}: {warning}." for run in runs for warning in warnings(run)]
         notes += _starts(runs)
-    if any(len(data.record["seeds"]) == 1 for data in sets):
+    if any(len(data.evaluation.seeds) == 1 for data in sets):
         notes.append("Some scores come from a single decoding seed.")
     return notes
 

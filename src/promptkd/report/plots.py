@@ -33,7 +33,7 @@ VALIDATION_CURVES = (
     ),
     ("rouge_l", "ROUGE-L in training", "percent, validation", "One response per request."),
     (
-        "validation_loss",
+        "cross_entropy",
         "Loss on the references",
         "nats per token, validation",
         "It may rise while the student leaves the references for its teacher.",
@@ -84,9 +84,9 @@ def score_figures(runs: Sequence[Run], sets: Sequence[DataSet], directory: Path)
     for number, data in enumerate(sets, start=1):
         rows = []
         for model in data.models:
-            score = model.evaluation.record["scores"].get("rouge_l")
-            if score and "interval_95" in score:
-                rows.append((model.label, score["mean"], *score["interval_95"], _slot(runs, model)))
+            score = model.evaluation.scores.get("rouge_l")
+            if score and score.interval_95:
+                rows.append((model.label, score.mean, *score.interval_95, _slot(runs, model)))
         if len(rows) > 1:
             said = "; ".join(f"{label} {mean:.1f}" for label, mean, *_ in rows)
             title = f"ROUGE-L on {data.name}"
@@ -104,8 +104,8 @@ def length_figures(runs: Sequence[Run], sets: Sequence[DataSet], directory: Path
         for model in data.models[:6]:
             predictions = model.evaluation.predictions
             if predictions:
-                values = [float(p["num_tokens"]) for p in predictions]
-                cut = 100 * sum(not p["ended"] for p in predictions) / len(predictions)
+                values = [float(p.num_tokens) for p in predictions]
+                cut = 100 - sum(p.score("ended") or 0 for p in predictions) / len(predictions)
                 groups.append((model.label, values, _slot(runs, model)))
                 mean = sum(values) / len(values)
                 said.append(f"{model.label}: {mean:.0f} tokens, {cut:.0f}% cut at the limit")

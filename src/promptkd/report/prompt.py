@@ -135,7 +135,7 @@ def _kl_table(analysis: Row, number: int) -> Table | None:
         cells += [Cell(digits(row[key]), _change(change.get(key), nats=True)) for key in shown]
         cells += [
             Cell(f"{row[key]:.1f}", _change(change.get(key))) if key in row else Cell("–")
-            for key in ("rouge_l", "num_tokens", "ended")
+            for key in ("rouge_l", "response_length", "ended")
         ]
         rows.append(tuple(cells))
     decoding = analysis.get("num_examples", {})

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from promptkd.evaluation.results import Prediction
 from promptkd.report.data import DataSet, Row, Run
 from promptkd.report.findings import describe
 
@@ -43,22 +44,22 @@ def _evaluated(data: DataSet) -> Row:
     for place, model in enumerate(data.models):
         for p in model.evaluation.predictions:
             item = items.setdefault(
-                p["index"],
+                p.index,
                 {
-                    "row": p["index"],
-                    "request": p["request"],
-                    "references": p["references"],
+                    "row": p.index,
+                    "request": p.request,
+                    "references": list(p.references),
                     "responses": [[] for _ in data.models],
                 },
             )
-            item["responses"][place].append(_response(p, p["seed"]))
+            item["responses"][place].append(_response(p))
     ordered = [items[index] for index in sorted(items)]
-    template = data.record.get("template")
+    template = data.evaluation.template
     return {
         "name": data.name,
         "about": describe(data),
         "models": [{"label": m.label, "role": m.role} for m in data.models],
-        "seeds": data.record.get("seeds", []),
+        "seeds": list(data.evaluation.seeds),
         "items": ordered,
         "note": _strip_template(ordered, template),
     }
@@ -78,7 +79,7 @@ def _sampled(run: Run) -> Row:
                 "responses": [[] for _ in steps],
             },
         )
-        item["responses"][steps.index(sample["step"])].append(_response(sample, sample["seed"]))
+        item["responses"][steps.index(sample["step"])].append(_response(_prediction(sample)))
     ordered = [items[index] for index in sorted(items)]
     template = (run.recipe.get("data") or {}).get("template")
     return {
@@ -91,13 +92,17 @@ def _sampled(run: Run) -> Row:
     }
 
 
-def _response(prediction: Row, seed: int) -> Row:
-    score = prediction.get("rouge_l")
+def _prediction(sample: Row) -> Prediction:
+    return Prediction.of_row({key: value for key, value in sample.items() if key != "step"})
+
+
+def _response(prediction: Prediction) -> Row:
+    score = prediction.rouge_l
     return {
-        "seed": seed,
-        "text": prediction["response"],
-        "tokens": prediction["num_tokens"],
-        "ended": prediction["ended"],
+        "seed": prediction.seed,
+        "text": prediction.response,
+        "tokens": prediction.num_tokens,
+        "ended": prediction.ended,
         "score": None if score is None else round(score, 1),
     }
 

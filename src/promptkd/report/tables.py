@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from promptkd.evaluation.results import Score
 from promptkd.files import write_text
 from promptkd.report.data import DataSet, Model, Run
 from promptkd.report.findings import (
@@ -12,7 +12,7 @@ from promptkd.report.findings import (
     SCORE_NAMES,
     Comparison,
     best_model,
-    compare,
+    between,
     cost,
     count,
     decoding_words,
@@ -128,7 +128,7 @@ def score_table(data: DataSet, number: int) -> Table:
     With several runs the difference is to the run with the highest ROUGE-L, else to the start.
     """
     runs = data.of_role("run")
-    shown = [s for s in SCORE_NAMES if any(s in m.evaluation.record["scores"] for m in data.models)]
+    shown = [s for s in SCORE_NAMES if any(s in m.evaluation.scores for m in data.models)]
     best = {score: best_model(runs, score) for score in RANKED if score in shown}
     baseline = _baseline(data) if "rouge_l" in shown else None
     teacher = next(iter(data.of_role("teacher")), None) if "rouge_l" in shown else None
@@ -136,19 +136,19 @@ def score_table(data: DataSet, number: int) -> Table:
     against = [m for m in (baseline, teacher) if m is not None and len(data.models) > 1]
     headings[2:2] = [f"ROUGE-L − {model.label}" for model in against]
     for model in data.models:
-        scores = model.evaluation.record["scores"]
+        scores = model.evaluation.scores
         cells = [
             _score_cell(s, scores[s], best.get(s) == model.label) if s in scores else Cell("–")
             for s in shown
         ]
         cells[1:1] = [
-            Cell("–") if model is other else comparison_cell(compare(model, other, "rouge_l"))
+            Cell("–") if model is other else comparison_cell(between(model, other, "rouge_l"))
             for other in against
         ]
         rows.append((Cell(model.label), *cells))
     caption = (
-        f"{describe(data)}; {decoding_words(data.record)}. Square brackets: 95% bootstrap interval "
-        "over requests; ±: standard deviation over seeds."
+        f"{describe(data)}; {decoding_words(data.evaluation)}. Square brackets: 95% bootstrap "
+        "interval over requests; ±: standard deviation over seeds."
     )
     if against:
         caption += " Differences are paired by request."
@@ -309,25 +309,21 @@ def duration(seconds: float) -> str:
 def _baseline(data: DataSet) -> Model | None:
     runs = data.of_role("run")
     if len(runs) > 1:
-        scores = {m.label: m.evaluation.record["scores"].get("rouge_l") for m in runs}
-        known = [m for m in runs if scores[m.label]]
-        return max(known, key=lambda m: scores[m.label]["mean"], default=None)
+        known = [m for m in runs if "rouge_l" in m.evaluation.scores]
+        return max(known, key=lambda m: m.evaluation.scores["rouge_l"].mean, default=None)
     return next(iter(data.of_role("start")), None)
 
 
-def _score_cell(name: str, score: dict[str, Any], best: bool) -> Cell:
-    mean = score.get("mean")
-    if mean is None:
-        return Cell("–")
+def _score_cell(name: str, score: Score, best: bool) -> Cell:
     nats = name in ("reverse_kl_to_teacher", "cross_entropy")
-    text = digits(mean) if nats else f"{mean:.1f}"
-    interval, detail = score.get("interval_95"), ""
+    text = digits(score.mean) if nats else f"{score.mean:.1f}"
+    interval, detail = score.interval_95, ""
     if interval:
         detail = f"[{interval[0]:.1f}, {interval[1]:.1f}]"
-    elif score.get("deviation_over_seeds"):
-        detail = f"± {digits(score['deviation_over_seeds'])}"
-    if name == "rouge_l" and score.get("deviation_over_seeds"):
-        detail += f" ± {score['deviation_over_seeds']:.1f}"
+    elif score.deviation_over_seeds:
+        detail = f"± {digits(score.deviation_over_seeds)}"
+    if name == "rouge_l" and score.deviation_over_seeds:
+        detail += f" ± {score.deviation_over_seeds:.1f}"
     return Cell(text, detail, best)
 
 

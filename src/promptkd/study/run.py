@@ -15,17 +15,18 @@ from promptkd.config import SamplingSection
 from promptkd.data import Example, read_examples
 from promptkd.errors import UserError
 from promptkd.evaluation.evaluate import evaluate
+from promptkd.evaluation.results import Evaluation, read_evaluations
 from promptkd.files import write_text
 from promptkd.generation.sampling import Decoding
 from promptkd.methods import build_method
 from promptkd.models.loading import default_device, load_tokenizer
 from promptkd.models.vocabularies import same_tokenizer
-from promptkd.report.data import Evaluation, read_evaluations
+from promptkd.ranks import ALONE
 from promptkd.report.report import report
 from promptkd.study.file import PlannedRun, Study, planned_runs
 from promptkd.study.table import Failure, Findings, Line, study_table
 from promptkd.training.run_directory import RunDirectory
-from promptkd.training.setup import assemble
+from promptkd.training.setup import set_up
 
 Scores = dict[str, Evaluation]
 """Of one model, by data set."""
@@ -44,7 +45,7 @@ def run_study(study: Study) -> Path:
     _refuse_several_processes(study)
     runs, base, output = planned_runs(study), study.base_recipe, Path(study.output)
     methods = _checked_methods(runs)
-    scorer = Scorer(study)
+    scorer = StudyScorer(study)
     _rehearse(runs, methods)
     _write_recipes(runs)
     models = {"start": base.student.model}
@@ -82,7 +83,7 @@ def run_study(study: Study) -> Path:
     return output
 
 
-class Scorer:
+class StudyScorer:
     """Scores every model of a study under the same settings, each only once.
 
     Raises:
@@ -145,17 +146,18 @@ class Scorer:
             "template": data.template,
             "max_request_tokens": data.max_request_tokens,
             "decoding": decoding.to_dict(),
-            "seeds": list(asked.seeds),
+            "seeds": tuple(asked.seeds),
         }
         trained = Path(model) / "summary.json"
         made = {}
         for found in read_evaluations(directory):
             rows, written = self._rows.get(found.name, ()), directory / f"{found.name}.json"
-            expected = settings | {"data": asked.suite.get(found.name), "num_examples": len(rows)}
-            references = {row["index"]: row["references"] for row in found.predictions}
+            sources = tuple(asked.suite.get(found.name, ()))
+            expected = settings | {"data": sources, "num_examples": len(rows)}
+            references = {row.index: row.references for row in found.predictions}
             if (
-                expected.items() <= found.record.items()
-                and references == {i: list(row.responses) for i, row in enumerate(rows)}
+                all(getattr(found, key) == value for key, value in expected.items())
+                and references == {i: row.responses for i, row in enumerate(rows)}
                 and not (trained.is_file() and _time(written) < _time(trained))
             ):
                 made[found.name] = found
@@ -207,7 +209,7 @@ def _rehearse(runs: Sequence[PlannedRun], methods: Mapping[str, Method]) -> None
         sampling = SamplingSection(**{**run.recipe.sampling.model_dump(), "engine": "transformers"})
         recipe = run.recipe.model_copy(update={"sampling": sampling})  # an engine takes a minute
         try:
-            assemble(recipe, method, device, 1, lambda tensor: tensor, lambda sentence: None)
+            set_up(recipe, method, device, ALONE, lambda sentence: None)
         except UserError as error:
             raise UserError(f"methods.{run.label}: {error}") from None
 

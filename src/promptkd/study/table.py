@@ -6,12 +6,13 @@ seeds.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from promptkd.evaluation.comparison import Difference, differences
-from promptkd.evaluation.metrics import SCORED, bootstrap_interval, mean_and_deviation
-from promptkd.report.data import DataSet, Evaluation, Model
+from promptkd.evaluation.results import SCORED, Evaluation, Score
+from promptkd.evaluation.statistics import bootstrap_interval, mean_and_deviation
+from promptkd.report.data import DataSet, Model
 from promptkd.report.findings import (
     SCORE_NAMES,
     Comparison,
@@ -23,7 +24,7 @@ from promptkd.report.findings import (
 )
 from promptkd.report.tables import Cell, Table, comparison_cell
 
-SHOWN = ("rouge_l", "reverse_kl_to_teacher", "num_tokens", "ended")
+SHOWN = ("rouge_l", "reverse_kl_to_teacher", "response_length", "ended")
 
 
 @dataclass(frozen=True)
@@ -55,30 +56,27 @@ class Line:
         if not self.scores:
             return None
         evaluations = [own[name] for own in self.scores]
-        record = evaluations[0].record
         predictions = tuple(row for e in evaluations for row in e.predictions)
-        pooled = Evaluation(name, record, predictions)
+        pooled = replace(evaluations[0], predictions=predictions)
         scores = {
             score: _over_seeds(score, evaluations, pooled)
             for score in SCORE_NAMES
-            if all(score in evaluation.record["scores"] for evaluation in evaluations)
+            if all(score in evaluation.scores for evaluation in evaluations)
         }
-        return Model(
-            self.label, self.role, Evaluation(name, record | {"scores": scores}, predictions)
-        )
+        return Model(self.label, self.role, replace(pooled, scores=scores))
 
 
-def _over_seeds(name: str, evaluations: Sequence[Evaluation], pooled: Evaluation) -> dict[str, Any]:
-    by_seed = [evaluation.record["scores"][name]["mean"] for evaluation in evaluations]
+def _over_seeds(name: str, evaluations: Sequence[Evaluation], pooled: Evaluation) -> Score:
+    by_seed = [evaluation.scores[name].mean for evaluation in evaluations]
     mean, deviation = mean_and_deviation(by_seed)
-    found: dict[str, Any] = {"mean": mean, "by_training_seed": by_seed}
-    if len(by_seed) > 1:
-        found["deviation_over_training_seeds"] = deviation
-    by_example = pooled.by_example(name) if name in SCORED else None
-    if by_example:
-        percent = 100.0 if name == "ended" else 1.0
-        found["interval_95"] = bootstrap_interval([percent * v for v in by_example.values()])
-    return found
+    by_example = pooled.by_example(name) if name in SCORED else {}
+    return Score(
+        mean=mean,
+        num_requests=len(by_example) or None,
+        interval_95=bootstrap_interval(list(by_example.values())) if by_example else None,
+        by_seed=tuple(by_seed),
+        deviation_over_seeds=deviation if len(by_seed) > 1 else None,
+    )
 
 
 @dataclass(frozen=True)
@@ -114,7 +112,7 @@ class Findings:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything that is known, for study.json."""
-        record = self.data.record
+        record = self.data.evaluation.to_dict()
         return {
             "settings": {k: v for k, v in record.items() if k not in ("model", "scores")},
             "models": [
@@ -122,7 +120,7 @@ class Findings:
                     "label": line.label,
                     "role": line.role,
                     "training_seeds": list(line.seeds),
-                    "scores": model.evaluation.record["scores"] if model else None,
+                    "scores": model.evaluation.to_dict()["scores"] if model else None,
                 }
                 for line, model in zip(self.lines, self.models.values(), strict=True)
             ],
@@ -138,14 +136,14 @@ class Findings:
 def study_table(findings: Findings, num_seeds: int, failed: Sequence[Failure]) -> Table:
     """Methods, start and teacher on one data set, each against the baseline."""
     data, baseline = findings.data, findings.baseline
-    shown = [s for s in SHOWN if any(s in m.evaluation.record["scores"] for m in data.models)]
+    shown = [s for s in SHOWN if any(s in m.evaluation.scores for m in data.models)]
     compared, runs = "rouge_l" in shown, data.of_role("run")
     best = best_model(runs, "rouge_l") if compared else None
     headings, rows = ["Model", "Seeds", *(SCORE_NAMES[score] for score in shown)], []
     headings[3:3] = [f"ROUGE-L − {baseline}"] * compared
     for line in findings.lines:
         model = findings.models[line.label]
-        scores = model.evaluation.record["scores"] if model else {}
+        scores = model.evaluation.scores if model else {}
         cells = [
             _cell(s, scores[s], s == "rouge_l" and best == line.label) if s in scores else Cell("–")
             for s in shown
@@ -153,7 +151,7 @@ def study_table(findings: Findings, num_seeds: int, failed: Sequence[Failure]) -
         cells[1:1] = [_gain(findings, line.label)] * compared
         rows.append((Cell(line.label), Cell(_seeds(line, num_seeds)), *cells))
     caption = (
-        f"{describe(data)}; {decoding_words(data.record)}. ±: standard deviation over training "
+        f"{describe(data)}; {decoding_words(data.evaluation)}. ±: standard deviation over training "
         "seeds. Square brackets: 95% bootstrap interval over requests; it does not cover what "
         "other training seeds would change."
     )
@@ -183,15 +181,22 @@ def _gain(findings: Findings, label: str) -> Cell:
         return Cell("–")
     for row in findings.gains.get(label, ()):
         if row.score == "rouge_l":
-            pair = Comparison(label, findings.baseline, row.difference, row.low, row.high)
-            return comparison_cell(pair)
+            return comparison_cell(
+                Comparison(
+                    first=label,
+                    second=findings.baseline,
+                    difference=row.difference,
+                    low=row.low,
+                    high=row.high,
+                )
+            )
     return comparison_cell(None)
 
 
-def _cell(name: str, score: dict[str, Any], best: bool) -> Cell:
-    mean = digits(score["mean"]) if name == "reverse_kl_to_teacher" else plain(score["mean"])
+def _cell(name: str, score: Score, best: bool) -> Cell:
+    mean = digits(score.mean) if name == "reverse_kl_to_teacher" else plain(score.mean)
     decimals = len(mean.partition(".")[2])
-    deviation, interval = score.get("deviation_over_training_seeds"), score.get("interval_95")
+    deviation, interval = score.deviation_over_seeds, score.interval_95
     spread = "" if deviation is None else f" ± {deviation:.{decimals}f}"
     detail = f"[{plain(interval[0])}, {plain(interval[1])}]" if interval else ""
     return Cell(mean + spread, detail, best)

@@ -72,17 +72,18 @@ def check_exposure_bias(validation: Dataset | None, comparable: bool, num_ranks:
 def check_models(
     student: LanguageModel,
     teacher: Teacher | None,
-    tokenizer: Any,
     encoder: Encoder,
     data: Dataset,
+    *,
     names: tuple[str, str],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Check the pair on real requests and say what was found.
 
     Raises:
-        UserError: if lengths exceed a context, a head isn't understood, or the prompt does nothing.
+        UserError: if lengths exceed a context, or the prompt does nothing.
     """
+    tokenizer = encoder.tokenizer
     lengths = encoder.max_request_tokens, encoder.max_response_tokens
     check_context(student.module.config, *lengths, f"the student {names[0]}")
     stops = stop_ids(tokenizer, student.module)
@@ -93,7 +94,10 @@ def check_models(
     front = teacher.front_length
     check_context(teacher.model.module.config, *lengths, f"the teacher {names[1]}", front)
     batch = pad(
-        [Rollout(e.index, e.request_ids, e.request_ids[-1:], "probe") for e in data.examples[:4]],
+        [
+            Rollout(e.index, e.request_ids, e.request_ids[-1:], author="probe")
+            for e in data.examples[:4]
+        ],
         student.device,
     )
     hidden = teacher.plain_hidden_states(batch.tokens)

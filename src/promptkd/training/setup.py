@@ -1,18 +1,21 @@
 """From a recipe to everything a run works with, checked on the way."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from promptkd import kernels
 from promptkd.adapters import add_lora
 from promptkd.composition import Method
 from promptkd.config import Recipe
 from promptkd.data import (
     Dataset,
     Encoder,
+    Example,
     evaluation_set,
     read_examples,
     steps_of_epochs,
@@ -30,35 +33,56 @@ from promptkd.models.loading import (
     load_model,
     load_tokenizer,
     native_bf16,
+    num_parameters,
     stop_ids,
 )
 from promptkd.models.vocabularies import same_tokenizer, shared_vocabulary
+from promptkd.ranks import Ranks
 from promptkd.teachers import Teacher
 from promptkd.training import preflight, token_budget
-from promptkd.training.step import Learner, Step, SumOverRanks
+from promptkd.training.step import Learner, Step, StepSettings
 
 Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Assembly:
-    """The parts of a run.
+class Requests:
+    """What a run asks: the tokenizer of its student, and its data in tokens."""
+
+    tokenizer: Any
+    encoder: Encoder
+    examples: list[Example]
+    data: Dataset
+    validation: Dataset | None
+
+
+@dataclass(frozen=True)
+class Models:
+    """Who a run teaches, and by whom.
 
     Attributes:
         plain_teacher: the recipe's teacher as it came; None if there is none.
         teacher: the same, as the method uses it; None if the method doesn't.
         comparable: whether student and teacher share a token table, so KLs can be measured.
-        found: what the preflight measured.
     """
 
-    tokenizer: Any
-    encoder: Encoder
-    data: Dataset
-    validation: Dataset | None
     student: LanguageModel
     plain_teacher: LanguageModel | None
     teacher: Teacher | None
+    teacher_tokenizer: Any
     comparable: bool
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The parts of a run, ready for its first step.
+
+    Attributes:
+        found: what the preflight measured.
+    """
+
+    requests: Requests
+    models: Models
     stop: tuple[int, ...]
     engine: Engine
     decoding: Decoding
@@ -67,26 +91,100 @@ class Assembly:
     max_steps: int
     found: dict[str, Any]
 
+    @property
+    def tokenizer(self) -> Any:
+        return self.requests.tokenizer
 
-def assemble(
-    recipe: Recipe,
-    method: Method,
-    device: torch.device,
-    num_ranks: int,
-    sum_over_ranks: SumOverRanks,
-    say: Say,
-) -> Assembly:
+    @property
+    def data(self) -> Dataset:
+        return self.requests.data
+
+    @property
+    def validation(self) -> Dataset | None:
+        return self.requests.validation
+
+    @property
+    def student(self) -> LanguageModel:
+        return self.models.student
+
+    @property
+    def plain_teacher(self) -> LanguageModel | None:
+        return self.models.plain_teacher
+
+    @property
+    def teacher(self) -> Teacher | None:
+        return self.models.teacher
+
+    @property
+    def comparable(self) -> bool:
+        return self.models.comparable
+
+    def summary(self) -> dict[str, Any]:
+        """What summary.json says of the models."""
+        teacher = self.plain_teacher
+        return {
+            "steps": self.max_steps,
+            "preflight": self.found,
+            "student_parameters": num_parameters(self.student.module),
+            "teacher_parameters": num_parameters(teacher.module) if teacher else None,
+        }
+
+
+def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, say: Say) -> Setup:
     """Load, check and bind what ``recipe`` and ``method`` ask for.
 
     Raises:
         UserError: for everything that can be known to be wrong before the first step.
     """
-    dtype = compute_dtype(recipe.precision, device)
     if recipe.precision == "bf16" and not native_bf16(device):
         say(
-            "warning: precision is bf16, but this processor multiplies bf16 by emulation, about "
-            "10 times slower than fp32; precision: auto avoids that"
+            "warning: precision is bf16, but this CPU multiplies bf16 by emulation, about 10 times "
+            "slower than fp32; precision: auto avoids that"
         )
+    requests = _read_requests(recipe, method)
+    models = _load_models(recipe, method, requests, device)
+    if recipe.evaluation.exposure_bias_every_steps:
+        preflight.check_exposure_bias(requests.validation, models.comparable, ranks.number)
+    found = preflight.check_models(
+        models.student,
+        models.teacher if models.comparable else None,  # else it reads only texts
+        requests.encoder,
+        requests.data,
+        names=(recipe.student.model, recipe.teacher.model if recipe.teacher else ""),
+        say=say,
+    )
+    stop = stop_ids(requests.tokenizer, models.student.module)
+    engine: Engine = TransformersEngine(models.student, stop)
+    if recipe.sampling.engine == "vllm":
+        limits = requests.encoder.max_request_tokens, requests.encoder.max_response_tokens
+        engine = VLLMEngine(models.student, stop, sum(limits))
+    decoding = Decoding.of_recipe(recipe)
+    authors = Authors(
+        engine, models.student, decoding=decoding, encoder=requests.encoder, seed=recipe.seed
+    )
+    if models.plain_teacher and any(term.rollouts.asks_teacher for term in method.terms):
+        authors.add_teacher(models.plain_teacher, models.teacher_tokenizer, requests.examples)
+    step = _bind_step(recipe, method, models, ranks)
+    if recipe.optimization.micro_batch_tokens is None:
+        budget = _token_budget(models, requests.encoder, ranks.number, say)
+        step.settings = replace(step.settings, micro_batch_tokens=budget)
+    say(f"training data: {requests.data.summary()}")
+    if requests.validation:
+        say(f"validation data: {requests.validation.summary()}")
+    return Setup(
+        requests=requests,
+        models=models,
+        stop=stop,
+        engine=engine,
+        decoding=decoding,
+        authors=authors,
+        step=step,
+        max_steps=_count_steps(recipe, requests.data, ranks.number),
+        found=found,
+    )
+
+
+def _read_requests(recipe: Recipe, method: Method) -> Requests:
     tokenizer = load_tokenizer(recipe.student.model)
     encoder = Encoder.of_recipe(recipe, tokenizer)
     examples = read_examples(recipe.data.train)
@@ -95,105 +193,82 @@ def assemble(
     if recipe.data.validation:
         held_out = read_examples(recipe.data.validation)[: recipe.evaluation.num_examples]
         validation = evaluation_set(held_out, encoder)
-    preflight.check_data(
-        method, data, validation, recipe.evaluation.metric, recipe.teacher is not None
+    has_teacher = recipe.teacher is not None
+    preflight.check_data(method, data, validation, recipe.evaluation.metric, has_teacher)
+    return Requests(
+        tokenizer=tokenizer, encoder=encoder, examples=examples, data=data, validation=validation
     )
+
+
+def _load_models(
+    recipe: Recipe, method: Method, requests: Requests, device: torch.device
+) -> Models:
+    """Student and teacher over the token ids that both have."""
+    dtype = compute_dtype(recipe.precision, device)
+    module = _load_student(recipe, dtype, device)
+    vocabulary = embedding_rows(module)
+    plain_teacher, teacher, teacher_tokenizer, comparable = None, None, None, False
+    if recipe.teacher and (method.needs_teacher or requests.validation):
+        name = recipe.teacher.model
+        teacher_tokenizer = load_tokenizer(name)
+        other = load_model(name, dtype, device).requires_grad_(False)
+        rows = embedding_rows(other)
+        tokenizers = requests.tokenizer, teacher_tokenizer
+        comparable = same_tokenizer(*tokenizers)
+        if method.compares_tokens or comparable:
+            vocabulary = rows = shared_vocabulary(*tokenizers, module, other)
+        plain_teacher = proven(LanguageModel(other, rows, dtype), f"the teacher {name}")
+        if method.teacher is not None:
+            teacher = method.teacher.build(plain_teacher, teacher_tokenizer)
+    student = LanguageModel(module, vocabulary, dtype)
+    return Models(
+        student=proven(student, f"the student {recipe.student.model}"),
+        plain_teacher=plain_teacher,
+        teacher=teacher,
+        teacher_tokenizer=teacher_tokenizer,
+        comparable=comparable,
+    )
+
+
+def _load_student(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     lora = recipe.student.lora
-    module: Any = load_model(recipe.student.model, dtype if lora else torch.float32, device)
+    module = load_model(recipe.student.model, dtype if lora else torch.float32, device)
     if lora:
         add_lora(module, lora.r, lora.alpha, lora.target_modules, recipe.seed)
     if recipe.optimization.gradient_checkpointing:
         _checkpoint_gradients(module)
-    vocabulary = embedding_rows(module)
-    plain_teacher, teacher, teacher_tokenizer, comparable = None, None, None, False
-    if recipe.teacher and (method.needs_teacher or validation):
-        teacher_tokenizer = load_tokenizer(recipe.teacher.model)
-        teacher_module: Any = load_model(recipe.teacher.model, dtype, device)
-        rows = embedding_rows(teacher_module)
-        comparable = same_tokenizer(tokenizer, teacher_tokenizer)
-        if method.compares_tokens or comparable:
-            vocabulary = rows = shared_vocabulary(
-                tokenizer, teacher_tokenizer, module, teacher_module
-            )
-        teacher_module.requires_grad_(False)
-        name = recipe.teacher.model
-        plain_teacher = proven(LanguageModel(teacher_module, rows, dtype), f"the teacher {name}")
-        if method.teacher is not None:
-            teacher = method.teacher.build(plain_teacher, teacher_tokenizer)
-    if recipe.evaluation.exposure_bias_every_steps:
-        preflight.check_exposure_bias(validation, comparable, num_ranks)
-    student = LanguageModel(module, vocabulary, dtype)
-    student = proven(student, f"the student {recipe.student.model}")
-    names = (recipe.student.model, recipe.teacher.model if recipe.teacher else "")
-    compared = teacher if comparable else None  # else it reads only texts, as its own tokens
-    found = preflight.check_models(student, compared, tokenizer, encoder, data, names, say)
-    stop = stop_ids(tokenizer, module)
-    engine: Engine = TransformersEngine(student, stop)
-    if recipe.sampling.engine == "vllm":
-        longest = encoder.max_request_tokens + encoder.max_response_tokens
-        engine = VLLMEngine(student, stop, longest)
-    decoding = Decoding.of_recipe(recipe)
-    authors = Authors(engine, student, decoding, encoder, recipe.seed)
-    if plain_teacher and any(term.rollouts.asks_teacher for term in method.terms):
-        authors.add_teacher(plain_teacher, teacher_tokenizer, examples)
-    budget = recipe.optimization.micro_batch_tokens
-    if budget is None:
-        budget = _token_budget(student, teacher, encoder, num_ranks, say)
-    say(f"training data: {data.summary()}")
-    if validation:
-        say(f"validation data: {validation.summary()}")
-    return Assembly(
-        tokenizer,
-        encoder,
-        data,
-        validation,
-        student,
-        plain_teacher,
-        teacher,
-        comparable,
-        stop,
-        engine,
-        decoding,
-        authors,
-        _bind_step(recipe, method, student, teacher, budget, sum_over_ranks),
-        _count_steps(recipe, data, num_ranks),
-        found,
-    )
+    kernels.prepare_learner(module, device)
+    return module
 
 
-def _bind_step(
-    recipe: Recipe,
-    method: Method,
-    student: LanguageModel,
-    teacher: Teacher | None,
-    budget: int,
-    sum_over_ranks: SumOverRanks,
-) -> Step:
-    optimization = recipe.optimization
+def _bind_step(recipe: Recipe, method: Method, models: Models, ranks: Ranks) -> Step:
+    optimization, teacher = recipe.optimization, models.teacher
     adapted = teacher.parameters() if teacher else []
     if method.adaptation and not adapted:
         raise UserError(
             f"The method '{method.name}' adapts its teacher, but {method.teacher!r} has nothing "
             "to train. Use gkd with this teacher instead."
         )
-    own = [parameter for parameter in student.module.parameters() if parameter.requires_grad]
+    own = [parameter for parameter in models.student.module.parameters() if parameter.requires_grad]
+    teacher_rate = optimization.teacher_learning_rate
     return Step(
         method,
-        student,
+        models.student,
         teacher,
-        _learner(own, recipe, optimization.learning_rate),
-        _learner(adapted, recipe, optimization.teacher_learning_rate) if adapted else None,
-        micro_batch_tokens=budget,
-        max_grad_norm=optimization.max_grad_norm,
-        teacher_step=optimization.teacher_step,
-        sum_over_ranks=sum_over_ranks,
+        student_learner=_learner(own, recipe, optimization.learning_rate),
+        teacher_learner=_learner(adapted, recipe, teacher_rate) if adapted else None,
+        settings=StepSettings(
+            micro_batch_tokens=optimization.micro_batch_tokens or 1,
+            max_grad_norm=optimization.max_grad_norm,
+            teacher_step=optimization.teacher_step,
+        ),
+        ranks=ranks,
     )
 
 
-def _token_budget(
-    student: LanguageModel, teacher: Teacher | None, encoder: Encoder, num_ranks: int, say: Say
-) -> int:
+def _token_budget(models: Models, encoder: Encoder, num_ranks: int, say: Say) -> int:
     """Measured: what a token keeps in the models that learn, and what is free."""
+    student, teacher = models.student, models.teacher
     device = student.device
     learners: list[tuple[token_budget.Speak, LanguageModel]] = [(student.hidden_states, student)]
     if teacher and teacher.parameters():

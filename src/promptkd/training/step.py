@@ -11,22 +11,23 @@ of the step, of every rank and micro-batch, divided by their number.
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from promptkd.composition import Method, Term
+from promptkd.divergences import LogProbs, PerToken
 from promptkd.errors import UserError
 from promptkd.micro_batches import MicroBatch, split_by_length
 from promptkd.models.language_model import LanguageModel, select_responses
-from promptkd.objectives import States, Tiling, TokenView, accumulate
+from promptkd.objectives import Losses, States, Tiling, TokenView, accumulate
+from promptkd.ranks import ALONE, Ranks
 from promptkd.rollouts import Rollout
 from promptkd.teachers import Teacher
-
-SumOverRanks = Callable[[Tensor], Tensor]
 
 
 class Cost:
@@ -44,14 +45,14 @@ class Cost:
     def __init__(self, device: torch.device):
         self.seconds: dict[str, float] = defaultdict(float)
         self.flops: dict[str, float] = defaultdict(float)
-        self._device = device
+        self.device = device
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         self.seconds[phase] += time.perf_counter() - started
 
     def count_trunk(self, phase: str, model: LanguageModel, num_tokens: int, backward: int) -> None:
@@ -115,6 +116,53 @@ class Learner:
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
 
+    @property
+    def base_rate(self) -> float:
+        """The recipe's learning rate, from which a schedule makes each step's."""
+        return self.optimizer.defaults["lr"]
+
+    @property
+    def rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
+    def set_rate(self, rate: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How a step is taken.
+
+    Attributes:
+        micro_batch_tokens: of a forward pass.
+        max_grad_norm: of the student's gradient and of the teacher's, each.
+        teacher_step: "before_student" or "with_student", see above.
+        tiling: of the losses; the device's own if None.
+    """
+
+    micro_batch_tokens: int
+    max_grad_norm: float = 1.0
+    teacher_step: str = "before_student"
+    tiling: Tiling | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What one pass over a micro-batch is for.
+
+    Attributes:
+        step: counted from 0.
+        coefficient: of the regulariser, c_k.
+        adapts: whether the teacher receives gradients.
+        learns: whether the student does.
+    """
+
+    step: int
+    coefficient: float
+    adapts: bool
+    learns: bool
+
 
 class Step:
     """Everything that one optimizer step needs, bound together once per run."""
@@ -124,30 +172,30 @@ class Step:
         method: Method,
         student: LanguageModel,
         teacher: Teacher | None,
+        *,
         student_learner: Learner,
         teacher_learner: Learner | None,
-        *,
-        micro_batch_tokens: int,
-        max_grad_norm: float,
-        teacher_step: str,
-        sum_over_ranks: SumOverRanks = lambda tensor: tensor,
-        tiling: Tiling | None = None,
+        settings: StepSettings,
+        ranks: Ranks = ALONE,
     ):
         self.method = method
         self.student = student
         self.teacher = teacher
         self.student_learner = student_learner
         self.teacher_learner = teacher_learner
-        self.micro_batch_tokens = micro_batch_tokens
-        self.max_grad_norm = max_grad_norm
-        self.teacher_step = teacher_step
-        self.sum_over_ranks = sum_over_ranks
-        self.tiling = tiling
-        embeddings = student.module.get_input_embeddings()
-        if student.device.type == "cpu" and isinstance(embeddings, nn.Embedding):
-            # The rows of the tokens that were read are added to the gradient; otherwise a second
-            # matrix of vocabulary x width is made, and added whole.
-            embeddings.sparse = True
+        self.settings = settings
+        self.ranks = ranks
+
+    @property
+    def learners(self) -> list[Learner]:
+        return [learner for learner in (self.student_learner, self.teacher_learner) if learner]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a run keeps to its end: other cuts would change the last digits."""
+        return {"micro_batch_tokens": self.settings.micro_batch_tokens}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.settings = replace(self.settings, **state)
 
     def __call__(
         self, rollouts: Sequence[Sequence[Rollout]], step: int, max_steps: int
@@ -165,22 +213,24 @@ class Step:
         pieces, metrics = self._cut(rollouts)
         adaptation = self.method.adaptation
         coefficient = adaptation.coefficient(step, max_steps) if adaptation else 0.0
-        together = self.teacher_step == "with_student"
+        together = self.settings.teacher_step == "with_student"
         kept: dict[int, States] = {}
         if adaptation and not together:
             # Where all fits the budget, the student's graphs are kept and nothing is done twice.
             num_positions = sum(piece.num_positions for piece in pieces)
-            keeps = len(pieces) == 1 or num_positions <= self.micro_batch_tokens
+            keeps = len(pieces) == 1 or num_positions <= self.settings.micro_batch_tokens
             for place, piece in enumerate(pieces):
                 student = self._student_states(piece.batch, keeps, metrics.cost)
                 if keeps:
                     kept[place] = student
-                self._evaluate(piece, student, step, coefficient, metrics, adapt=True, learn=False)
+                work = Work(step=step, coefficient=coefficient, adapts=True, learns=False)
+                self._evaluate(piece, student, work, metrics)
             self._update("teacher", self.teacher_learner, metrics, ("towards_student",), step)
         for place, piece in enumerate(pieces):
             student = kept.pop(place, None) or self._student_states(piece.batch, True, metrics.cost)
-            adapt = adaptation is not None and together
-            self._evaluate(piece, student, step, coefficient, metrics, adapt=adapt, learn=True)
+            adapts = adaptation is not None and together
+            work = Work(step=step, coefficient=coefficient, adapts=adapts, learns=True)
+            self._evaluate(piece, student, work, metrics)
         if adaptation and together:
             self._update("teacher", self.teacher_learner, metrics, ("towards_student",), step)
         self._update("student", self.student_learner, metrics, ("student",), step)
@@ -191,16 +241,14 @@ class Step:
         device = self.student.device
         terms = self.method.terms
         own = [float(sum(len(r.response_ids) for r in written)) for written in rollouts]
-        counts = self.sum_over_ranks(torch.tensor(own, device=device, dtype=torch.float64))
+        counts = self.ranks.sums(own, device)
         adapting = sum(
-            count
-            for term, count in zip(terms, counts.tolist(), strict=True)
-            if term.objective.needs_teacher
+            count for term, count in zip(terms, counts, strict=True) if term.objective.needs_teacher
         )
         pieces = []
-        for term, written, count in zip(terms, rollouts, counts.tolist(), strict=True):
+        for term, written, count in zip(terms, rollouts, counts, strict=True):
             cut = split_by_length(
-                written, self.micro_batch_tokens, device, packed=self._packs(written)
+                written, self.settings.micro_batch_tokens, device, packed=self._packs(written)
             )
             for batch in cut:
                 packed = self.student.packs(batch.tokens.shape[1])
@@ -230,77 +278,75 @@ class Step:
         self, batch: MicroBatch, learns: bool, cost: Cost, plain: bool = False
     ) -> States:
         assert self.teacher is not None
-        voice = self.teacher.plain_hidden_states if plain else self.teacher.hidden_states
+        read = self.teacher.plain_hidden_states if plain else self.teacher.hidden_states
         cost.count_trunk("teacher", self.teacher.model, batch.num_tokens, int(learns))
         with torch.set_grad_enabled(learns), cost.timed("teacher"):
-            hidden = voice(batch.tokens)
+            hidden = read(batch.tokens)
             return States(
                 select_responses(hidden, batch.response_mask), self.teacher.model.head, learns
             )
 
-    def _evaluate(
-        self,
-        piece: Piece,
-        student: States,
-        step: int,
-        coefficient: float,
-        metrics: StepMetrics,
-        *,
-        adapt: bool,
-        learn: bool,
-    ) -> None:
+    def _evaluate(self, piece: Piece, student: States, work: Work, metrics: StepMetrics) -> None:
         """One pass over the vocabulary: the losses asked for, on the same log-probabilities."""
-        objective, adaptation, teacher = piece.term.objective, self.method.adaptation, self.teacher
-        adapt = adapt and objective.needs_teacher
-        if not (adapt or learn):
+        objective = piece.term.objective
+        adapts = work.adapts and objective.needs_teacher
+        if not (adapts or work.learns):
             return
-        states = {"student": States(student.hidden, student.head, learn)}
+        work = replace(work, adapts=adapts)
+        states = {"student": States(student.hidden, student.head, work.learns)}
         if objective.needs_teacher:
-            states["teacher"] = self._teacher_states(piece.batch, adapt, metrics.cost)
-        if adapt and coefficient:
+            states["teacher"] = self._teacher_states(piece.batch, adapts, metrics.cost)
+        if adapts and work.coefficient:
             states["plain"] = self._teacher_states(piece.batch, False, metrics.cost, plain=True)
+        weights = {
+            "student": piece.weight,
+            "towards_student": piece.adaptation_weight,
+            "towards_itself": work.coefficient * piece.adaptation_weight,
+        }
+        metrics.cost.count_heads(states.values())
+        losses = self._losses(piece, work)
+        tiling = self.settings.tiling
+        found = accumulate(states, losses, weights, tiling, metrics.cost.timed)
+        for name, nats in found.items():
+            total = nats.sum().item()
+            if not torch.isfinite(nats).all():
+                raise LossNotFinite(_not_finite(name, work.step, piece.batch, nats))
+            metrics.nats[name] = metrics.nats.get(name, 0.0) + total
+            if name == "student":
+                metrics.loss += piece.weight * total
+
+    def _losses(self, piece: Piece, work: Work) -> Losses:
+        """What is computed on each tile of log-probabilities: the equations at the top."""
+        objective, adaptation, teacher = piece.term.objective, self.method.adaptation, self.teacher
         tokens = piece.batch.response_ids
         annotations = {name: piece.batch.annotation(name) for name in objective.annotations}
 
-        def losses(logprobs, tile: slice):
+        def losses(logprobs: Mapping[str, LogProbs], tile: slice) -> dict[str, PerToken]:
             values = {}
-            heard = logprobs["student"].detach()
-            if adapt:
+            q = logprobs["student"].detach()
+            if work.adapts:
                 assert adaptation is not None
-                spoken = logprobs["teacher"]
-                values["towards_student"] = adaptation.towards_student.between(spoken, heard)
-                if coefficient:
+                p_prompted = logprobs["teacher"]
+                values["towards_student"] = adaptation.towards_student.between(p_prompted, q)
+                if work.coefficient:
                     values["towards_itself"] = adaptation.towards_itself.between(
-                        spoken, logprobs["plain"]
+                        p_prompted, logprobs["plain"]
                     )
-            if learn:
+            if work.learns:
                 target = None
                 if objective.needs_teacher:
                     assert teacher is not None
-                    target = teacher.target(heard, logprobs["teacher"].detach())
+                    target = teacher.target(q, logprobs["teacher"].detach())
                 view = TokenView(
-                    logprobs["student"],
-                    target,
-                    tokens[tile],
-                    {name: values[tile] for name, values in annotations.items()},
+                    student=logprobs["student"],
+                    teacher=target,
+                    tokens=tokens[tile],
+                    annotations={name: values[tile] for name, values in annotations.items()},
                 )
                 values["student"] = objective(view)
             return values
 
-        weights = {
-            "student": piece.weight,
-            "towards_student": piece.adaptation_weight,
-            "towards_itself": coefficient * piece.adaptation_weight,
-        }
-        metrics.cost.count_heads(states.values())
-        found = accumulate(states, losses, weights, self.tiling, metrics.cost.timed)
-        for name, nats in found.items():
-            total = nats.sum().item()
-            if not torch.isfinite(nats).all():
-                raise LossNotFinite(_not_finite(name, step, piece.batch, nats))
-            metrics.nats[name] = metrics.nats.get(name, 0.0) + total
-            if name == "student":
-                metrics.loss += piece.weight * total
+        return losses
 
     def _update(
         self,
@@ -310,12 +356,12 @@ class Step:
         losses: Iterable[str],
         step: int,
     ) -> None:
-        """Sum the gradients over ranks, clip, move, forget."""
+        """All-reduce, clip, step, zero."""
         assert learner is not None, f"the {who} has nothing to train"
         for parameter in learner.parameters:
             assert parameter.grad is not None, "there from the start"
-            parameter.grad = self.sum_over_ranks(parameter.grad)
-        norm = nn.utils.clip_grad_norm_(learner.parameters, self.max_grad_norm)
+            parameter.grad = self.ranks.sum(parameter.grad)
+        norm = nn.utils.clip_grad_norm_(learner.parameters, self.settings.max_grad_norm)
         if not torch.isfinite(norm):
             raise LossNotFinite(
                 f"The gradient of the {who} is {norm.item()} at step {step + 1}, though the losses "
@@ -329,8 +375,7 @@ class Step:
     def _reduce(self, metrics: StepMetrics) -> None:
         names = sorted(metrics.nats)
         sums = [metrics.loss, *(metrics.nats[name] for name in names)]
-        values = torch.tensor(sums, dtype=torch.float64, device=self.student.device)
-        metrics.loss, *totals = self.sum_over_ranks(values).tolist()
+        metrics.loss, *totals = self.ranks.sums(sums, self.student.device)
         metrics.nats = dict(zip(names, totals, strict=True))
 
 

@@ -1,16 +1,22 @@
 """What a run writes down while it goes: metrics.jsonl, samples.jsonl, trackers, progress."""
 
 import platform
+import resource
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.tracking import get_available_trackers
 
+from promptkd.errors import UserError
 from promptkd.files import append_json_lines, read_json_lines, write_json_lines
+from promptkd.ranks import Ranks
+from promptkd.rollouts import Rollout
+from promptkd.training.step import StepMetrics
 
 
 class JsonLines:
@@ -29,7 +35,79 @@ class JsonLines:
         append_json_lines(self.path, rows)
 
     def read(self) -> list[dict[str, Any]]:
-        return read_json_lines(self.path)[0]
+        return list(read_json_lines(self.path)[0].values())
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Refuse trackers that aren't installed.
+
+    Raises:
+        UserError: naming them.
+    """
+    missing = set(names) - {str(tracker) for tracker in get_available_trackers()}
+    if missing:
+        raise UserError(
+            f"tracking asks for {', '.join(sorted(missing))}, which is not installed. "
+            f"Run: pip install {' '.join(sorted(missing))}"
+        )
+
+
+def describe_step(
+    step: int,
+    rollouts: Sequence[Sequence[Rollout]],
+    metrics: StepMetrics,
+    stop: Sequence[int],
+    ranks: Ranks,
+) -> dict[str, Any]:
+    """A step's line of metrics.jsonl; means are over all response tokens of all ranks."""
+    flat = [rollout for written in rollouts for rollout in written]
+    own = [rollout for rollout in flat if rollout.author == "student"]
+    counts = [
+        len(flat),
+        sum(len(r.response_ids) for r in flat),
+        sum(r.response_ids[-1] in stop for r in flat),
+        sum(not set(r.response_ids) - set(stop) for r in own),
+        len(own),
+    ]
+    device = metrics.cost.device
+    num_rollouts, num_tokens, num_ended, num_empty, num_own = ranks.sums(counts, device)
+    row: dict[str, Any] = {
+        "step": step + 1,
+        "loss": metrics.loss,
+        "response_length": num_tokens / num_rollouts,
+        "share_ended": num_ended / num_rollouts,
+        "num_empty": int(num_empty),
+        "student_share": num_own / num_rollouts,
+        "num_tokens": int(num_tokens),
+        "padding_share": metrics.padding_share,
+    }
+    if "towards_student" in metrics.nats:
+        row["kl_teacher_student"] = metrics.teacher_mean("towards_student")
+    if "towards_itself" in metrics.nats:
+        row["kl_teacher_plain"] = metrics.teacher_mean("towards_itself")
+    row |= {f"gradient_norm_{who}": norm for who, norm in metrics.gradient_norms.items()}
+    row |= {f"seconds_{phase}": took for phase, took in metrics.cost.seconds.items()}
+    row["flops"] = sum(metrics.cost.flops.values())
+    row["peak_memory"] = peak_memory(device)
+    return row
+
+
+def warn_of_empty_responses(row: dict[str, Any], say: Callable[[str], None]) -> None:
+    num_own = round(row["student_share"] * row["num_tokens"] / row["response_length"])
+    if num_own and row["num_empty"] == num_own:
+        say(
+            f"warning: step {row['step']}: all {num_own} responses of the student are empty (it "
+            "stops at once). It learns from the stop token alone: warm it up with the method kd "
+            "first, or check the template."
+        )
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes this process has held so far: of the GPU's memory if it works on one."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def environment() -> dict[str, Any]:

@@ -1,0 +1,108 @@
+"""Scores of the student while it trains, and which student is kept."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from promptkd.config import Recipe
+from promptkd.data import Dataset
+from promptkd.evaluation.exposure_bias import curve_in_training, generate_responses
+from promptkd.evaluation.exposure_curves import Curve
+from promptkd.evaluation.results import Prediction
+from promptkd.evaluation.scorer import Scorer
+from promptkd.generation.transformers_engine import TransformersEngine
+from promptkd.ranks import Ranks
+from promptkd.rollouts import Rollout
+from promptkd.training.setup import Setup
+
+SEED = 1
+"""Of the decoding: the same at every evaluation."""
+SMALLER_IS_BETTER = {"reverse_kl_to_teacher", "cross_entropy"}
+
+
+@dataclass(frozen=True)
+class Validation:
+    """One evaluation of the student as it is.
+
+    Attributes:
+        scores: means by name, over the requests of all processes.
+    """
+
+    step: int
+    scores: dict[str, float]
+    predictions: list[Prediction]
+
+
+class Validator:
+    """Scores the student on the validation data, by the protocol of ``evaluate``."""
+
+    def __init__(self, setup: Setup, ranks: Ranks):
+        assert setup.validation is not None, "the trainer makes one only where there is data"
+        self._setup = setup
+        self._scorer = Scorer(
+            data=setup.validation,
+            tokenizer=setup.tokenizer,
+            stop=setup.stop,
+            decoding=setup.decoding,
+            micro_batch_tokens=setup.step.settings.micro_batch_tokens,
+            ranks=ranks,
+        )
+        self._teacher_responses: list[list[Rollout]] = []
+
+    def score(self, step: int) -> Validation:
+        """Of the student after ``step`` optimizer steps."""
+        setup = self._setup
+        teacher = setup.plain_teacher if setup.comparable else None
+        scores, predictions = self._scorer.score(setup.engine, setup.student, teacher, (SEED,))
+        means = {name: score.mean for name, score in scores.items()}
+        return Validation(step=step, scores=means, predictions=predictions)
+
+    def exposure_curve(self) -> Curve:
+        """A point of the paper's Figure 3(b); the teacher's responses are generated once."""
+        setup, scorer = self._setup, self._scorer
+        assert setup.plain_teacher, "refused before the first step"
+        share = Dataset(scorer.ranks.share(scorer.data.examples))
+        if not self._teacher_responses:
+            engine = TransformersEngine(setup.plain_teacher, setup.stop)
+            self._teacher_responses = generate_responses(engine, share, setup.decoding, (SEED,))
+        own = generate_responses(setup.engine, share, setup.decoding, (SEED,))
+        return curve_in_training(
+            own,
+            self._teacher_responses,
+            setup.student,
+            setup.plain_teacher,
+            num_steps=setup.decoding.max_new_tokens,
+            micro_batch_tokens=scorer.micro_batch_tokens,
+            gather=scorer.ranks.gather,
+        )
+
+
+class Best:
+    """Which evaluation's student is kept; part of every checkpoint.
+
+    The best by the recipe's metric; of equals the one with the lower KL to its teacher, then the
+    later one. The start, step 0, is never kept.
+    """
+
+    def __init__(self, recipe: Recipe):
+        self._metric = recipe.evaluation.metric
+        self.found: dict[str, Any] = {}
+
+    def offer(self, validation: Validation) -> bool:
+        """Whether this is the best so far; then it is remembered."""
+        if validation.step == 0:
+            return False
+        if self.found and self._rank(validation.scores) < self._rank(self.found["scores"]):
+            return False
+        value = validation.scores[self._metric]
+        self.found = {"step": validation.step, "value": value, "scores": validation.scores}
+        return True
+
+    def _rank(self, scores: dict[str, float]) -> tuple[float, float]:
+        sign = -1 if self._metric in SMALLER_IS_BETTER else 1
+        return sign * scores[self._metric], -scores.get("reverse_kl_to_teacher", 0.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.found
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.found = state
