@@ -149,6 +149,8 @@ def write_predictions(run: Path, worth: dict[int, list[int]], reference: list[in
             "request": f"request {index}",
             "response": f"worth {value}",
             "references": [f"worth {reference[index]}"],
+            "num_tokens": 2,
+            "ended": True,
         }
         for seed, values in worth.items()
         for index, value in enumerate(values)

@@ -14,16 +14,17 @@ from promptkd.data import Encoder, Example, evaluation_set, read_examples
 from promptkd.errors import UserError
 from promptkd.evaluation.comparison import compare
 from promptkd.evaluation.evaluate import evaluate
-from promptkd.evaluation.metrics import bootstrap_interval, exact_match, paired_bootstrap, rouge_l
-from promptkd.evaluation.results import rescore, summarise
+from promptkd.evaluation.metrics import exact_match, rouge_l
+from promptkd.evaluation.results import Prediction, rescore, summarise
 from promptkd.evaluation.scorer import predict, score
+from promptkd.evaluation.statistics import bootstrap_interval, paired_difference
 from promptkd.evaluation.suites import read_suite, suite_of_files
 from promptkd.generation.sampling import Decoding
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.models.language_model import LanguageModel
 from promptkd.rollouts import Rollout
 from promptkd.token_losses import loss_sums
-from promptkd.training.trainer import VALIDATION_SEED
+from promptkd.training.validation import SEED as VALIDATION_SEED
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_scores_carry_all_that_is_needed_to_rerun_them(finished, evaluated):
     assert (result["template"], result["max_request_tokens"]) == ("none", 7)
     assert result["decoding"] == Decoding(10, temperature=0.7, top_p=1.0, top_k=40).to_dict()
     assert result["seeds"] == [3, 4]
-    for name in ("rouge_l", "exact_match", "num_tokens", "ended", "reverse_kl_to_teacher"):
+    for name in ("rouge_l", "exact_match", "response_length", "ended", "reverse_kl_to_teacher"):
         assert len(result["scores"][name]["by_seed"]) == 2
     low, high = result["scores"]["rouge_l"]["interval_95"]
     assert low <= result["scores"]["rouge_l"]["mean"] <= high
@@ -92,7 +93,7 @@ def test_saved_predictions_scored_again_give_the_saved_scores(evaluated):
         interval = bootstrap_interval(by_example)
         assert result["scores"][name]["interval_95"] == pytest.approx(list(interval))
     mean_length = sum(row["num_tokens"] for row in rows) / 14
-    assert result["scores"]["num_tokens"]["mean"] == pytest.approx(mean_length)
+    assert result["scores"]["response_length"]["mean"] == pytest.approx(mean_length)
 
 
 def test_the_same_seed_gives_the_same_predictions_in_any_company(finished, evaluated, tmp_path):
@@ -134,7 +135,6 @@ def test_validation_in_training_is_evaluation_of_the_same_student(finished, tmp_
     )
 
     found = {name: value["mean"] for name, value in result["scores"].items()}
-    found["validation_loss"] = found.pop("cross_entropy")
     assert found == pytest.approx(best["scores"], rel=1e-6)
     samples = [s for s in runs.json_lines(run / "samples.jsonl") if s["step"] == best["step"]]
     rows = predictions(tmp_path)[: len(samples)]
@@ -174,7 +174,7 @@ def test_requests_alone_are_answered_but_not_compared(finished, tmp_path):
     data = tiny.write_data(tmp_path / "d.jsonl", 3, with_output=False)
     result = evaluate(run, str(data), seeds=(1,), output=tmp_path)
 
-    assert result["scores"].keys() == {"num_tokens", "ended", "reverse_kl_to_teacher"}
+    assert result["scores"].keys() == {"response_length", "ended", "reverse_kl_to_teacher"}
     assert predictions(tmp_path, "d")[0]["rouge_l"] is None
 
 
@@ -194,13 +194,46 @@ def test_an_empty_response_scores_zero_and_has_one_token():
     assert (prediction.response, prediction.num_tokens, prediction.ended) == ("", 1, True)
     assert (prediction.rouge_l, prediction.exact_match) == (0, 0)
     scores = summarise([prediction])
-    assert scores["ended"]["mean"] == 100
-    assert scores["rouge_l"] == {
+    assert scores["ended"].mean == 100
+    assert scores["rouge_l"].to_dict() == {
         "mean": 0,
+        "num_requests": 1,
         "deviation_over_seeds": 0,
         "interval_95": [0, 0],
         "by_seed": [0],
     }
+
+
+def test_where_some_requests_have_no_reference_the_others_are_scored():
+    def prediction(index, score):
+        references = () if score is None else ("r",)
+        return Prediction(
+            index=index,
+            seed=1,
+            request="q",
+            response="a",
+            references=references,
+            num_tokens=2,
+            ended=True,
+            rouge_l=score,
+            exact_match=score,
+        )
+
+    scores = summarise([prediction(0, 10.0), prediction(1, None), prediction(2, 30.0)])
+    assert (scores["rouge_l"].mean, scores["rouge_l"].num_requests) == (20.0, 2)
+    assert scores["ended"].num_requests == 3
+
+
+def test_a_smaller_evaluation_never_replaces_a_larger_one(finished, tmp_path):
+    run, raw = finished
+    data = raw["data"]["validation"]
+    whole = evaluate(run, data, seeds=(1,), output=tmp_path)
+    with pytest.raises(UserError, match="would replace a larger one"):
+        evaluate(run, data, seeds=(1,), num_examples=2, output=tmp_path)
+    (kept,) = tmp_path.glob("*.json")
+    assert json.loads(kept.read_text()) == whole
+    evaluate(run, data, seeds=(1, 2), output=tmp_path)
+    assert json.loads(kept.read_text())["seeds"] == [1, 2]
 
 
 def test_loss_sums_are_over_every_response_token():
@@ -226,8 +259,8 @@ def test_loss_sums_are_over_every_response_token():
 
 def test_the_deviation_is_over_seeds_and_the_interval_over_examples(evaluated):
     result, output = evaluated
-    first, second = result["scores"]["num_tokens"]["by_seed"]
-    deviation = result["scores"]["num_tokens"]["deviation_over_seeds"]
+    first, second = result["scores"]["response_length"]["by_seed"]
+    deviation = result["scores"]["response_length"]["deviation_over_seeds"]
 
     assert deviation == pytest.approx(abs(first - second) / math.sqrt(2))
     assert len(read_examples(result["data"])) == len({r["index"] for r in predictions(output)})
@@ -317,5 +350,5 @@ def test_a_comparison_is_the_paired_bootstrap_of_means_over_seeds(evaluated, tmp
     (tmp_path / "valid.json").write_text(json.dumps(result))
     row = next(row for row in compare(tmp_path, output) if row.score == "rouge_l")
     assert row.difference == pytest.approx(2 + 3)  # the mean of 0 .. 6
-    assert row.low == pytest.approx(paired_bootstrap([2.0 + i for i in range(7)], [0] * 7)[1])
+    assert row.low == pytest.approx(paired_difference([2.0 + i for i in range(7)], [0] * 7)[1])
     assert 2 < row.low < 5 < row.high < 8

@@ -9,12 +9,10 @@ import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
 from promptkd.evaluation.metrics import (
-    bootstrap_interval,
     exact_match,
-    mean_and_deviation,
-    paired_bootstrap,
     rouge_l,
 )
+from promptkd.evaluation.statistics import bootstrap_interval, mean_and_deviation, paired_difference
 
 
 def starter_responses() -> list[list[str]]:
@@ -79,9 +77,9 @@ def test_exact_match_ignores_case_punctuation_and_spaces_alone(prediction, refer
 def test_the_bootstrap_interval_covers_the_mean_about_as_often_as_it_says():
     random_numbers = np.random.default_rng(0)
     num_covered, num_trials = 0, 300
-    for trial in range(num_trials):
+    for _ in range(num_trials):
         values = (random_numbers.random(60) < 0.3) * 100.0
-        low, high = bootstrap_interval(values.tolist(), num_resamples=300, seed=trial)
+        low, high = bootstrap_interval(values.tolist())
         num_covered += low <= 30 <= high
     assert 0.89 <= num_covered / num_trials <= 0.98
 
@@ -94,13 +92,20 @@ def test_the_bootstrap_interval_shrinks_with_the_root_of_the_number_of_values():
     assert 3 < (high - low) / (high_of_all - low_of_all) < 5.3
 
 
-def test_the_bootstrap_interval_is_the_same_every_time_and_narrower_at_a_lower_level():
+def test_the_bootstrap_interval_is_the_same_every_time():
     values = [float(v) for v in np.random.default_rng(1).normal(size=50)]
 
     assert bootstrap_interval(values) == bootstrap_interval(values)
-    low, high = bootstrap_interval(values, level=0.5)
-    wide_low, wide_high = bootstrap_interval(values, level=0.95)
-    assert wide_low < low < high < wide_high
+
+
+def test_the_interval_of_a_mean_over_tokens_resamples_requests():
+    random = np.random.default_rng(2)
+    counts = random.integers(1, 9, size=40).tolist()
+    sums = [float(count * random.normal(3)) for count in counts]
+    low, high = bootstrap_interval(sums, counts)
+    assert low < sum(sums) / sum(counts) < high
+    alike = bootstrap_interval([2 * s for s in sums], [2 * count for count in counts])
+    assert alike == pytest.approx((low, high))
 
 
 def test_the_interval_of_one_value_is_that_value_and_of_none_is_refused():
@@ -115,7 +120,7 @@ def test_paired_scores_see_a_small_difference_that_unpaired_intervals_hide():
     first = (difficulty + 1 + noise.normal(0, 1, size=200)).tolist()
     second = (difficulty + noise.normal(0, 1, size=200)).tolist()
 
-    mean, low, high = paired_bootstrap(first, second)
+    mean, low, high = paired_difference(first, second)
     assert mean == pytest.approx(np.mean(first) - np.mean(second))
     assert 0 < low < mean < high < 2
     assert bootstrap_interval(first)[0] < bootstrap_interval(second)[1]
@@ -123,7 +128,7 @@ def test_paired_scores_see_a_small_difference_that_unpaired_intervals_hide():
 
 def test_paired_scores_of_different_examples_are_refused():
     with pytest.raises(ValueError, match="3 and 2"):
-        paired_bootstrap([1.0, 2.0, 3.0], [1.0, 2.0])
+        paired_difference([1.0, 2.0, 3.0], [1.0, 2.0])
 
 
 def test_mean_and_deviation_are_the_samples():

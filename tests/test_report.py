@@ -3,6 +3,7 @@ import math
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from promptkd.api import train
 from promptkd.config import recipe_from_dict
 from promptkd.errors import UserError
 from promptkd.evaluation.evaluate import evaluate
-from promptkd.report.data import DataSet, Evaluation, Model, Run, data_sets, read_run, read_runs
-from promptkd.report.findings import answer, best_model, compare, digits, distance
+from promptkd.evaluation.results import Evaluation, Prediction, Score
+from promptkd.report.data import DataSet, Model, Run, data_sets, read_run, read_runs
+from promptkd.report.findings import answer, best_model, between, digits, distance
 from promptkd.report.report import report
 from promptkd.report.responses import embedded, response_sets
 from promptkd.report.tables import Cell, Table, score_table
@@ -24,19 +26,19 @@ from report_browser import CHROMIUM, HOW_TO_INSTALL, opened
 HOSTILE = "</script><img src=x onerror=alert(1)> <!-- {{ 7*7 }} & \"'\u2028 $\\x_1$ ]]>"
 
 
-def predictions(scores: list[float], seeds: tuple[int, ...] = (1,)) -> tuple[dict[str, Any], ...]:
+def predictions(scores: list[float], seeds: tuple[int, ...] = (1,)) -> tuple[Prediction, ...]:
     return tuple(
-        {
-            "index": i,
-            "seed": seed,
-            "request": f"request {i}",
-            "response": f"response {i} of seed {seed}",
-            "references": [f"reference {i}"],
-            "num_tokens": 5 + i % 3,
-            "ended": i % 4 > 0,
-            "rouge_l": score,
-            "exact_match": 0.0,
-        }
+        Prediction(
+            index=i,
+            seed=seed,
+            request=f"request {i}",
+            response=f"response {i} of seed {seed}",
+            references=(f"reference {i}",),
+            num_tokens=5 + i % 3,
+            ended=i % 4 > 0,
+            rouge_l=score,
+            exact_match=0.0,
+        )
         for seed in seeds
         for i, score in enumerate(scores)
     )
@@ -46,18 +48,21 @@ def evaluation(
     scores: list[float], model: str = "m", name: str = "held_out", kl: float | None = None
 ) -> Evaluation:
     mean = sum(scores) / len(scores)
-    values: dict[str, Any] = {"rouge_l": {"mean": mean, "interval_95": [mean - 1, mean + 1]}}
+    values = {"rouge_l": Score(mean=mean, interval_95=(mean - 1, mean + 1))}
     if kl is not None:
-        values["reverse_kl_to_teacher"] = {"mean": kl}
-    record = {
-        "model": model,
-        "num_examples": len(scores),
-        "decoding": {"temperature": 1.0, "max_new_tokens": 16},
-        "seeds": [1],
-        "template": "none",
-        "scores": values,
-    }
-    return Evaluation(name, record, predictions(scores))
+        values["reverse_kl_to_teacher"] = Score(mean=kl)
+    return Evaluation(
+        name=name,
+        model=model,
+        data=("held_out.jsonl",),
+        num_examples=len(scores),
+        template="none",
+        max_request_tokens=24,
+        decoding={"temperature": 1.0, "max_new_tokens": 16},
+        seeds=(1,),
+        scores=values,
+        predictions=predictions(scores),
+    )
 
 
 def student(label: str, scores: list[float], **options: Any) -> Model:
@@ -78,11 +83,11 @@ def noisy(mean: float, seed: int = 0, spread: float = 5.0, size: int = 60) -> li
 
 def test_a_difference_is_shown_exactly_when_its_interval_excludes_zero():
     base = noisy(30)
-    clearly = compare(student("a", [s + 2 for s in base]), student("b", base), "rouge_l")
+    clearly = between(student("a", [s + 2 for s in base]), student("b", base), "rouge_l")
     assert clearly is not None
     assert clearly.difference == pytest.approx(2)
     assert clearly.shown
-    hardly = compare(student("a", noisy(30, 1)), student("b", noisy(30, 2)), "rouge_l")
+    hardly = between(student("a", noisy(30, 1)), student("b", noisy(30, 2)), "rouge_l")
     assert hardly is not None
     assert hardly.low < 0 < hardly.high
     assert not hardly.shown
@@ -90,7 +95,7 @@ def test_a_difference_is_shown_exactly_when_its_interval_excludes_zero():
 
 def test_scores_of_different_requests_are_not_compared():
     assert (
-        compare(student("a", noisy(30, size=5)), student("b", noisy(30, size=6)), "rouge_l") is None
+        between(student("a", noisy(30, size=5)), student("b", noisy(30, size=6)), "rouge_l") is None
     )
 
 
@@ -222,14 +227,14 @@ def test_models_are_recognised_by_what_was_evaluated():
 
 def test_evaluations_under_other_settings_share_no_table():
     other = evaluation([1.0, 2.0], "b")
-    other.record["decoding"]["temperature"] = 0.0
+    other.decoding["temperature"] = 0.0
     sets = data_sets([run("a", evaluations=(evaluation([1.0, 2.0], "a"), other))])
     assert [len(data.models) for data in sets] == [1, 1]
 
 
 def test_a_browser_that_would_be_too_large_says_what_it_leaves_out():
-    long = [{**p, "response": "x" * 4000} for p in predictions([1.0] * 50, seeds=(1, 2))]
-    whole = Evaluation("d", {**evaluation([1.0]).record, "seeds": [1, 2]}, tuple(long))
+    long = [replace(p, response="x" * 4000) for p in predictions([1.0] * 50, seeds=(1, 2))]
+    whole = replace(evaluation([1.0], name="d"), seeds=(1, 2), predictions=tuple(long))
     data = DataSet("d", (Model("a", "run", whole),))
     [entry] = response_sets([], [data], max_bytes=100_000)
     assert len(embedded(entry["items"])) <= 110_000
@@ -238,16 +243,9 @@ def test_a_browser_that_would_be_too_large_says_what_it_leaves_out():
 
 
 def test_the_common_part_of_requests_is_taken_off_and_named():
-    long = [
-        {
-            **p,
-            "request": f"system\nYou are a helpful assistant.\nuser\nsay {p['index']}\nassistant\n",
-        }
-        for p in predictions([1.0, 2.0])
-    ]
-    data = DataSet(
-        "d", (Model("a", "run", Evaluation("d", evaluation([1.0]).record, tuple(long))),)
-    )
+    frame = "system\nYou are a helpful assistant.\nuser\nsay {}\nassistant\n"
+    long = [replace(p, request=frame.format(p.index)) for p in predictions([1.0, 2.0])]
+    data = DataSet("d", (Model("a", "run", replace(evaluation([1.0]), predictions=tuple(long))),))
     [entry] = response_sets([], [data])
     assert [item["request"] for item in entry["items"]] == ["say 0", "say 1"]
     assert "You are a helpful assistant." in entry["note"]
@@ -262,14 +260,14 @@ def write_run(directory: Path, **files: str) -> Path:
     return directory
 
 
-def test_metrics_are_read_up_to_the_damaged_line_and_the_page_says_so(tmp_path):
+def test_metrics_are_read_around_a_damaged_line_and_the_page_says_so(tmp_path):
     good = "".join(json.dumps({"step": s, "loss": 1.0 / s}) + "\n" for s in (1, 2))
-    path = write_run(tmp_path / "r", metrics__jsonl=good + '{"step": 3, "lo')
+    path = write_run(tmp_path / "r", metrics__jsonl=f"{{broken\n{good}{{")
     read = read_run(path, "r")
     assert [row["step"] for row in read.steps] == [1, 2]
-    assert any("line 3 is damaged" in note for note in read.notes)
+    assert any("2 damaged lines are left out (line 1, 4)" in note for note in read.notes)
     assert any("not finished: it stands at step 2 of 3" in note for note in read.notes)
-    assert "line 3 is damaged" in report(path).read_text()
+    assert "2 damaged lines are left out" in report(path).read_text()
 
 
 def test_a_run_with_nothing_but_its_recipe_has_a_report(tmp_path):

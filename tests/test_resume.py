@@ -63,18 +63,18 @@ def test_promptkd_survives_kill_9_at_each_delicate_moment(pair, tmp_path):
     assert expected["summary"]["best"]["step"] == MAX_STEPS, "student/ was replaced once"
 
     moments = {
-        "claiming the directory": Moment("os.rename", "environment.partial"),
+        "claiming the directory": Moment("os.rename", ".writing-environment.json"),
         "after claiming it": Moment("open", "metrics.jsonl"),
         "logging the second step": Moment("open", "metrics.jsonl", 3),
         "writing the first checkpoint": Moment("open", ".writing-step-000002/student_optimizer"),
         "naming it": Moment("os.rename", ".writing-step-000002"),
         "writing the first student": Moment("os.rename", ".writing-student"),
-        "rewinding the metrics": Moment("open", "metrics.partial"),
-        "writing the second checkpoint": Moment("open", ".writing-step-000004/progress.json"),
+        "rewinding the metrics": Moment("open", ".writing-metrics.jsonl"),
+        "writing the second checkpoint": Moment("open", ".writing-step-000004/.writing-progress.json"),
         "between the renames that replace the student": Moment("os.rename", ".writing-student", 2),
         "between those that replace the adapter": Moment("os.rename", ".writing-teacher_adapter"),
         "removing the oldest checkpoint": Moment("shutil.rmtree", "step-000002"),
-        "finishing": Moment("os.rename", "summary.partial"),
+        "finishing": Moment("os.rename", ".writing-summary.json"),
     }
     for doing, moment in moments.items():
         outcome = train(pair, tmp_path / "killed", raw, moment)

@@ -15,10 +15,14 @@ import tiny
 from promptkd.cli import main
 from promptkd.config import load_recipe
 from promptkd.errors import UserError
-from promptkd.evaluation.metrics import bootstrap_interval, mean_and_deviation, paired_bootstrap
-from promptkd.report.data import Evaluation
+from promptkd.evaluation.results import Evaluation, Prediction, Score
+from promptkd.evaluation.statistics import (
+    bootstrap_interval,
+    mean_and_deviation,
+    paired_difference,
+)
 from promptkd.study.file import ScoringSection, Study, load_study, planned_runs, study_from_dict
-from promptkd.study.run import Scorer
+from promptkd.study.run import StudyScorer
 from promptkd.study.table import Failure, Findings, Line, study_table
 from runs import Moment
 
@@ -133,9 +137,9 @@ def test_the_numbers_are_those_of_the_stored_evaluations(finished, name):
         for score, values in line["scores"].items():
             means = [scores[score]["mean"] for scores, _ in each]
             mean, deviation = mean_and_deviation(means)
-            assert values["by_training_seed"] == means
+            assert values["by_seed"] == means
             assert values["mean"] == pytest.approx(mean)
-            assert values.get("deviation_over_training_seeds") == (deviation if seeds else None)
+            assert values.get("deviation_over_seeds") == (deviation if seeds else None)
         rows = [row for _, predictions in each for row in predictions]
         of_request = [
             [row["num_tokens"] for row in rows if row["index"] == index]
@@ -143,15 +147,15 @@ def test_the_numbers_are_those_of_the_stored_evaluations(finished, name):
         ]
         assert {len(values) for values in of_request} == {2 * len(each)}
         lengths[label] = [sum(values) / len(values) for values in of_request]
-        interval = line["scores"]["num_tokens"]["interval_95"]
+        interval = line["scores"]["response_length"]["interval_95"]
         assert interval == pytest.approx(list(bootstrap_interval(lengths[label])))
 
-    assert lines["kd"]["scores"]["num_tokens"]["deviation_over_training_seeds"] > 0
+    assert lines["kd"]["scores"]["response_length"]["deviation_over_seeds"] > 0
     compared = {(row["first"], row["score"]): row for row in found["differences"]}
-    assert ("kd", "num_tokens") not in compared
+    assert ("kd", "response_length") not in compared
     for label in ("gkd", "start", "teacher"):
-        row = compared[label, "num_tokens"]
-        expected = paired_bootstrap(lengths[label], lengths["kd"])
+        row = compared[label, "response_length"]
+        expected = paired_difference(lengths[label], lengths["kd"])
         assert (row["difference"], row["low"], row["high"]) == pytest.approx(expected)
 
 
@@ -159,9 +163,9 @@ def test_the_table_is_printed_and_written_with_those_numbers(finished):
     output, outcome = finished
     found = json.loads((output / "study.json").read_text())["data"]["held out"]
     gkd = next(line["scores"] for line in found["models"] if line["label"] == "gkd")
-    length = gkd["num_tokens"]
+    length = gkd["response_length"]
     low, high = length["interval_95"]
-    value = f"{length['mean']:.1f} ± {length['deviation_over_training_seeds']:.1f}"
+    value = f"{length['mean']:.1f} ± {length['deviation_over_seeds']:.1f}"
     cell = f"{value} [{low:.1f}, {high:.1f}]"
 
     printed = next(line for line in outcome.stdout.splitlines() if line.startswith("gkd "))
@@ -226,7 +230,7 @@ def test_a_study_that_was_killed_goes_on_and_equals_the_uninterrupted_one(finish
 
 def test_scores_older_than_the_end_of_training_are_made_again(finished, pair):
     run = finished[0] / "kd" / "seed-0"
-    scorer = Scorer(study_from_dict(raw_study(pair, finished[0])))
+    scorer = StudyScorer(study_from_dict(raw_study(pair, finished[0])))
     before = runs.everything(run)
     scorer.score(str(run), run / "evaluation", teacher=True)
     assert runs.everything(run) == before
@@ -427,17 +431,32 @@ def line(label: str, *shifts: float, role: str = "run") -> Line:
     evaluations = []
     for shift in shifts:
         values = [value + shift for value in base]
-        record = {
-            "num_examples": 20,
-            "seeds": [1],
-            "decoding": {},
-            "scores": {"rouge_l": {"mean": sum(values) / 20}},
-        }
         rows = tuple(
-            {"index": i, "seed": 1, "references": ["r"], "rouge_l": value}
+            Prediction(
+                index=i,
+                seed=1,
+                request="q",
+                response="a",
+                references=("r",),
+                num_tokens=1,
+                ended=True,
+                rouge_l=value,
+            )
             for i, value in enumerate(values)
         )
-        evaluations.append({"data": Evaluation("data", record, rows)})
+        evaluation = Evaluation(
+            name="data",
+            model=label,
+            data=("data.jsonl",),
+            num_examples=20,
+            template="none",
+            max_request_tokens=24,
+            decoding={},
+            seeds=(1,),
+            scores={"rouge_l": Score(mean=sum(values) / 20)},
+            predictions=rows,
+        )
+        evaluations.append({"data": evaluation})
     seeds = tuple(range(len(shifts))) if role == "run" else ()
     return Line(label, role, seeds, tuple(evaluations))
 

@@ -30,8 +30,8 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, content: bytes) -> None:
     """The same for bytes."""
     partial = path.with_name(f".writing-{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     with _space_for(path.name, path.parent, partial):
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as file:
             file.write(content)
             file.flush()
@@ -70,8 +70,8 @@ def append_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     Raises:
         UserError: if there is no space.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
     with _space_for(path.name, path.parent):
-        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8", errors="replace") as file:
             file.write("".join(map(json_line, rows)))
 
@@ -113,8 +113,8 @@ def whole_directory(final: Path, what: str) -> Iterator[Path]:
     """
     temporary = final.parent / f".writing-{final.name}"
     old = final.parent / f".replaced-{final.name}"
+    final.parent.mkdir(parents=True, exist_ok=True)
     with _space_for(what, final.parent, temporary):
-        final.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()
         yield temporary

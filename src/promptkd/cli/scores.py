@@ -64,7 +64,7 @@ def rescore(
     """Compute ROUGE-L and the like anew from the kept predictions, without generating again."""
     from promptkd.evaluation.results import rescore as run
 
-    show_scores({name: found.to_dict() for name, found in run(directory).items()})
+    show_scores(run(directory))
     typer.echo(f"scores: {directory}")
 
 

@@ -83,7 +83,8 @@ class Score:
         return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if value not in (None, ())}
+        found = {key: _plain(value) for key, value in asdict(self).items()}
+        return {key: value for key, value in found.items() if value not in (None, [])}
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,8 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """What NAME.json holds."""
-        record = {k: getattr(self, k) for k in self.__dataclass_fields__ if k not in KEPT_ELSEWHERE}
+        names = [name for name in self.__dataclass_fields__ if name not in KEPT_ELSEWHERE]
+        record = {name: _plain(getattr(self, name)) for name in names}
         return record | {"scores": {name: score.to_dict() for name, score in self.scores.items()}}
 
     @classmethod
@@ -156,6 +158,11 @@ class Evaluation:
 
 KEPT_ELSEWHERE = ("name", "predictions")
 """The file's name, and NAME.predictions.jsonl."""
+
+
+def _plain(value: Any) -> Any:
+    """As JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def summarise(predictions: Sequence[Prediction]) -> dict[str, Score]:
@@ -242,14 +249,14 @@ def read_evaluations(directory: Path, notes: list[str] | None = None) -> list[Ev
     return [evaluation for evaluation in found if evaluation is not None]
 
 
-def rescore(directory: str | Path) -> dict[str, Evaluation]:
+def rescore(directory: str | Path) -> dict[str, dict[str, Any]]:
     """Compute the scores of kept predictions anew, without generating; what needs models stays.
 
     Args:
         directory: a run's, or one that ``evaluate`` wrote to.
 
     Returns:
-        The evaluations as they are now, by name.
+        What each ``NAME.json`` holds now, by NAME.
 
     Raises:
         UserError: if there are no predictions.
@@ -266,7 +273,7 @@ def rescore(directory: str | Path) -> dict[str, Evaluation]:
         again = Evaluation.of_record(found.name, record, predictions)
         again.scores.update(found.scores | summarise(predictions))
         save_evaluation(place, again)
-        results[found.name] = again
+        results[found.name] = again.to_dict()
     if not results:
         raise UserError(f"{directory} holds no predictions. Name a run that was evaluated.")
     return results
