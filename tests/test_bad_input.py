@@ -237,7 +237,7 @@ def validated(pair, tmp_path_factory) -> tuple[dict[str, Any], dict[str, Any]]:
     [
         (120_000, "No space left while writing the checkpoint of step 2"),
         (60_000, "No space left while writing the student"),
-        (1_500, "No space left in"),
+        (1_500, "No space left while writing the environment.json"),
     ],
 )
 def test_a_full_disk_stops_the_run_which_goes_on_when_there_is_space(

@@ -76,7 +76,7 @@ def test_a_run_that_goes_on_keeps_the_budget_it_began_with(tmp_path, monkeypatch
     (run / "summary.json").unlink()
     runs.train(raw)
 
-    assert json.loads((last / "progress.json").read_text())["micro_batch_tokens"] == 90
+    assert json.loads((last / "progress.json").read_text())["step"]["micro_batch_tokens"] == 90
     assert runs.result(run) == whole
 
 
