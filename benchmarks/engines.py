@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from setting import DTYPE, Setting, Side, alternate, own_process, record, setting, times_faster
 
-from promptkd.generation.sampling import Decoding
+from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine, TransformersEngine, left_pad
 from promptkd.generation.vllm_engine import VLLMEngine
 from promptkd.kernels.allocator import keep_freed_memory
@@ -21,7 +21,7 @@ from promptkd.models.language_model import LanguageModel
 def by_engine(engine: Engine, setting: Setting) -> Side:
     def write(number: int) -> int:
         seeds = [(number, row) for row in range(len(setting.requests))]
-        written = engine.write(setting.requests, seeds, Decoding(setting.num_new))
+        written = engine.generate(setting.requests, seeds, GenerationSettings(setting.num_new))
         return sum(len(response.token_ids) for response in written)
 
     return write

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from setting import DTYPES, record
 
-from promptkd.kernels.matmul import WritingProducts
+from promptkd.kernels.matmul import GenerationMatmuls
 
 TOKENS = (1, 8, 16, 64, 162)
 SHAPES = {"head": (49152, 576), "up": (1536, 576)}
@@ -29,7 +29,7 @@ def main() -> None:
     for dtype, (matrix, (rows, width)), num_tokens in cases:
         weight = torch.randn(rows, width, dtype=dtype)
         tokens = torch.randn(num_tokens, width, dtype=dtype)
-        ours = WritingProducts().linear
+        ours = GenerationMatmuls().linear
         seconds: dict[str, list[float]] = {"torch": [], "promptkd": []}
         for _ in range(9):
             for name, product in (("torch", F.linear), ("promptkd", ours)):

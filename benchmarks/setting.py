@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from promptkd import kernels
 from promptkd.data import Encoder, read_examples, training_set
 from promptkd.demo import unpack_teacher
-from promptkd.generation.sampling import Decoding
+from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.generation.vllm_engine import VLLMEngine
 from promptkd.kernels.allocator import keep_freed_memory
@@ -137,7 +137,7 @@ class OurStep:
         if vllm:
             longest = setting.num_new + max(len(request) for request in setting.requests)
             self.engine = VLLMEngine(student, setting.stop, longest)
-        self.decoding = Decoding(setting.num_new)
+        self.decoding = GenerationSettings(setting.num_new)
         self.step = Step(
             composition,
             student,
@@ -152,7 +152,7 @@ class OurStep:
     def write(self, number: int) -> list[Rollout]:
         requests = self.setting.requests
         seeds = [(number, row) for row in range(len(requests))]
-        written = self.engine.write(requests, seeds, self.decoding)
+        written = self.engine.generate(requests, seeds, self.decoding)
         return [
             Rollout(row, request, response.token_ids, "student")
             for row, (request, response) in enumerate(zip(requests, written, strict=True))

@@ -10,7 +10,7 @@ from promptkd.adapters import Prefix
 from promptkd.config import recipe_from_dict
 from promptkd.errors import UserError
 from promptkd.evaluation.side_by_side import generate
-from promptkd.generation.sampling import Decoding
+from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.methods import build_method
 from promptkd.teachers import TextPrompt
@@ -32,10 +32,10 @@ def test_writing_after_a_prefix_is_writing_after_its_text(architecture):
     prefix = Prefix(length=length).build(model, tokenizer)
     prompt = TextPrompt(TEXT).build(model, tokenizer).soft_prompt
     engine = TransformersEngine(model, [0])
-    seeds, decoding = [(1,), (2,), (3,)], Decoding(12)
-    written = engine.write(REQUESTS, seeds, decoding, prefix=prefix)
-    assert written == engine.write(REQUESTS, seeds, decoding, soft_prompt=prompt)
-    assert written != engine.write(REQUESTS, seeds, decoding)
+    seeds, decoding = [(1,), (2,), (3,)], GenerationSettings(12)
+    written = engine.generate(REQUESTS, seeds, decoding, prefix=prefix)
+    assert written == engine.generate(REQUESTS, seeds, decoding, soft_prompt=prompt)
+    assert written != engine.generate(REQUESTS, seeds, decoding)
 
 
 @pytest.mark.parametrize("teacher", ["soft_prompt", "lora", "prefix"])

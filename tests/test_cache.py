@@ -10,9 +10,9 @@ import runs
 import tiny
 from promptkd.errors import UserError
 from promptkd.generation.response_cache import ResponseCache, cache_directory, fingerprint
-from promptkd.generation.sampling import Decoding
+from promptkd.generation.sampling import GenerationSettings
 
-DECODING = Decoding(8).to_dict()
+DECODING = GenerationSettings(8).to_dict()
 
 
 def test_what_was_put_is_found_by_a_later_process_too():
@@ -33,8 +33,8 @@ def test_a_response_depends_on_author_request_decoding_and_seed():
         cache.key((5, 6), DECODING, seed=0),
         ResponseCache("another").key((5, 6), DECODING, seed=0),
         cache.key((56,), DECODING, seed=0),
-        cache.key((5, 6), Decoding(8, temperature=0.5).to_dict(), seed=0),
-        cache.key((5, 6), Decoding(9).to_dict(), seed=0),
+        cache.key((5, 6), GenerationSettings(8, temperature=0.5).to_dict(), seed=0),
+        cache.key((5, 6), GenerationSettings(9).to_dict(), seed=0),
         cache.key((5, 6), DECODING, seed=1),
     }
     assert len(keys) == 6

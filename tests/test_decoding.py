@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from promptkd.generation.sampling import BLOCK, Chooser, Decoding
+from promptkd.generation.sampling import BLOCK, GenerationSettings, TokenSampler
 
 
 @pytest.mark.parametrize("vocabulary", [7, BLOCK, 5 * BLOCK + 3])
@@ -12,7 +12,7 @@ def test_a_token_is_the_first_whose_running_sum_exceeds_the_number(vocabulary):
     scores = 3 * torch.randn(400, vocabulary, generator=generator)
     uniforms = torch.rand(400, generator=generator)
 
-    chosen = Chooser(Decoding(1))(scores, uniforms)
+    chosen = TokenSampler(GenerationSettings(1))(scores, uniforms)
 
     upper = scores.double().softmax(-1).cumsum(-1)
     lower = torch.nn.functional.pad(upper, (1, 0))
@@ -27,13 +27,13 @@ def test_a_token_that_is_left_out_is_never_chosen_not_even_by_rounding(number):
     kept = torch.tensor([BLOCK + 1, BLOCK + 2, 3 * BLOCK - 1])
     scores[:, kept] = torch.randn(3, 3, generator=torch.Generator().manual_seed(1))
 
-    chosen = Chooser(Decoding(1))(scores, torch.full((3,), number))
+    chosen = TokenSampler(GenerationSettings(1))(scores, torch.full((3,), number))
 
     assert chosen.tolist() == 3 * [kept[0 if number == 0 else -1].item()]
 
 
 def test_random_numbers_are_a_function_of_the_seed_from_zero_to_one():
-    choose = Chooser(Decoding(1000))
+    choose = TokenSampler(GenerationSettings(1000))
     assert torch.equal(choose.uniforms((1, 2)), choose.uniforms((1, 2)))
     assert not torch.equal(choose.uniforms((1, 2)), choose.uniforms((2, 1)))
     assert 0 <= choose.uniforms((3,)).min() < 0.01 < 0.99 < choose.uniforms((3,)).max() <= 1

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import tiny
-from promptkd.generation.sampling import Decoding
+from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import CoAuthor, TransformersEngine
 from promptkd.teachers import prompt_vectors
 
@@ -19,7 +19,7 @@ def language_model(architecture, seed=1, **options):
 
 
 def written(model, decoding, requests=REQUESTS, seeds=SEEDS, stop=STOP, **options):
-    responses = TransformersEngine(model, stop).write(requests, seeds, decoding, **options)
+    responses = TransformersEngine(model, stop).generate(requests, seeds, decoding, **options)
     return [response.token_ids for response in responses]
 
 
@@ -54,7 +54,7 @@ def generated(model, length, stop, **options):
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_greedy_writing_equals_transformers_generate(architecture):
     model = language_model(architecture)
-    decoding = Decoding(16, temperature=0)
+    decoding = GenerationSettings(16, temperature=0)
     free = written(model, decoding, stop=NEVER)
     stop = (free[0][3], free[3][1])  # so that some rows end early, at different times
     actual = written(model, decoding, stop=stop)
@@ -64,16 +64,16 @@ def test_greedy_writing_equals_transformers_generate(architecture):
 
 def test_blocked_ngrams_equal_transformers_generate():
     model = language_model("gpt2")
-    actual = written(model, Decoding(24, temperature=0, no_repeat_ngram_size=2))
+    actual = written(model, GenerationSettings(24, temperature=0, no_repeat_ngram_size=2))
     assert actual == generated(model, 24, STOP, no_repeat_ngram_size=2)
-    assert actual != written(model, Decoding(24, temperature=0))
+    assert actual != written(model, GenerationSettings(24, temperature=0))
 
 
 def test_blocked_ngrams_do_not_count_padding():
     model = language_model("llama")
     with torch.no_grad():
         model.module.lm_head.weight.zero_()  # every token is equally likely, so 0 is chosen
-    decoding = Decoding(4, temperature=0, no_repeat_ngram_size=2)
+    decoding = GenerationSettings(4, temperature=0, no_repeat_ngram_size=2)
     requests, seeds = [(40, 41), (5, 6, 7, 8, 9, 10)], SEEDS[:2]
     together = written(model, decoding, requests, seeds, stop=(1,))
     alone = written(model, decoding, requests[:1], seeds[:1], stop=(1,))
@@ -82,7 +82,7 @@ def test_blocked_ngrams_do_not_count_padding():
 
 @pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
 def test_sampling_does_not_depend_on_batch_composition_or_order(architecture):
-    model, decoding = language_model(architecture), Decoding(12)
+    model, decoding = language_model(architecture), GenerationSettings(12)
     together = written(model, decoding)
     alone = [
         written(model, decoding, [request], [seed])[0]
@@ -95,12 +95,12 @@ def test_sampling_does_not_depend_on_batch_composition_or_order(architecture):
 
 def test_a_longer_limit_goes_on_with_the_same_response():
     model = language_model("llama")
-    short, long = written(model, Decoding(5)), written(model, Decoding(15))
+    short, long = written(model, GenerationSettings(5)), written(model, GenerationSettings(15))
     assert [response[:5] for response in long] == short
 
 
 def test_seeds_decide_what_is_written():
-    model, decoding = language_model("llama"), Decoding(12)
+    model, decoding = language_model("llama"), GenerationSettings(12)
     requests = [REQUESTS[2]] * 3
     first, same, other = written(model, decoding, requests, [(7, 1), (7, 1), (7, 2)])
     assert first == same
@@ -113,7 +113,7 @@ def test_writing_after_a_soft_prompt_of_tokens_equals_writing_after_the_tokens(
     architecture, temperature
 ):
     model, front = language_model(architecture), (44, 22, 90)
-    decoding = Decoding(10, temperature=temperature)
+    decoding = GenerationSettings(10, temperature=temperature)
     actual = written(model, decoding, soft_prompt=prompt_vectors(model, front))
     assert actual == written(model, decoding, [front + request for request in REQUESTS])
     assert actual != written(model, decoding)
@@ -123,7 +123,7 @@ def test_writing_after_a_soft_prompt_of_tokens_equals_writing_after_the_tokens(
 def test_responses_end_with_the_first_stop_token_or_at_the_limit(temperature):
     model = language_model("gpt2")
     responses = written(
-        model, Decoding(20, temperature=temperature), REQUESTS * 4, [*zip(range(20))]
+        model, GenerationSettings(20, temperature=temperature), REQUESTS * 4, [*zip(range(20))]
     )
     assert any(len(response) < 20 for response in responses)
     for response in responses:
@@ -136,7 +136,7 @@ def test_responses_end_with_the_first_stop_token_or_at_the_limit(temperature):
 @pytest.mark.parametrize("architecture", ["gpt2", "gemma2"])
 def test_co_author_with_the_whole_share_writes_alone(architecture, share):
     student, teacher = language_model(architecture), language_model(architecture, 2, num_layers=3)
-    decoding = Decoding(12, temperature=0)
+    decoding = GenerationSettings(12, temperature=0)
     actual = written(student, decoding, co_author=CoAuthor(teacher, share))
     assert actual == written(teacher if share else student, decoding)
     assert actual != written(student if share else teacher, decoding)
@@ -146,7 +146,7 @@ def test_co_authored_tokens_carry_the_logprobs_of_both_models():
     student, teacher = language_model("llama"), language_model("llama", 2, num_layers=3)
     engine = TransformersEngine(student, STOP)
     co_author = CoAuthor(teacher, 0.4)
-    responses = engine.write(REQUESTS, SEEDS, Decoding(8), co_author=co_author)
+    responses = engine.generate(REQUESTS, SEEDS, GenerationSettings(8), co_author=co_author)
     for request, response in zip(REQUESTS, responses, strict=True):
         ids = response.token_ids
         for model, own in (
@@ -155,7 +155,7 @@ def test_co_authored_tokens_carry_the_logprobs_of_both_models():
         ):
             expected = logprobs_of(model, request, ids)[range(len(ids)), list(ids)]
             torch.testing.assert_close(torch.tensor(own), expected, rtol=1e-4, atol=1e-4)
-    assert engine.write(REQUESTS, SEEDS, Decoding(8))[0].annotations() == {}
+    assert engine.generate(REQUESTS, SEEDS, GenerationSettings(8))[0].annotations() == {}
 
 
 def chi_square(counts, probabilities):
@@ -183,7 +183,7 @@ def next_token(model):
 def test_frequencies_of_sampled_tokens_match_the_distribution(temperature):
     model = language_model("llama")
     probabilities = (next_token(model) / temperature).softmax(-1)
-    counts = frequencies(model, Decoding(1, temperature))
+    counts = frequencies(model, GenerationSettings(1, temperature))
     statistic, degrees = chi_square(counts, probabilities)
     assert degrees > 10
     assert statistic < degrees + 4 * (2 * degrees) ** 0.5
@@ -194,7 +194,7 @@ def test_frequencies_of_sampled_tokens_match_the_distribution(temperature):
 def test_frequencies_of_co_authored_tokens_match_the_mixture():
     student, teacher = language_model("llama"), language_model("llama", 2, num_layers=3)
     mixture = 0.3 * next_token(teacher).exp() + 0.7 * next_token(student).exp()
-    counts = frequencies(student, Decoding(1), CoAuthor(teacher, 0.3))
+    counts = frequencies(student, GenerationSettings(1), CoAuthor(teacher, 0.3))
     statistic, degrees = chi_square(counts, mixture)
     assert statistic < degrees + 4 * (2 * degrees) ** 0.5
     wrong, degrees = chi_square(counts, next_token(student).exp())
@@ -204,24 +204,24 @@ def test_frequencies_of_co_authored_tokens_match_the_mixture():
 def test_top_k_and_top_p_keep_the_most_probable_tokens_only():
     model = language_model("llama")
     probabilities, order = next_token(model).exp().sort(descending=True)
-    by_k = frequencies(model, Decoding(1, top_k=4), number=1000)
+    by_k = frequencies(model, GenerationSettings(1, top_k=4), number=1000)
     assert set(by_k.nonzero()[:, 0].tolist()) == set(order[:4].tolist())
     nucleus = int((probabilities.cumsum(0) < 0.5).sum()) + 1
-    by_p = frequencies(model, Decoding(1, top_p=0.5), number=1000)
+    by_p = frequencies(model, GenerationSettings(1, top_p=0.5), number=1000)
     assert set(by_p.nonzero()[:, 0].tolist()) == set(order[:nucleus].tolist())
 
 
 def test_mixed_precision_writes_with_the_current_weights():
     module = tiny.model("llama", seed=1)
     engine = TransformersEngine(tiny.language_model(module, tiny.ROWS, torch.bfloat16), STOP)
-    decoding = Decoding(6, temperature=0)
-    before = engine.write(REQUESTS, SEEDS, decoding)
+    decoding = GenerationSettings(6, temperature=0)
+    before = engine.generate(REQUESTS, SEEDS, decoding)
     module.load_state_dict(tiny.model("llama", seed=9).state_dict())
-    after = engine.write(REQUESTS, SEEDS, decoding)
+    after = engine.generate(REQUESTS, SEEDS, decoding)
     fresh = TransformersEngine(
         tiny.language_model(tiny.model("llama", seed=9), tiny.ROWS, torch.bfloat16), STOP
     )
-    assert after == fresh.write(REQUESTS, SEEDS, decoding)
+    assert after == fresh.generate(REQUESTS, SEEDS, decoding)
     assert after != before
     assert next(module.parameters()).dtype == torch.float32
     assert sum(weight.numel() for weight in engine._working_copy.module.parameters()) == 0

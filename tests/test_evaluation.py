@@ -19,7 +19,7 @@ from promptkd.evaluation.results import Prediction, rescore, summarise
 from promptkd.evaluation.scorer import predict, score
 from promptkd.evaluation.statistics import bootstrap_interval, paired_difference
 from promptkd.evaluation.suites import read_suite, suite_of_files
-from promptkd.generation.sampling import Decoding
+from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.models.language_model import LanguageModel
 from promptkd.rollouts import Rollout
@@ -68,7 +68,9 @@ def test_scores_carry_all_that_is_needed_to_rerun_them(finished, evaluated):
     assert result["data"] == [raw["data"]["validation"]]
     assert (result["num_examples"], result["num_cut_requests"]) == (7, 2)
     assert (result["template"], result["max_request_tokens"]) == ("none", 7)
-    assert result["decoding"] == Decoding(10, temperature=0.7, top_p=1.0, top_k=40).to_dict()
+    assert (
+        result["decoding"] == GenerationSettings(10, temperature=0.7, top_p=1.0, top_k=40).to_dict()
+    )
     assert result["seeds"] == [3, 4]
     for name in ("rouge_l", "exact_match", "response_length", "ended", "reverse_kl_to_teacher"):
         assert len(result["scores"][name]["by_seed"]) == 2
@@ -115,11 +117,11 @@ def test_predictions_do_not_depend_on_the_batch():
     examples = [Example("say " + "?" * (i % 6), responses=("it",)) for i in range(9)]
     data = evaluation_set(examples, encoder)
     engine = TransformersEngine(LanguageModel(tiny.model("gpt2"), tiny.ROWS), (tiny.EOS,))
-    whole = predict(engine, data, Decoding(10), seed=5)
+    whole = predict(engine, data, GenerationSettings(10), seed=5)
 
     seeds = [(5, example.index) for example in data.examples]
     requests = [example.request_ids for example in data.examples]
-    one_by_one = engine.write(requests, seeds, Decoding(10), max_batch_tokens=1)
+    one_by_one = engine.generate(requests, seeds, GenerationSettings(10), max_batch_tokens=1)
     assert [rollout.response_ids for rollout in whole] == [r.token_ids for r in one_by_one]
 
 
@@ -148,7 +150,7 @@ def test_a_bare_model_is_asked_with_the_defaults_and_needs_a_place(finished, tmp
         model, data, seeds=(1,), num_examples=1, max_response_tokens=4, output=tmp_path
     )
 
-    assert result["decoding"] == Decoding(4).to_dict()
+    assert result["decoding"] == GenerationSettings(4).to_dict()
     assert (result["template"], result["max_request_tokens"]) == ("alpaca", 256)
     assert result["teacher"] is None
     assert "reverse_kl_to_teacher" not in result["scores"]

@@ -27,7 +27,7 @@ from promptkd.evaluation.exposure_curves import (
     exposure_intervals,
 )
 from promptkd.evaluation.finished_run import load_run
-from promptkd.generation.sampling import Decoding
+from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.models.language_model import LanguageModel
 from promptkd.rollouts import Rollout
@@ -63,7 +63,9 @@ def dataset(tmp_path, num_rows=6):
 
 def write(language, data, seeds=(1, 2), num_samples=1, decoding=None):
     engine = TransformersEngine(language, (EOS,))
-    return generate_responses(engine, data, decoding or Decoding(NUM_STEPS), seeds, num_samples)
+    return generate_responses(
+        engine, data, decoding or GenerationSettings(NUM_STEPS), seeds, num_samples
+    )
 
 
 @pytest.fixture(scope="module")
@@ -340,7 +342,7 @@ def naive_authors_script(student, teacher, responses, width, num_steps, pad):
 @torch.no_grad()
 def test_the_authors_option_is_their_script_with_its_defects(pair, tmp_path):
     student, teacher = pair
-    decoding = Decoding(NUM_STEPS, no_repeat_ngram_size=6)
+    decoding = GenerationSettings(NUM_STEPS, no_repeat_ngram_size=6)
     data = dataset(tmp_path)
     responses = {
         "student": write(student, data, num_samples=2, decoding=decoding),
@@ -473,7 +475,7 @@ def test_a_curve_that_cannot_be_measured_in_training_is_refused_first(tmp_path, 
 
 def test_ranks_that_gather_their_shares_get_the_whole_curve(pair, tmp_path):
     student, teacher = pair
-    data, decoding = dataset(tmp_path), Decoding(NUM_STEPS)
+    data, decoding = dataset(tmp_path), GenerationSettings(NUM_STEPS)
     engine = TransformersEngine(student, (EOS,))
     by_teacher = write(teacher, data)
     own = generate_responses(engine, data, decoding, (1, 2))

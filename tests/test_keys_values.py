@@ -17,7 +17,7 @@ def test_a_reserved_cache_holds_what_the_dynamic_one_holds_after_rows_left():
     for length, rows in ((4, 3), (1, 3), (2, 2)):
         if rows == 2:
             for cache in (ours, theirs):
-                cache.batch_select_indices(torch.tensor([2, 0]))
+                cache.reorder_cache(torch.tensor([2, 0]))
         new = randn(rows, 2, length, 8, seed=length), randn(rows, 2, length, 8, seed=length + 10)
         held, expected = ours.update(*new, 0), theirs.update(*new, 0)
 

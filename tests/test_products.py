@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from promptkd.kernels.matmul import BLOCK, FEWEST_BLOCKS, WritingProducts, linear
+from promptkd.kernels.matmul import BLOCK, FEWEST_BLOCKS, GenerationMatmuls, linear
 
 
 def randn(*shape, seed=0):
@@ -28,11 +28,11 @@ def test_rows_of_a_longer_table_are_multiplied_where_they_are():
 
 def test_modules_lay_out_their_weights_within_the_context_alone(monkeypatch):
     layer, tokens = torch.nn.Linear(24, 70), randn(5, 24)
-    calls, given = [], WritingProducts.linear
-    monkeypatch.setattr(WritingProducts, "linear", lambda *a: calls.append(a) or given(*a))
+    calls, given = [], GenerationMatmuls.linear
+    monkeypatch.setattr(GenerationMatmuls, "linear", lambda *a: calls.append(a) or given(*a))
     with torch.no_grad():
         outside = layer(tokens)
-        with WritingProducts().within(torch.nn.Sequential(layer)):
+        with GenerationMatmuls().within(torch.nn.Sequential(layer)):
             inside = layer(tokens)
         assert len(calls) == 1
         layer(tokens)
@@ -45,7 +45,7 @@ def test_modules_lay_out_their_weights_within_the_context_alone(monkeypatch):
 @pytest.mark.parametrize("shape", [(1, 24), (40, 24), (2, 3, 24)])
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
 def test_weights_that_are_laid_out_anew_give_torchs_products(dtype, error, shape, biased):
-    products = WritingProducts()
+    products = GenerationMatmuls()
     layer = torch.nn.Linear(24, 70, bias=biased).to(dtype)
     with torch.no_grad(), products.within(layer):
         for seed in (1, 2):  # with the weight as it was laid out the first time

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import tiny
 from promptkd.errors import UserError
-from promptkd.generation.sampling import Decoding
+from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.models.language_model import LanguageModel, proven
 from promptkd.pruning import (
@@ -43,7 +43,7 @@ def own_text(teacher: PreTrainedModel, requests: list[tuple[int, ...]]) -> list[
     """What the teacher itself says, greedily: every layer that matters is needed for it."""
     engine = TransformersEngine(tiny.language_model(teacher, tiny.ROWS), (tiny.EOS,))
     seeds = [(0, index) for index in range(len(requests))]
-    responses = engine.write(requests, seeds, Decoding(12, temperature=0.0))
+    responses = engine.generate(requests, seeds, GenerationSettings(12, temperature=0.0))
     return [
         Rollout(index, request, response.token_ids, "teacher")
         for index, (request, response) in enumerate(zip(requests, responses, strict=True))

@@ -70,7 +70,9 @@ def test_promptkd_survives_kill_9_at_each_delicate_moment(pair, tmp_path):
         "naming it": Moment("os.rename", ".writing-step-000002"),
         "writing the first student": Moment("os.rename", ".writing-student"),
         "rewinding the metrics": Moment("open", ".writing-metrics.jsonl"),
-        "writing the second checkpoint": Moment("open", ".writing-step-000004/.writing-progress.json"),
+        "writing the second checkpoint": Moment(
+            "open", ".writing-step-000004/.writing-progress.json"
+        ),
         "between the renames that replace the student": Moment("os.rename", ".writing-student", 2),
         "between those that replace the adapter": Moment("os.rename", ".writing-teacher_adapter"),
         "removing the oldest checkpoint": Moment("shutil.rmtree", "step-000002"),

@@ -8,7 +8,7 @@ import torch
 import runs
 import tiny
 from promptkd.errors import UserError
-from promptkd.generation.sampling import Decoding
+from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.generation.vllm_engine import VLLMEngine
 from promptkd.models.language_model import LanguageModel
@@ -38,15 +38,15 @@ def engines():
 @runs.needs_vllm
 def test_greedy_text_is_that_of_the_transformers_engine_also_after_an_update(engines):
     student, ours, plain = engines
-    decoding = Decoding(12, temperature=0.0)
+    decoding = GenerationSettings(12, temperature=0.0)
     threads, set_threads = torch.get_num_threads(), torch.set_num_threads
-    before = ours.write(REQUESTS, SEEDS, decoding)
-    assert before == plain.write(REQUESTS, SEEDS, decoding)
+    before = ours.generate(REQUESTS, SEEDS, decoding)
+    assert before == plain.generate(REQUESTS, SEEDS, decoding)
     with torch.no_grad():
         for parameter in student.module.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
-    after = ours.write(REQUESTS, SEEDS, decoding)
-    assert after == plain.write(REQUESTS, SEEDS, decoding)
+    after = ours.generate(REQUESTS, SEEDS, decoding)
+    assert after == plain.generate(REQUESTS, SEEDS, decoding)
     assert after != before
     assert (torch.get_num_threads(), torch.set_num_threads) == (threads, set_threads)
 
@@ -54,10 +54,15 @@ def test_greedy_text_is_that_of_the_transformers_engine_also_after_an_update(eng
 @runs.needs_vllm
 def test_a_sample_is_a_function_of_its_seed_in_any_company(engines):
     _, ours, _ = engines
-    together = ours.write(REQUESTS, SEEDS, Decoding(12))
-    alone = [ours.write([r], [s], Decoding(12))[0] for r, s in zip(REQUESTS, SEEDS, strict=True)]
+    together = ours.generate(REQUESTS, SEEDS, GenerationSettings(12))
+    alone = [
+        ours.generate([r], [s], GenerationSettings(12))[0]
+        for r, s in zip(REQUESTS, SEEDS, strict=True)
+    ]
     assert together == alone
-    assert ours.write(REQUESTS, [(1, *seed) for seed in SEEDS], Decoding(12)) != together
+    assert (
+        ours.generate(REQUESTS, [(1, *seed) for seed in SEEDS], GenerationSettings(12)) != together
+    )
 
 
 @runs.needs_vllm
@@ -66,7 +71,7 @@ def test_a_stop_token_ends_a_response_and_is_part_of_it(engines):
     with torch.no_grad():
         student.module.get_output_embeddings().weight[tiny.EOS] *= 3
     requests, seeds = REQUESTS * 8, [(2, i) for i in range(8 * len(REQUESTS))]
-    written = ours.write(requests, seeds, Decoding(12))
+    written = ours.generate(requests, seeds, GenerationSettings(12))
     ended = [r for r in written if r.token_ids[-1] == tiny.EOS]
     assert ended
     assert all(tiny.EOS not in r.token_ids[:-1] for r in written)
@@ -77,12 +82,12 @@ def test_a_stop_token_ends_a_response_and_is_part_of_it(engines):
 @pytest.mark.parametrize(
     "decoding",
     [
-        Decoding(12),
-        Decoding(12, temperature=0.7, top_p=0.9, top_k=20),
-        Decoding(30, temperature=0.2, no_repeat_ngram_size=2),
+        GenerationSettings(12),
+        GenerationSettings(12, temperature=0.7, top_p=0.9, top_k=20),
+        GenerationSettings(30, temperature=0.2, no_repeat_ngram_size=2),
     ],
 )
 def test_samples_are_those_of_the_transformers_engine(engines, decoding):
     _, ours, plain = engines
     requests, seeds = REQUESTS * 4, [(3, i) for i in range(4 * len(REQUESTS))]
-    assert ours.write(requests, seeds, decoding) == plain.write(requests, seeds, decoding)
+    assert ours.generate(requests, seeds, decoding) == plain.generate(requests, seeds, decoding)

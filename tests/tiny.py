@@ -57,15 +57,20 @@ def model(
     made = AutoModelForCausalLM.from_config(
         _config(architecture, num_layers, rows, width, config), dtype=torch.float32
     )
+    return randomise(made, seed).eval()
+
+
+def randomise(module: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Weights large enough for the outputs to depend on the text."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in module.parameters():
             noise = torch.randn(parameter.shape, generator=generator)
             if parameter.dim() >= 2:
                 parameter.copy_(0.2 * noise)
             else:
                 parameter.add_(0.05 * noise)
-    return made.eval()
+    return module
 
 
 def language_model(

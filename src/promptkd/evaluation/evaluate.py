@@ -16,7 +16,7 @@ from promptkd.errors import UserError
 from promptkd.evaluation.results import Evaluation, save_evaluation
 from promptkd.evaluation.scorer import Scorer
 from promptkd.evaluation.suites import PAPER_SEEDS, listed, name_of
-from promptkd.generation.sampling import Decoding
+from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.models.loading import (
     check_context,
@@ -49,7 +49,7 @@ class Protocol:
 
     template: str = "alpaca"
     max_request_tokens: int = 256
-    decoding: Decoding = Decoding(256)
+    decoding: GenerationSettings = GenerationSettings(256)
     precision: str = "auto"
 
     @classmethod
@@ -60,13 +60,15 @@ class Protocol:
             own = cls(
                 template=data.template,
                 max_request_tokens=data.max_request_tokens,
-                decoding=Decoding.of_recipe(recipe),
+                decoding=GenerationSettings.of_recipe(recipe),
                 precision=recipe.precision,
             )
         given: dict[str, Any] = {key: v for key, v in asked.items() if v is not None}
         if "max_response_tokens" in given:
             given["max_new_tokens"] = given.pop("max_response_tokens")
-        of_decoding = {k: given.pop(k) for k in [*given] if k in Decoding.__dataclass_fields__}
+        of_decoding = {
+            k: given.pop(k) for k in [*given] if k in GenerationSettings.__dataclass_fields__
+        }
         return replace(own, decoding=replace(own.decoding, **of_decoding), **given)
 
     def encoder(self, tokenizer: Any) -> Encoder:

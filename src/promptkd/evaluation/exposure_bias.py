@@ -32,7 +32,7 @@ from promptkd.evaluation.exposure_curves import (
 )
 from promptkd.evaluation.finished_run import load_run
 from promptkd.files import write_json
-from promptkd.generation.sampling import Decoding
+from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.models.language_model import LanguageModel, select_responses
 from promptkd.rollouts import Rollout
@@ -62,7 +62,7 @@ AUTHORS_DEFINITION = {
 def generate_responses(
     engine: Engine,
     data: Dataset,
-    decoding: Decoding,
+    decoding: GenerationSettings,
     seeds: Sequence[int],
     num_samples: int = 1,
 ) -> list[list[Rollout]]:
@@ -73,7 +73,7 @@ def generate_responses(
     """
     draws = [(seed, sample) for seed in seeds for sample in range(num_samples)]
     asked = [(example, draw) for example in data.examples for draw in draws]
-    written = engine.write(
+    written = engine.generate(
         [example.request_ids for example, _ in asked],
         [(*draw, example.index) for example, draw in asked],
         decoding,

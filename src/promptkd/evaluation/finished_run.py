@@ -7,7 +7,7 @@ from typing import Any
 from promptkd.config import Recipe, load_recipe
 from promptkd.data import Encoder
 from promptkd.errors import UserError
-from promptkd.generation.sampling import Decoding
+from promptkd.generation.sampling import GenerationSettings
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import (
     check_context,
@@ -39,10 +39,10 @@ class FinishedRun:
     def dtype(self) -> str:
         return str(self.student.dtype).removeprefix("torch.")
 
-    def decoding(self, no_repeat_ngram_size: int = 0) -> Decoding:
+    def decoding(self, no_repeat_ngram_size: int = 0) -> GenerationSettings:
         """The run's own: as it sampled in training and validation, where nothing is blocked."""
         return replace(
-            Decoding.of_recipe(self.recipe),
+            GenerationSettings.of_recipe(self.recipe),
             max_new_tokens=self.encoder.max_response_tokens,
             no_repeat_ngram_size=no_repeat_ngram_size,
         )

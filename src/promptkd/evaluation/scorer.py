@@ -8,7 +8,7 @@ from promptkd.data import Dataset
 from promptkd.evaluation.metrics import exact_match, rouge_l
 from promptkd.evaluation.results import Prediction, Score, summarise
 from promptkd.evaluation.statistics import mean_and_deviation
-from promptkd.generation.sampling import Decoding
+from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine
 from promptkd.models.language_model import LanguageModel
 from promptkd.ranks import ALONE, Ranks
@@ -20,13 +20,13 @@ MICRO_BATCH_TOKENS = 4096
 
 
 def predict(
-    engine: Engine, data: Dataset, decoding: Decoding, seed: int, **front: Any
+    engine: Engine, data: Dataset, decoding: GenerationSettings, seed: int, **front: Any
 ) -> list[Rollout]:
     """One response per request; a function of model, request, decoding and seed alone.
 
-    ``front`` is what ``TransformersEngine.write`` puts before the requests, a soft prompt say.
+    ``front`` is what ``TransformersEngine.generate`` puts before the requests, a soft prompt say.
     """
-    responses = engine.write(
+    responses = engine.generate(
         [example.request_ids for example in data.examples],
         [(seed, example.index) for example in data.examples],
         decoding,
@@ -74,7 +74,7 @@ class Scorer:
     data: Dataset
     tokenizer: Any
     stop: Sequence[int]
-    decoding: Decoding
+    decoding: GenerationSettings
     micro_batch_tokens: int = MICRO_BATCH_TOKENS
     ranks: Ranks = ALONE
 

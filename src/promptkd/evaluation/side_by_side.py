@@ -10,7 +10,7 @@ from promptkd.adapters import load_prefix
 from promptkd.config import load_recipe
 from promptkd.data import Encoder, Example
 from promptkd.errors import UserError
-from promptkd.generation.sampling import Decoding
+from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.loading import (
@@ -51,7 +51,7 @@ def generate(
     recipe = load_recipe(run / "recipe.yaml")
     device = default_device()
     dtype = compute_dtype(recipe.precision, device)
-    decoding = Decoding.of_recipe(recipe)
+    decoding = GenerationSettings.of_recipe(recipe)
     if temperature is not None:
         decoding = replace(decoding, temperature=temperature)
     voices: list[tuple[str, str, Path | None]] = []
@@ -77,6 +77,6 @@ def generate(
             front["prefix"] = load_prefix(model, adapter)
         engine = TransformersEngine(model, stop_ids(tokenizer, module))
         ids = encoder.request_ids(Example(request, input))
-        written = engine.write([ids], [(seed,)], decoding, **front)[0]
+        written = engine.generate([ids], [(seed,)], decoding, **front)[0]
         responses[author] = tokenizer.decode(written.token_ids, skip_special_tokens=True).strip()
     return responses

@@ -6,7 +6,7 @@ from typing import Any
 
 from promptkd.data import EncodedExample, Encoder, Example
 from promptkd.generation.response_cache import ResponseCache, fingerprint
-from promptkd.generation.sampling import Decoding
+from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import CoAuthor, Engine, Response, TransformersEngine
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import stop_ids
@@ -27,7 +27,7 @@ class Authors:
         self,
         engine: Engine,
         student: LanguageModel,
-        decoding: Decoding,
+        decoding: GenerationSettings,
         encoder: Encoder,
         seed: int,
     ):
@@ -63,13 +63,13 @@ class Authors:
                 for e, r in zip(examples, responses, strict=True)
             ]
 
-        def asked(examples: Sequence[EncodedExample]) -> tuple[Any, Any, Decoding]:
+        def asked(examples: Sequence[EncodedExample]) -> tuple[Any, Any, GenerationSettings]:
             requests = [example.request_ids for example in examples]
             seeds = [(self.seed, step, example.index) for example in examples]
             return requests, seeds, self.decoding
 
         def by_student(examples: Sequence[EncodedExample]) -> list[Rollout]:
-            return rollouts(examples, self.engine.write(*asked(examples)), "student")
+            return rollouts(examples, self.engine.generate(*asked(examples)), "student")
 
         def by_teacher(examples: Sequence[EncodedExample]) -> list[Rollout]:
             assert self._teacher is not None, "the method's source says asks_teacher"
@@ -78,7 +78,7 @@ class Authors:
         def by_both(examples: Sequence[EncodedExample], share: float) -> list[Rollout]:
             assert self._co_author is not None, "the method's source says asks_teacher"
             co_author = CoAuthor(self._co_author, share)
-            written = self._together.write(*asked(examples), co_author=co_author)
+            written = self._together.generate(*asked(examples), co_author=co_author)
             return rollouts(examples, written, "mixed")
 
         return Writers(
@@ -118,7 +118,7 @@ class TeacherAuthor:
         keys = [self.cache.key(request, decoding.to_dict(), seed) for request in requests]
         missing = [i for i, key in enumerate(keys) if key not in self.cache]
         if missing:
-            responses = self.engine.write(
+            responses = self.engine.generate(
                 [requests[i] for i in missing],
                 [(seed, examples[i].index) for i in missing],
                 decoding,

@@ -1,4 +1,4 @@
-"""Keys and values while text is written: kept where they are.
+"""Preallocated KV cache: new entries are written in place.
 
 transformers' own cache copies the whole past at every token.
 """
@@ -11,7 +11,7 @@ from transformers.cache_utils import DynamicLayer
 
 
 class _ReservedLayer(DynamicLayer):
-    """Keys and values in room reserved once: a new token's are written, the past is not moved."""
+    """Keys and values in memory allocated once: new ones are written, the past is not moved."""
 
     def __init__(self, capacity: int):
         super().__init__()
@@ -36,9 +36,9 @@ class _ReservedLayer(DynamicLayer):
             room[..., past:length, :] = new
         return self._show(length)
 
-    def batch_select_indices(self, indices: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         length = self.get_seq_length()
-        self._room = [room[indices] for room in self._room]
+        self._room = [room[beam_idx] for room in self._room]
         self._show(length)
 
     def _show(self, length: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""How the next token is chosen, in every engine: by scores and the request's own random numbers."""
+"""Token sampling shared by all engines, from per-request uniform numbers."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +23,7 @@ BLOCK = 256
 
 
 @dataclass(frozen=True)
-class Decoding:
+class GenerationSettings:
     """How tokens are chosen; kept beside every score.
 
     Attributes:
@@ -41,7 +41,7 @@ class Decoding:
     no_repeat_ngram_size: int = 0
 
     @classmethod
-    def of_recipe(cls, recipe: Recipe) -> "Decoding":
+    def of_recipe(cls, recipe: Recipe) -> "GenerationSettings":
         """As the recipe's run samples in training and validation, where nothing is blocked."""
         s = recipe.sampling
         return cls(recipe.data.max_response_tokens, s.temperature, s.top_p, s.top_k)
@@ -50,10 +50,10 @@ class Decoding:
         return asdict(self)
 
 
-class Chooser:
+class TokenSampler:
     """Greedy, or the inverse of the cumulative distribution at a row's uniform number."""
 
-    def __init__(self, decoding: Decoding):
+    def __init__(self, decoding: GenerationSettings):
         self._decoding = decoding
         self.reads_history = decoding.no_repeat_ngram_size > 0
         self._warpers = LogitsProcessorList()

@@ -11,14 +11,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from promptkd.generation.kv_cache import reserved_cache
-from promptkd.generation.sampling import Chooser, Decoding
-from promptkd.kernels.matmul import WritingProducts
-from promptkd.models.language_model import PADDING, LanguageModel
+from promptkd.generation.sampling import GenerationSettings, TokenSampler
+from promptkd.kernels.matmul import GenerationMatmuls
+from promptkd.models.language_model import PADDING, LanguageModel, prompt_positions, put_in_front
 
 Tokens = tuple[int, ...]
 
@@ -63,8 +64,11 @@ class Engine(Protocol):
     @property
     def stop_ids(self) -> Tensor: ...
 
-    def write(
-        self, requests: Sequence[Tokens], seeds: Sequence[Sequence[int]], decoding: Decoding
+    def generate(
+        self,
+        requests: Sequence[Tokens],
+        seeds: Sequence[Sequence[int]],
+        decoding: GenerationSettings,
     ) -> list[Response]: ...
 
 
@@ -82,11 +86,11 @@ class TransformersEngine:
             _forget_weights(module)
 
     @torch.no_grad()
-    def write(
+    def generate(
         self,
         requests: Sequence[Tokens],
         seeds: Sequence[Sequence[int]],
-        decoding: Decoding,
+        decoding: GenerationSettings,
         *,
         soft_prompt: Tensor | None = None,
         prefix: Past | None = None,
@@ -107,13 +111,13 @@ class TransformersEngine:
         order = sorted(range(len(requests)), key=lambda i: len(requests[i]), reverse=True)
         responses: dict[int, Response] = {}
         others = [co_author.model.module] if co_author else []
-        products = WritingProducts()
+        products = GenerationMatmuls()
         with self._current() as model, products.within(model.module, *others):
             while order:
                 longest = len(requests[order[0]]) + decoding.max_new_tokens
                 rows = max(1, max_batch_tokens // longest)
                 group, order = order[:rows], order[rows:]
-                written = self._write_group(
+                written = self._generate_group(
                     model,
                     products,
                     [requests[i] for i in group],
@@ -141,29 +145,27 @@ class TransformersEngine:
             _forget_weights(model.module)
         model.module.train(learning)
 
-    def _write_group(
+    def _generate_group(
         self,
         model: LanguageModel,
-        products: WritingProducts,
+        products: GenerationMatmuls,
         requests: list[Tokens],
         seeds: list[Sequence[int]],
-        decoding: Decoding,
+        decoding: GenerationSettings,
         soft_prompt: Tensor | None,
         prefix: Past | None,
         co_author: CoAuthor | None,
     ) -> list[Response]:
-        device = model.device
-        choose = Chooser(decoding)
-        uniforms = torch.stack([choose.uniforms(seed) for seed in seeds]).to(device)
+        choose = TokenSampler(decoding)
+        uniforms = torch.stack([choose.uniforms(seed) for seed in seeds]).to(model.device)
         past = None if prefix is None else prefix.cache(len(requests))
-        tokens, mask = left_pad(requests, device)
+        tokens, mask = left_pad(requests, model.device)
         capacity = tokens.shape[1] + decoding.max_new_tokens
         authors = [_Author(model, products, soft_prompt, past, capacity)]
         if co_author:
             authors.append(_Author(co_author.model, products, None, None, capacity))
-        num_rows = len(tokens)
         history = tokens.masked_fill(~mask, PADDING)  # padding is part of no n-gram
-        rows = torch.arange(num_rows, device=device)  # which request each live row answers
+        rows = torch.arange(len(tokens), device=model.device)  # which request each live row answers
         token_ids: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[list[float]]] = [[[] for _ in requests] for _ in authors]
         for time in range(decoding.max_new_tokens):
@@ -171,8 +173,7 @@ class TransformersEngine:
             mixed = spoken[0]
             if co_author:
                 spoken = [scores.log_softmax(-1) for scores in spoken]
-                share = torch.tensor([1 - co_author.share, co_author.share]).log()
-                mixed = torch.logaddexp(share[0] + spoken[0], share[1] + spoken[1])
+                mixed = _mixture(spoken[0], spoken[1], co_author.share)
             chosen = choose(mixed, uniforms[rows, time], history)
             for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
                 token_ids[row].append(token)
@@ -192,13 +193,28 @@ class TransformersEngine:
                 rows, tokens, history, mask = rows[keep], tokens[keep], history[keep], mask[keep]
                 for author in authors:
                     author.keep(keep)
-        ended = [_cut_after_stop(ids, self.stop_ids.tolist()) for ids in token_ids]
-        if not co_author:
-            return [Response(ids) for ids in ended]
-        return [
-            Response(ids, tuple(own[: len(ids)]), tuple(other[: len(ids)]))
-            for ids, own, other in zip(ended, *logprobs, strict=True)
-        ]
+        return _responses(token_ids, logprobs, self.stop_ids.tolist())
+
+
+def _mixture(
+    own: Float[Tensor, "rows vocab"], other: Float[Tensor, "rows vocab"], share: float
+) -> Float[Tensor, "rows vocab"]:
+    """log((1 - share) exp(own) + share exp(other))."""
+    weights = torch.tensor([1 - share, share]).log()
+    return torch.logaddexp(weights[0] + own, weights[1] + other)
+
+
+def _responses(
+    token_ids: list[list[int]], logprobs: list[list[list[float]]], stop: list[int]
+) -> list[Response]:
+    """Each up to its stop token; with logprobs where there are those of two models."""
+    ended = [_cut_after_stop(ids, stop) for ids in token_ids]
+    if len(logprobs) == 1:
+        return [Response(ids) for ids in ended]
+    return [
+        Response(ids, tuple(own[: len(ids)]), tuple(other[: len(ids)]))
+        for ids, own, other in zip(ended, *logprobs, strict=True)
+    ]
 
 
 class _Author:
@@ -207,7 +223,7 @@ class _Author:
     def __init__(
         self,
         model: LanguageModel,
-        products: WritingProducts,
+        products: GenerationMatmuls,
         soft_prompt: Tensor | None,
         past: DynamicCache | None,
         capacity: int,
@@ -227,17 +243,16 @@ class _Author:
 
     def _advance(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "rows width"]:
         first = self.cache.get_seq_length() == self.past_length
-        length = 0 if self.soft_prompt is None else self.soft_prompt.shape[0]
-        front = self.past_length + length
-        full_mask = torch.cat([mask.new_ones(len(mask), front), mask], dim=1).long()
-        positions = (full_mask.cumsum(-1) - 1).clamp_min(0)
         arguments: dict[str, Any] = {"input_ids": tokens}
-        if first and self.soft_prompt is not None:
-            # Pads come first, then the prompt would follow them: the mask keeps both orders equal.
-            embeddings = self.model.module.get_input_embeddings()(tokens)
-            front = self.soft_prompt.to(embeddings.dtype).expand(len(tokens), -1, -1)
-            arguments = {"inputs_embeds": torch.cat([front, embeddings], dim=1)}
-        new = tokens.shape[1] + (length if first else 0)
+        new = tokens.shape[1]
+        if self.soft_prompt is not None:
+            of_prompt, mask = prompt_positions(mask, len(self.soft_prompt))
+            if first:
+                embeddings = self.model.module.get_input_embeddings()(tokens)
+                embeddings = put_in_front(self.soft_prompt, embeddings, of_prompt)
+                arguments, new = {"inputs_embeds": embeddings}, embeddings.shape[1]
+        full_mask = F.pad(mask, (self.past_length, 0), value=True).long()
+        positions = (full_mask.cumsum(-1) - 1).clamp_min(0)
         trunk: Any = self.model.module.base_model
         with self.model.autocast():
             output = trunk(
@@ -250,7 +265,7 @@ class _Author:
         return output.last_hidden_state[:, -1]
 
     def keep(self, rows: Tensor) -> None:
-        self.cache.batch_select_indices(rows)
+        self.cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
 
 
 def _forget_weights(module: nn.Module) -> None:

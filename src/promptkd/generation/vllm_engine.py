@@ -1,7 +1,7 @@
 """Writing responses with vLLM, in this process; the student's weights are pushed before each time.
 
-vLLM is optional (docs/quickstart.md) and imported only when chosen. Its tokens are
-chosen by ``decoding.Chooser``, as every engine's: up to rounding, the same responses are written.
+vLLM is optional (docs/quickstart.md) and imported only when chosen. Its tokens are sampled by
+``sampling.TokenSampler``, as every engine's: up to rounding, the responses are the same.
 """
 
 import copy
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from promptkd.errors import UserError
-from promptkd.generation.sampling import Chooser, Decoding
+from promptkd.generation.sampling import GenerationSettings, TokenSampler
 from promptkd.generation.transformers_engine import Response, Tokens, left_pad
 from promptkd.models.language_model import PADDING, LanguageModel
 
@@ -74,14 +74,14 @@ class VLLMEngine:
                 **options,
             )
 
-    def write(
+    def generate(
         self,
         requests: Sequence[Tokens],
         seeds: Sequence[Sequence[int]],
-        decoding: Decoding,
+        decoding: GenerationSettings,
     ) -> list[Response]:
         """One response per request, in the order of the requests; see ``TransformersEngine``."""
-        choose = Chooser(decoding)
+        choose = TokenSampler(decoding)
         with _own_threads_back():
             self._push_weights()
             outputs = self._engine.generate(
@@ -92,7 +92,9 @@ class VLLMEngine:
         assert len(outputs) == len(requests)
         return [Response(tuple(output.outputs[0].token_ids)) for output in outputs]
 
-    def _sampling(self, choose: Chooser, seed: Sequence[int], decoding: Decoding) -> Any:
+    def _sampling(
+        self, choose: TokenSampler, seed: Sequence[int], decoding: GenerationSettings
+    ) -> Any:
         return self._parameters(
             max_tokens=decoding.max_new_tokens,
             temperature=0.0,  # the scores say which token was chosen
@@ -122,7 +124,7 @@ class VLLMEngine:
 class _Row:
     """A request in vLLM's batch."""
 
-    choose: Chooser
+    choose: TokenSampler
     uniforms: torch.Tensor
     request: list[int]
     response: list[int]  # vLLM's own list, which grows

@@ -69,7 +69,7 @@ def grouped_sdpa(
     module: nn.Module,
     query: Float[Tensor, "batch heads time width"],
     key: Float[Tensor, "batch shared positions width"],
-    value: Float[Tensor, "batch shared positions width"],
+    value: Float[Tensor, "batch shared positions value_width"],
     attention_mask: Tensor | None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -80,7 +80,7 @@ def grouped_sdpa(
             causal sequences that lie end to end in a batch of one, see ``packed_arguments``.
 
     Returns:
-        (batch, time, heads, width).
+        (batch, time, heads, value_width).
     """
     batch, heads, time, width = query.shape
     shared, scale = key.shape[1], kwargs.get("scaling") or width**-0.5
@@ -94,7 +94,7 @@ def grouped_sdpa(
         mixed = scaled_dot_product_attention(
             rows, key, value, attn_mask=attention_mask, scale=scale
         )
-        return mixed.reshape(batch, 1, heads, width), None
+        return mixed.reshape(batch, 1, heads, -1), None
     is_causal = kwargs.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)

@@ -160,13 +160,13 @@ class LanguageModel:
         Returns:
             Nothing of meaning at padding.
         """
-        name, inputs, length = "input_ids", tokens.clamp_min(0), past_length
+        name, inputs, real = "input_ids", tokens.clamp_min(0), tokens != PADDING
         if soft_prompt is not None:
-            name, length = "inputs_embeds", len(soft_prompt)
+            name = "inputs_embeds"
             embeddings = self.module.get_input_embeddings()(inputs)
-            front = soft_prompt.to(embeddings.dtype).expand(len(tokens), -1, -1)
-            inputs = torch.cat([front, embeddings], dim=1)
-        real = F.pad(tokens != PADDING, (length, 0), value=True)
+            of_prompt, real = prompt_positions(real, len(soft_prompt))
+            inputs = put_in_front(soft_prompt, embeddings, of_prompt)
+        real = F.pad(real, (past_length, 0), value=True)
         positions = (real.cumsum(-1) - 1).clamp_min(0)
         ragged = not real.all()
         packed = ragged and not past_length and self.packs(real.shape[1])
@@ -203,6 +203,31 @@ def select_responses(
 ) -> Float[Tensor, "tokens width"]:
     """The states that predict each response token: one position before it. The only shift."""
     return hidden[:, :-1][response_mask[:, 1:]]
+
+
+def prompt_positions(
+    real: Bool[Tensor, "batch time"], length: int
+) -> tuple[Bool[Tensor, "batch all"], Bool[Tensor, "batch all"]]:
+    """Where a prompt of ``length`` precedes each row's first token, and where rows are real then.
+
+    Padding stays outside: where distance is counted between positions of the rectangle (ALiBi,
+    sliding windows, convolutions), padding between prompt and text would count.
+    """
+    start = real.int().argmax(-1, keepdim=True)
+    places = torch.arange(length + real.shape[1], device=real.device)
+    of_prompt = (start <= places) & (places < start + length)
+    return of_prompt, F.pad(real, (length, 0)) | of_prompt
+
+
+def put_in_front(
+    soft_prompt: Float[Tensor, "length width"],
+    embeddings: Float[Tensor, "batch time width"],
+    of_prompt: Bool[Tensor, "batch all"],
+) -> Float[Tensor, "batch all width"]:
+    """The rows of ``embeddings`` with the prompt where ``prompt_positions`` says."""
+    rows = F.pad(embeddings, (0, 0, len(soft_prompt), 0))
+    prompts = soft_prompt.to(rows.dtype).expand(len(rows), -1, -1)
+    return rows.masked_scatter(of_prompt[..., None], prompts)
 
 
 def proven(model: LanguageModel, name: str) -> LanguageModel:

@@ -1,6 +1,7 @@
 """Loading causal language models and tokenizers, and what their configurations say."""
 
 import os
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def load_model(
     """
     device = device or default_device()
     module: Any = _load(name, dtype).eval()
+    if "past_key_values" not in signature(module.base_model.forward).parameters:
+        raise UserError(
+            f"{name} ({type(module).__name__}) keeps what it has read in a form of its own instead "
+            "of transformers' cache, so promptkd can't generate with it. Choose a model with "
+            "attention, alone or beside recurrent layers."
+        )
     module.to(device)
     kernels.prepare(module, device)
     return module
@@ -130,7 +137,7 @@ def check_context(
 
 
 def native_bf16(device: torch.device) -> bool:
-    """Whether the processor multiplies bf16 matrices itself (emulation is 10 times slower)."""
+    """Whether the hardware multiplies bf16 matrices itself (emulation is 10 times slower)."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

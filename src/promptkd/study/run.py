@@ -17,7 +17,7 @@ from promptkd.errors import UserError
 from promptkd.evaluation.evaluate import evaluate
 from promptkd.evaluation.results import Evaluation, read_evaluations
 from promptkd.files import write_text
-from promptkd.generation.sampling import Decoding
+from promptkd.generation.sampling import GenerationSettings
 from promptkd.methods import build_method
 from promptkd.models.loading import default_device, load_tokenizer
 from promptkd.models.vocabularies import same_tokenizer
@@ -138,7 +138,8 @@ class StudyScorer:
         """What was evaluated after its training, with these settings, on these rows."""
         asked, data = self._asked, self._base.data
         decoding = replace(
-            Decoding.of_recipe(self._base), no_repeat_ngram_size=asked.no_repeat_ngram_size
+            GenerationSettings.of_recipe(self._base),
+            no_repeat_ngram_size=asked.no_repeat_ngram_size,
         )
         settings: dict[str, Any] = {
             "model": model,

@@ -23,7 +23,7 @@ from promptkd.data import (
 )
 from promptkd.errors import UserError
 from promptkd.generation.generators import Authors
-from promptkd.generation.sampling import Decoding
+from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.generation.vllm_engine import VLLMEngine
 from promptkd.models.language_model import LanguageModel, proven
@@ -85,7 +85,7 @@ class Setup:
     models: Models
     stop: tuple[int, ...]
     engine: Engine
-    decoding: Decoding
+    decoding: GenerationSettings
     authors: Authors
     step: Step
     max_steps: int
@@ -158,7 +158,7 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     if recipe.sampling.engine == "vllm":
         limits = requests.encoder.max_request_tokens, requests.encoder.max_response_tokens
         engine = VLLMEngine(models.student, stop, sum(limits))
-    decoding = Decoding.of_recipe(recipe)
+    decoding = GenerationSettings.of_recipe(recipe)
     authors = Authors(
         engine, models.student, decoding=decoding, encoder=requests.encoder, seed=recipe.seed
     )

@@ -10,17 +10,16 @@ from torch import Tensor, nn
 from promptkd.errors import UserError
 
 CEILINGS = {"cpu": 4096, "cuda": 32768}
-"""Tokens beyond which products don't get faster."""
-SHARE = (
-    0.5  # of what is free: activations that aren't kept, fragments and other processes need some
-)
+"""Tokens beyond which matmuls don't get faster."""
+SHARE = 0.5
+"""Of free memory; activations that aren't kept, fragments and other processes need the rest."""
 
 Speak = Callable[[Int[Tensor, "batch time"]], Tensor]
 """A model's hidden states, with a graph if anything in it learns."""
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the card, or on the machine for the processor."""
+    """Bytes that are free on the GPU, or on the machine for the CPU."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return psutil.virtual_memory().available
