@@ -71,9 +71,11 @@ def append_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
         UserError: if there is no space.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _space_for(path.name, path.parent):
-        with open(path, "a", encoding="utf-8", errors="replace") as file:
-            file.write("".join(map(json_line, rows)))
+    with (
+        _space_for(path.name, path.parent),
+        open(path, "a", encoding="utf-8", errors="replace") as file,
+    ):
+        file.write("".join(map(json_line, rows)))
 
 
 def json_line(row: dict[str, Any]) -> str:
