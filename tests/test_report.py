@@ -36,8 +36,7 @@ def predictions(scores: list[float], seeds: tuple[int, ...] = (1,)) -> tuple[Pre
             references=(f"reference {i}",),
             num_tokens=5 + i % 3,
             ended=i % 4 > 0,
-            rouge_l=score,
-            exact_match=0.0,
+            scores={"rouge_l": score, "exact_match": 0.0},
         )
         for seed in seeds
         for i, score in enumerate(scores)

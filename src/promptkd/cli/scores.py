@@ -27,6 +27,10 @@ def evaluate(
     top_k: Annotated[int | None, typer.Option(min=0)] = None,
     no_repeat_ngram_size: Annotated[int, typer.Option(help="6 as the authors' test script")] = 0,
     teacher: Annotated[str | None, typer.Option(help="also measure KL(student || teacher)")] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="more: final_answer, distinct_2, exact_match@5, module:function, ..."),
+    ] = None,
 ) -> None:
     """Write responses to held-out requests, score them, and save both."""
     if (suite is None) == (not data):
@@ -52,6 +56,7 @@ def evaluate(
         top_k=top_k,
         no_repeat_ngram_size=no_repeat_ngram_size,
         teacher=teacher,
+        metrics=metric or (),
     )
     show_scores(results)
     typer.echo(f"scores: {output or Path(model) / 'evaluation'}")
@@ -64,7 +69,10 @@ def rescore(
     """Compute ROUGE-L and the like anew from the kept predictions, without generating again."""
     from promptkd.evaluation.results import rescore as run
 
-    show_scores(run(directory))
+    notes: list[str] = []
+    show_scores(run(directory, notes))
+    for note in notes:
+        typer.echo(f"warning: {note}", err=True)
     typer.echo(f"scores: {directory}")
 
 

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from promptkd.evaluation.comparison import Difference, differences
-from promptkd.evaluation.results import SCORED, Evaluation, Score
+from promptkd.evaluation.results import Evaluation, Score, totals
 from promptkd.evaluation.statistics import bootstrap_interval, mean_and_deviation
 from promptkd.report.data import DataSet, Model
 from promptkd.report.findings import (
@@ -69,11 +69,11 @@ class Line:
 def _over_seeds(name: str, evaluations: Sequence[Evaluation], pooled: Evaluation) -> Score:
     by_seed = [evaluation.scores[name].mean for evaluation in evaluations]
     mean, deviation = mean_and_deviation(by_seed)
-    by_example = pooled.by_example(name) if name in SCORED else {}
+    of_requests = totals(pooled.predictions, name).values()
     return Score(
         mean=mean,
-        num_requests=len(by_example) or None,
-        interval_95=bootstrap_interval(list(by_example.values())) if by_example else None,
+        num_requests=len(of_requests) or None,
+        interval_95=bootstrap_interval(*zip(*of_requests, strict=True)) if of_requests else None,
         by_seed=tuple(by_seed),
         deviation_over_seeds=deviation if len(by_seed) > 1 else None,
     )
