@@ -71,9 +71,9 @@ def test_a_broken_line(refusal, tmp_path):
 
 
 def test_rows_without_a_request(refusal, tmp_path):
-    (tmp_path / "d.jsonl").write_text('{"question": "a"}\n')
+    (tmp_path / "d.jsonl").write_text('{"query": "a"}\n')
     sentence = refusal(data={"train": str(tmp_path / "d.jsonl")})
-    assert "d.jsonl:1: no request found in the columns ['question']" in sentence
+    assert "d.jsonl:1: no request found in the columns ['query']" in sentence
 
 
 @pytest.mark.parametrize("method", ["sft", "kd", "promptkd"])

@@ -47,7 +47,7 @@ class Asked(TypedDict, total=False):
 class Protocol:
     """The same, complete."""
 
-    template: str = "alpaca"
+    template: str = "auto"
     max_request_tokens: int = 256
     decoding: GenerationSettings = GenerationSettings(256)
     precision: str = "auto"

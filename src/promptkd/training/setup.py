@@ -17,7 +17,8 @@ from promptkd.data import (
     Encoder,
     Example,
     evaluation_set,
-    read_examples,
+    num_in_both,
+    read_noted,
     steps_of_epochs,
     training_set,
 )
@@ -141,7 +142,7 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
             "warning: precision is bf16, but this CPU multiplies bf16 by emulation, about 10 times "
             "slower than fp32; precision: auto avoids that"
         )
-    requests = _read_requests(recipe, method)
+    requests = _read_requests(recipe, method, say)
     models = _load_models(recipe, method, requests, device)
     if recipe.evaluation.exposure_bias_every_steps:
         preflight.check_exposure_bias(requests.validation, models.comparable, ranks.number)
@@ -184,15 +185,25 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     )
 
 
-def _read_requests(recipe: Recipe, method: Method) -> Requests:
+def _read_requests(recipe: Recipe, method: Method, say: Say) -> Requests:
     tokenizer = load_tokenizer(recipe.student.model)
     encoder = Encoder.of_recipe(recipe, tokenizer)
-    examples = read_examples(recipe.data.train)
+    columns = recipe.data.columns
+    examples, notes = read_noted(recipe.data.train, columns)
     data = training_set(examples, encoder)
     validation = None
     if recipe.data.validation:
-        held_out = read_examples(recipe.data.validation)[: recipe.evaluation.num_examples]
+        held_out, more = read_noted(recipe.data.validation, columns)
+        held_out = held_out[: recipe.evaluation.num_examples]
         validation = evaluation_set(held_out, encoder)
+        notes += [note for note in more if note not in notes]
+        shared = num_in_both(examples, held_out)
+        if shared:
+            notes.append(
+                f"warning: {shared} of {len(held_out)} validation requests are in the training data"
+            )
+    for note in notes:
+        say(note)
     has_teacher = recipe.teacher is not None
     preflight.check_data(method, data, validation, recipe.evaluation.metric, has_teacher)
     return Requests(
