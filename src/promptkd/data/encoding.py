@@ -151,7 +151,10 @@ def end_of_turn(tokenizer: Any, options: dict[str, Any]) -> int | None:
         return None
     after = text.rpartition(answer)[2].lstrip()
     ids = tokenizer(after, add_special_tokens=False).input_ids if after else []
-    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else None
+    added = tokenizer.added_tokens_decoder
+    if ids and (ids[0] in tokenizer.all_special_ids or (ids[0] in added and added[ids[0]].special)):
+        return ids[0]
+    return None
 
 
 @dataclass(frozen=True)
@@ -276,7 +279,9 @@ def _num_cut_responses(examples: Iterable[EncodedExample], encoder: Encoder) -> 
 
 
 def _num_quoting_markers(examples: Iterable[Example], encoder: Encoder) -> int:
-    markers = [token for token in encoder.tokenizer.all_special_tokens if len(token) > 2]
+    tokenizer = encoder.tokenizer
+    added = (str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
+    markers = {token for token in (*tokenizer.all_special_tokens, *added) if len(token) > 2}
 
     def texts(example: Example) -> Iterable[str]:
         yield from (example.instruction, example.input, *example.responses)

@@ -143,14 +143,17 @@ def check_weights(name: str, model: PreTrainedModel, found: dict[str, Any]) -> N
         key for key in sorted(found["unexpected_keys"]) if not any(word in key for word in other)
     ]
     missing = sorted(found["missing_keys"])
-    for what, keys in (("lacks", missing), ("has, but the model doesn't know,", unexpected)):
+    prefixed = any(key.startswith(("_orig_mod.", "module.")) for key in unexpected)
+    hint = " Its names carry a wrapper's prefix (_orig_mod. or module.): strip it."
+    for what, keys in (
+        ("are missing from the checkpoint, and would be random", missing),
+        ("stand in the checkpoint, but the model has no place for them", unexpected),
+    ):
         if keys:
-            prefixed = any(key.startswith(("_orig_mod.", "module.")) for key in unexpected)
-            hint = " Its names carry a wrapper's prefix (_orig_mod. or module.): strip it."
             raise UserError(
-                f"{name}: the checkpoint {what} {len(keys)} weights of {type(model).__name__} "
-                f"({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}), which would leave it "
-                f"partly random or cut.{hint if prefixed else ''} Save the whole model again."
+                f"{name}: {len(keys)} weights of {type(model).__name__} {what} "
+                f"({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})."
+                f"{hint if prefixed else ''} Save the whole model again."
             )
     for key, weight in model.named_parameters():
         if not torch.isfinite(weight).all():

@@ -24,6 +24,7 @@ from promptkd.data import (
 )
 from promptkd.errors import UserError
 from promptkd.generation.generators import Authors
+from promptkd.generation.response_cache import fingerprint
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.generation.vllm_engine import VLLMEngine
@@ -120,6 +121,16 @@ class Setup:
     def comparable(self) -> bool:
         return self.models.comparable
 
+    def contents(self) -> dict[str, str]:
+        """Digests of what a run learns from: a resumed one must find them as they were."""
+        digests = {"training requests": self.data.digest()}
+        if self.validation:
+            digests["validation requests"] = self.validation.digest()
+        digests["student weights"] = fingerprint(self.student.module)
+        if self.plain_teacher:
+            digests["teacher weights"] = fingerprint(self.plain_teacher.module)
+        return digests
+
     def summary(self) -> dict[str, Any]:
         """What summary.json says of the models."""
         teacher = self.plain_teacher
@@ -207,6 +218,12 @@ def _stop_set(requests: Requests, models: Models, say: Say) -> tuple[int, ...]:
     own = {*stop_ids(tokenizer, models.student.module), requests.encoder.eos_token_id}
     if teacher is None or not models.comparable:
         return tuple(sorted(own))
+    templates = tokenizer.chat_template, models.teacher_tokenizer.chat_template
+    if requests.encoder.template == "chat" and templates[0] != templates[1]:
+        say(
+            "warning: the chat templates of student and teacher differ; both read the student's, "
+            "which may be new to the teacher"
+        )
     others = {*stop_ids(models.teacher_tokenizer, teacher.module)}
     others = {token for token in others if token < models.student.vocabulary}
     if others - own:
