@@ -178,7 +178,7 @@ def test_the_defaults_are_those_of_the_published_gpt2_base_run(tmp_path):
 
     assert recipe.method.name == "promptkd"
     assert (recipe.data.max_request_tokens, recipe.data.max_response_tokens) == (256, 256)
-    assert recipe.data.template == "alpaca"
+    assert recipe.data.template == "auto"  # GPT-2 has no chat template: alpaca
     assert recipe.optimization.learning_rate == recipe.optimization.teacher_learning_rate == 5e-5
     assert (recipe.optimization.weight_decay, recipe.optimization.max_grad_norm) == (0.01, 1.0)
     assert recipe.optimization.teacher_step == "before_student"

@@ -128,9 +128,9 @@ def test_blank_lines_are_no_rows_but_count_as_lines(tmp_path):
 @pytest.mark.parametrize(
     ("line", "complaint"),
     [
-        ('{"request": "b"', r":2: broken JSON \(Expecting ',' delimiter at column 1\)"),
+        ('{"request": "b"', r":2: broken JSON \(Expecting ',' delimiter at column 16\)"),
         ('["b"]', ":2: not a JSON object"),
-        ('{"question": "b"}', r":2: no request found in the columns \['question'\]"),
+        ('{"query": "b"}', r":2: no request found in the columns \['query'\]"),
         ('{"request": "  "}', ":2: 'request' is '  ', not a text"),
         ('{"instruction": null, "output": "x"}', ":2: 'instruction' is None, not a text"),
         ('{"instruction": "b", "input": 7}', ":2: 'input' is 7, not a text"),
@@ -228,7 +228,9 @@ def test_the_chat_template_is_refused_for_a_tokenizer_without_one():
 
 
 def test_an_unknown_template_is_refused():
-    with pytest.raises(UserError, match="'alpacca' is neither alpaca, chat, none nor an existing"):
+    with pytest.raises(
+        UserError, match="'alpacca' is neither auto, alpaca, chat, none nor an existing"
+    ):
         encoder("alpacca").render(Example("Why?"))
 
 
@@ -304,15 +306,35 @@ def test_evaluation_refuses_a_limit_that_the_template_alone_exceeds():
         evaluation_set([Example("Add.")], encoder("alpaca", max_request_tokens=20))
 
 
-def test_the_last_turn_of_a_conversation_is_what_evaluation_cuts():
+def test_a_long_conversation_loses_its_oldest_turns_before_anything_is_cut():
+    turns = (
+        {"role": "system", "content": "Be brief."},
+        USER,
+        ASSISTANT,
+        *[USER, ASSISTANT] * 4,
+        USER,
+    )
+    for make in (training_set, evaluation_set):
+        shorter = encoder("chat", max_request_tokens=80, chat_template=True)
+        data = make([Example("Why?", messages=turns)], shorter)
+        text = shorter.tokenizer.decode(data.examples[0].request_ids)
+        assert text == "system: Be brief.\n" + "user: Why?\nassistant: Because.\n" + (
+            "user: Why?\nassistant: "
+        )
+        assert data.num_shortened_conversations == 1
+        assert "1 conversations without oldest turns" in data.summary()
+
+
+def test_a_last_turn_that_is_too_long_alone_is_cut_in_evaluation():
     turns = (USER, ASSISTANT, {"role": "user", "content": "more " * 20})
     cutter = encoder("chat", max_request_tokens=60, chat_template=True)
     data = evaluation_set([Example("more " * 20, messages=turns)], cutter)
 
     text = cutter.tokenizer.decode(data.examples[0].request_ids)
-    assert text.startswith("user: Why?\nassistant: Because.\nuser: more more")
+    assert text.startswith("user: more more")
     assert text.endswith("\nassistant: ")
     assert len(data.examples[0].request_ids) <= 60
+    assert (data.num_cut_requests, data.num_shortened_conversations) == (1, 1)
 
 
 def training_data(num_rows: int):

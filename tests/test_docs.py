@@ -65,7 +65,7 @@ def leaves(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Dotted keys and values of nested sections."""
     found: dict[str, Any] = {}
     for key, value in section.items():
-        deeper = leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else None
+        deeper = leaves(value, f"{prefix}{key}.") if value and isinstance(value, dict) else None
         found |= {f"{prefix}{key}": value} if deeper is None else deeper
     return found
 

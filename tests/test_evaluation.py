@@ -448,9 +448,25 @@ def test_training_on_chinese_refuses_rouge_l_and_takes_its_unicode_form(tmp_path
         data={"validation": str(tmp_path / "valid.jsonl")},
         optimization={"max_steps": 1},
     )
-    with pytest.raises(UserError, match=r"4 of 4 .* evaluation.metric=rouge_l_unicode"):
+    with pytest.raises(UserError, match=r"can't read 4 of 4 .* evaluation.metric=rouge_l_unicode"):
         runs.train(raw)
     raw.setdefault("evaluation", {})["metric"] = "rouge_l_unicode"
     best = json.loads((runs.train(raw) / "summary.json").read_text())["best"]
     assert {"rouge_l_unicode", "exact_match"} <= best["scores"].keys()
     assert "rouge_l" not in best["scores"]
+
+
+def test_rouge_is_not_claimed_where_its_tokenisation_reads_nothing(tmp_path):
+    encoder = Encoder(tiny.tokenizer(), "none", 24, 10)
+    examples = [Example("say", responses=("!?",)), Example("say", responses=("it is",))]
+    data = evaluation_set(examples, encoder)
+    rollouts = [Rollout(e.index, e.request_ids, e.response_ids, "student") for e in data.examples]
+    first, second = score(rollouts, data, encoder.tokenizer, (tiny.EOS,), seed=0)
+    assert first.scores == {"exact_match": 100}
+    assert second.scores["rouge_l"] == 100
+    tiny.save_pair(tmp_path)
+    tiny.write_data(tmp_path / "train.jsonl")
+    (tmp_path / "valid.jsonl").write_text('{"instruction": "say", "output": "!?"}\n')
+    raw = tiny.recipe(tmp_path, data={"validation": str(tmp_path / "valid.jsonl")})
+    with pytest.raises(UserError, match="rouge_l can't read 1 of 1 references"):
+        runs.train(raw)

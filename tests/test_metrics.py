@@ -115,7 +115,7 @@ def test_words_in_any_script(text, words):
 @pytest.mark.parametrize("others", [1, 2, 20])
 def test_rouge_l_chooses_no_student_where_its_tokeniser_drops_references(others):
     references = [["yes"]] * 10 + [["你好"]] * others + [[]]
-    with pytest.raises(UserError, match=rf"{others} of {10 + others} references .* row 10\)"):
+    with pytest.raises(UserError, match=rf"{others} of {10 + others} ref.* row 10\)"):
         check_criterion("rouge_l", references)
     check_criterion("rouge_l_unicode", references)
     check_criterion("rouge_l", [["yes"]] * 19 + [["你好"]])

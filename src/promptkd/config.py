@@ -97,7 +97,17 @@ class MethodSection(Section):
 class DataSection(Section):
     train: tuple[str, ...] = Field(description="path, glob or hub id, or a list of them")
     validation: tuple[str, ...] = Field(default=(), description="held-out data, same formats")
-    template: str = Field(default="alpaca", description="alpaca | chat | none | a Jinja file")
+    template: str = Field(
+        default="auto",
+        description="auto | chat | alpaca | none | a Jinja file; auto: the tokenizer's chat "
+        "template where it has one, else alpaca",
+    )
+    template_options: dict[str, Any] = Field(
+        default={}, description="given to the chat template (enable_thinking: false)"
+    )
+    columns: dict[str, str] = Field(
+        default={}, description="request, response, input, system, messages: the data's names"
+    )
     max_request_tokens: int = Field(default=256, ge=1)
     max_response_tokens: int = Field(default=256, ge=1)
 

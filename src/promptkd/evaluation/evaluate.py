@@ -48,7 +48,7 @@ class Asked(TypedDict, total=False):
 class Protocol:
     """The same, complete."""
 
-    template: str = "alpaca"
+    template: str = "auto"
     max_request_tokens: int = 256
     decoding: GenerationSettings = GenerationSettings(256)
     precision: str = "auto"
@@ -123,13 +123,14 @@ def evaluate(
     student, teacher_model = load_pair(name, teacher or None, tokenizer, protocol.precision)
     limits = encoder.max_request_tokens, encoder.max_response_tokens
     check_context(student.module.config, *limits, name)
-    engine = TransformersEngine(student, stop_ids(tokenizer, student.module))
+    stop = sorted({*stop_ids(tokenizer, student.module), encoder.eos_token_id})
+    engine = TransformersEngine(student, stop)
     results = {}
     for of_suite, rows in examples.items():
         scorer = Scorer(
             data=evaluation_set(rows, encoder),
             tokenizer=tokenizer,
-            stop=stop_ids(tokenizer, student.module),
+            stop=stop,
             decoding=protocol.decoding,
             metrics=tuple(metrics),
         )

@@ -127,11 +127,15 @@ def num_ascii_and_others(references: Sequence[str]) -> tuple[int, int]:
 def suits_rouge_l(references: Sequence[str]) -> bool:
     """Whether Google's tokeniser, which keeps a-z and 0-9, keeps most of what is written.
 
-    >>> suits_rouge_l(["Café au lait"]), suits_rouge_l(["你好世界"])
-    (True, False)
+    >>> suits_rouge_l(["Café au lait"]), suits_rouge_l(["你好世界"]), suits_rouge_l(["!?"])
+    (True, False, False)
     """
     num_ascii, num_others = num_ascii_and_others(references)
-    return num_ascii >= num_others
+    return num_ascii > 0 and num_ascii >= num_others
+
+
+def _has_words(references: Sequence[str]) -> bool:
+    return any(map(unicode_words, references))
 
 
 def exact_match(response: str, references: Sequence[str]) -> float:
@@ -252,7 +256,7 @@ def _of_references(
 
 METRICS: dict[str, TextMetric] = {
     "rouge_l": _of_references(rouge_l, suits_rouge_l),
-    "rouge_l_unicode": _of_references(rouge_l_unicode),
+    "rouge_l_unicode": _of_references(rouge_l_unicode, _has_words),
     "exact_match": _of_references(exact_match),
     "final_answer": _of_references(final_answer),
     "repeated_4_grams": lambda response, references, _: repeated_4_grams(response),
@@ -338,9 +342,10 @@ def check_criterion(metric: str, references: Sequence[Sequence[str]]) -> None:
     unsuited = [index for index, own in known.items() if not suits_rouge_l(own)]
     if metric == "rouge_l" and 20 * len(unsuited) > len(known):
         raise UserError(
-            "evaluation.metric is rouge_l, whose tokeniser keeps a-z and 0-9 only, and "
-            f"{len(unsuited)} of {len(known)} references are mostly written in other characters "
-            f"(the first is row {unsuited[0]}). Set evaluation.metric=rouge_l_unicode."
+            f"evaluation.metric rouge_l can't read {len(unsuited)} of {len(known)} references of "
+            f"data.validation (the first is row {unsuited[0]}): its tokeniser keeps a-z and 0-9 "
+            "alone. Set evaluation.metric=rouge_l_unicode, which reads every script, or "
+            "exact_match."
         )
 
 

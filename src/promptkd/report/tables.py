@@ -251,8 +251,9 @@ def cost_table(runs: Sequence[Run]) -> Table | None:
         name="cost",
         title="What training took",
         caption="Time of the steps alone: loading, validation and checkpoints are not counted. "
-        "Tokens are response tokens. Teacher and student: their passes forward and backward; losses: "
-        "output layers and all between them; FLOP/s: matmuls with weights, over the time spent learning.",
+        "Tokens are response tokens. Teacher and student: their passes forward and backward; "
+        "losses: output layers and all between them; FLOP/s: matmuls with weights, over the time "
+        "spent learning.",
         headings=COST_HEADINGS,
         rows=tuple(rows),
     )
@@ -292,8 +293,8 @@ def judge_table(runs: Sequence[Run]) -> Table | None:
         name="judge",
         title="What the judge said",
         caption="Score: the model's grades as a percentage of the references'. "
-        "Pairwise: percent of comparisons won in both orders, ties half. Brackets: 95% interval over "
-        "requests.",
+        "Pairwise: percent of comparisons won in both orders, ties half. Brackets: 95% interval "
+        "over requests.",
         headings=("Run", "Data", "Judge", "Protocol", "Result", "Judged", "Orders agree"),
         rows=tuple(rows),
     )

@@ -17,12 +17,14 @@ from promptkd.data import (
     Encoder,
     Example,
     evaluation_set,
-    read_examples,
+    num_in_both,
+    read_noted,
     steps_of_epochs,
     training_set,
 )
 from promptkd.errors import UserError
 from promptkd.generation.generators import Authors
+from promptkd.generation.response_cache import fingerprint
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.generation.vllm_engine import VLLMEngine
@@ -36,7 +38,7 @@ from promptkd.models.loading import (
     num_parameters,
     stop_ids,
 )
-from promptkd.models.vocabularies import same_tokenizer, shared_vocabulary
+from promptkd.models.vocabularies import same_tokenizer, same_weights, shared_vocabulary
 from promptkd.ranks import Ranks
 from promptkd.teachers import Teacher
 from promptkd.training import preflight, token_budget
@@ -119,6 +121,16 @@ class Setup:
     def comparable(self) -> bool:
         return self.models.comparable
 
+    def contents(self) -> dict[str, str]:
+        """Digests of what a run learns from: a resumed one must find them as they were."""
+        digests = {"training requests": self.data.digest()}
+        if self.validation:
+            digests["validation requests"] = self.validation.digest()
+        digests["student weights"] = fingerprint(self.student.module)
+        if self.plain_teacher:
+            digests["teacher weights"] = fingerprint(self.plain_teacher.module)
+        return digests
+
     def summary(self) -> dict[str, Any]:
         """What summary.json says of the models."""
         teacher = self.plain_teacher
@@ -141,19 +153,21 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
             "warning: precision is bf16, but this CPU multiplies bf16 by emulation, about 10 times "
             "slower than fp32; precision: auto avoids that"
         )
-    requests = _read_requests(recipe, method)
+    requests = _read_requests(recipe, method, say)
     models = _load_models(recipe, method, requests, device)
+    _check_token_ids(requests, models.student)
     if recipe.evaluation.exposure_bias_every_steps:
         preflight.check_exposure_bias(requests.validation, models.comparable, ranks.number)
+    stop = _stop_set(requests, models, say)
     found = preflight.check_models(
         models.student,
         models.teacher if models.comparable else None,  # else it reads only texts
         requests.encoder,
         requests.data,
+        stop=stop,
         names=(recipe.student.model, recipe.teacher.model if recipe.teacher else ""),
         say=say,
     )
-    stop = stop_ids(requests.tokenizer, models.student.module)
     engine: Engine = TransformersEngine(models.student, stop)
     if recipe.sampling.engine == "vllm":
         limits = requests.encoder.max_request_tokens, requests.encoder.max_response_tokens
@@ -184,15 +198,59 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     )
 
 
-def _read_requests(recipe: Recipe, method: Method) -> Requests:
+def _check_token_ids(requests: Requests, student: LanguageModel) -> None:
+    """Refuse data with tokens that the student has no embedding for."""
+    datasets = [requests.data, *([requests.validation] if requests.validation else [])]
+    for example in (example for dataset in datasets for example in dataset.examples):
+        highest = max(*example.request_ids, *(example.response_ids or ()), 0)
+        if highest >= student.vocabulary:
+            token = requests.tokenizer.convert_ids_to_tokens(highest)
+            raise UserError(
+                f"Row {example.index} (counted from 0) holds the token {token!r} (id {highest}), "
+                f"but the student has only {student.vocabulary} embedding rows. Take the text out, "
+                "or use the tokenizer that belongs to the model."
+            )
+
+
+def _stop_set(requests: Requests, models: Models, say: Say) -> tuple[int, ...]:
+    """Every token that ends a response: either model's, and the template's end of turn."""
+    tokenizer, teacher = requests.tokenizer, models.plain_teacher
+    own = {*stop_ids(tokenizer, models.student.module), requests.encoder.eos_token_id}
+    if teacher is None or not models.comparable:
+        return tuple(sorted(own))
+    templates = tokenizer.chat_template, models.teacher_tokenizer.chat_template
+    if requests.encoder.template == "chat" and templates[0] != templates[1]:
+        say(
+            "warning: the chat templates of student and teacher differ; both read the student's, "
+            "which may be new to the teacher"
+        )
+    others = {*stop_ids(models.teacher_tokenizer, teacher.module)}
+    others = {token for token in others if token < models.student.vocabulary}
+    if others - own:
+        ends = tokenizer.convert_ids_to_tokens(sorted(others - own))
+        say(f"the teacher ends responses with {ends}, which ends the student's too from now on")
+    return tuple(sorted(own | others))
+
+
+def _read_requests(recipe: Recipe, method: Method, say: Say) -> Requests:
     tokenizer = load_tokenizer(recipe.student.model)
     encoder = Encoder.of_recipe(recipe, tokenizer)
-    examples = read_examples(recipe.data.train)
+    columns = recipe.data.columns
+    examples, notes = read_noted(recipe.data.train, columns)
     data = training_set(examples, encoder)
     validation = None
     if recipe.data.validation:
-        held_out = read_examples(recipe.data.validation)[: recipe.evaluation.num_examples]
+        held_out, more = read_noted(recipe.data.validation, columns)
+        held_out = held_out[: recipe.evaluation.num_examples]
         validation = evaluation_set(held_out, encoder)
+        notes += [note for note in more if note not in notes]
+        shared = num_in_both(examples, held_out)
+        if shared:
+            notes.append(
+                f"warning: {shared} of {len(held_out)} validation requests are in the training data"
+            )
+    for note in notes:
+        say(note)
     has_teacher = recipe.teacher is not None
     preflight.check_data(method, data, validation, recipe.evaluation.metric, has_teacher)
     return Requests(
@@ -217,6 +275,11 @@ def _load_models(
         comparable = same_tokenizer(*tokenizers)
         if method.compares_tokens or comparable:
             vocabulary = rows = shared_vocabulary(*tokenizers, module, other)
+        if not recipe.student.lora and same_weights(module, other):
+            raise UserError(
+                f"The student {recipe.student.model} has its teacher's weights: there is nothing "
+                "to learn from it. Name another student, or make one: promptkd init-student."
+            )
         plain_teacher = proven(LanguageModel(other, rows, dtype), f"the teacher {name}")
         if method.teacher is not None:
             teacher = method.teacher.build(plain_teacher, teacher_tokenizer)

@@ -75,7 +75,7 @@ class Trainer:
             self.say(f"{self.directory.path} is finished; nothing to do.")
             return
         if self.is_main:
-            self.directory.claim()
+            self.directory.claim(self.parts.contents())
         self._resume()
         if self.recipe.tracking:
             self.accelerator.init_trackers("promptkd")
@@ -174,7 +174,12 @@ class Trainer:
         if self.is_main:
             parts = self.parts
             self.directory.save_student(
-                parts.student, parts.tokenizer, parts.teacher, self.step_number, scores
+                parts.student,
+                parts.tokenizer,
+                parts.teacher,
+                self.step_number,
+                scores,
+                parts.stop,
             )
         self.accelerator.wait_for_everyone()
 

@@ -1,0 +1,300 @@
+"""Examples as token ids, and what had to be cut or dropped on the way. No torch."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from promptkd.config import Recipe
+from promptkd.data.columns import Example
+from promptkd.data.templates import apply_chat_template, render, render_chat, resolved
+from promptkd.errors import UserError
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """An example as the student reads it. ``response_ids`` ends with EOS unless it was cut."""
+
+    index: int
+    request_ids: tuple[int, ...]
+    response_ids: tuple[int, ...] | None
+    references: tuple[str, ...]
+
+
+class Encoder:
+    """Turns examples into token ids: one template, one tokenizer, one place where text is cut.
+
+    Attributes:
+        template: never ``auto``: what it stands for.
+        eos_token_id: what ends a reference: the chat template's end of turn where there is one,
+            else the tokenizer's end of sequence.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str,
+        max_request_tokens: int,
+        max_response_tokens: int,
+        template_options: dict[str, Any] | None = None,
+    ):
+        self.tokenizer = tokenizer
+        self.template = resolved(template, tokenizer)
+        self.template_options = template_options or {}
+        self.max_request_tokens = max_request_tokens
+        self.max_response_tokens = max_response_tokens
+        self.eos_token_id: int = tokenizer.eos_token_id
+        if self.template == "chat":
+            end = end_of_turn(tokenizer, self.template_options)
+            self.eos_token_id = self.eos_token_id if end is None else end
+
+    @classmethod
+    def of_recipe(cls, recipe: Recipe, tokenizer: Any) -> "Encoder":
+        """The recipe's template and limits, with the tokenizer of any of its models."""
+        d = recipe.data
+        limits = d.max_request_tokens, d.max_response_tokens
+        return cls(tokenizer, d.template, *limits, template_options=d.template_options)
+
+    def render(self, example: Example) -> str:
+        """The request's text, up to where the response begins."""
+        if self.template == "chat":
+            return render_chat(self.tokenizer, example, self.template_options)
+        return render(self.template, example)
+
+    def request_ids(self, example: Example) -> tuple[int, ...]:
+        """The request as tokens, with the tokenizer's own start token if it has one.
+
+        The same for training and evaluation; the authors' code adds the start token in
+        evaluation only.
+        """
+        text = self.render(example)
+        special = self.template != "chat"  # a chat template writes its special tokens itself
+        ids = self.tokenizer(text, add_special_tokens=special).input_ids
+        if ids and ids[-1] == self.tokenizer.eos_token_id and special:
+            ids = ids[:-1]  # some tokenizers end every text; a request goes on
+        return tuple(ids)
+
+    def response_ids(self, text: str) -> tuple[int, ...]:
+        """A response as tokens, ending with one EOS unless it had to be cut."""
+        ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
+        ends = {self.eos_token_id, self.tokenizer.eos_token_id}
+        while ids and ids[-1] in ends:  # the text brought its own end
+            ids.pop()
+        return tuple([*ids, self.eos_token_id][: self.max_response_tokens])
+
+    def encode(self, index: int, example: Example) -> EncodedExample:
+        response = self.response_ids(example.responses[0]) if example.responses else None
+        return EncodedExample(
+            index=index,
+            request_ids=self.request_ids(example),
+            response_ids=response,
+            references=example.responses,
+        )
+
+    def fits(self, example: Example) -> bool:
+        return len(self.request_ids(example)) <= self.max_request_tokens
+
+    def without_oldest_turns(self, example: Example) -> Example:
+        """Leave out the oldest turns until the request fits.
+
+        A system message and the last request stay, and the first turn kept is a user's.
+        """
+        turns = list(example.messages)
+        while not self.fits(replace(example, messages=tuple(turns))):
+            first = 1 if turns and turns[0]["role"] == "system" else 0
+            users = [i for i, turn in enumerate(turns) if turn["role"] == "user" and i > first]
+            if not users:
+                break
+            del turns[first : users[0]]
+        return replace(example, messages=tuple(turns))
+
+    def cut_to_fit(self, example: Example) -> Example:
+        """Shorten the input, and where that isn't enough the instruction, until the request fits.
+
+        The template stays whole; the authors' code cuts the end of the rendered text and so
+        loses the '### Response:' line of the longest requests.
+
+        Raises:
+            UserError: if the template alone is too long.
+        """
+        part, text, without_input = "input", example.input, _replace(example, "input", "")
+        if not text or not self.fits(without_input):
+            part, text, example = "instruction", example.instruction, without_input
+        shortest, longest = 0, len(text)
+        while shortest < longest:
+            middle = (shortest + longest + 1) // 2
+            fits = self.fits(_replace(example, part, text[:middle]))
+            shortest, longest = (middle, longest) if fits else (shortest, middle - 1)
+        cut = _replace(example, part, text[:shortest])
+        if not self.fits(cut):
+            needed, limit = len(self.request_ids(cut)), self.max_request_tokens
+            place = f"{example.where}: " if example.where else ""
+            raise UserError(
+                f"{place}max_request_tokens = {limit}, but the template alone has {needed}. "
+                "Raise it."
+            )
+        return cut
+
+
+def end_of_turn(tokenizer: Any, options: dict[str, Any]) -> int | None:
+    """The special token that a chat template writes after an assistant's text; None if it has none.
+
+    Found in the template's own rendering of a short conversation. A template that refuses it says
+    so when it meets a real one.
+    """
+    answer = "promptkd"
+    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
+    try:
+        text = apply_chat_template(tokenizer, turns, "", **options)
+    except UserError:
+        return None
+    after = text.rpartition(answer)[2].lstrip()
+    ids = tokenizer(after, add_special_tokens=False).input_ids if after else []
+    added = tokenizer.added_tokens_decoder
+    if ids and (ids[0] in tokenizer.all_special_ids or (ids[0] in added and added[ids[0]].special)):
+        return ids[0]
+    return None
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Encoded examples and what had to be cut or dropped on the way.
+
+    Attributes:
+        num_shortened_conversations: whose oldest turns were left out.
+        num_quoting_markers: whose texts hold the tokenizer's special tokens, read as such.
+    """
+
+    examples: tuple[EncodedExample, ...]
+    num_dropped_requests: int = 0
+    num_cut_requests: int = 0
+    num_cut_responses: int = 0
+    num_shortened_conversations: int = 0
+    num_quoting_markers: int = 0
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def has_references(self) -> bool:
+        """Whether every example has one."""
+        return all(example.response_ids is not None for example in self.examples)
+
+    @property
+    def has_some_references(self) -> bool:
+        return any(example.response_ids is not None for example in self.examples)
+
+    def digest(self) -> str:
+        """Equal exactly for equal tokens in equal order."""
+        found = hashlib.sha256()
+        for example in self.examples:
+            found.update(json.dumps([example.request_ids, example.response_ids]).encode())
+        return found.hexdigest()
+
+    def summary(self) -> str:
+        more = ""
+        if self.num_shortened_conversations:
+            more += f"; {self.num_shortened_conversations} conversations without oldest turns"
+        if self.num_quoting_markers:
+            more += f"; {self.num_quoting_markers} with special tokens in their texts, read as such"
+        return (
+            f"{len(self.examples)} requests ({self.num_dropped_requests} too long, dropped; "
+            f"{self.num_cut_requests} cut to fit; {self.num_cut_responses} references cut{more})"
+        )
+
+
+def training_set(examples: Sequence[Example], encoder: Encoder) -> Dataset:
+    """Encode for training: requests over the limit are dropped and counted, as the authors do.
+
+    Conversations lose their oldest turns first.
+
+    Raises:
+        UserError: if no request is left.
+    """
+    encoded, shortened = [], 0
+    for index, example in enumerate(examples):
+        item = encoder.encode(index, example)
+        if len(item.request_ids) > encoder.max_request_tokens and len(example.messages) > 1:
+            shorter = encoder.without_oldest_turns(example)
+            item = encoder.encode(index, shorter)
+            shortened += len(item.request_ids) <= encoder.max_request_tokens
+        encoded.append(item)
+    kept = tuple(e for e in encoded if len(e.request_ids) <= encoder.max_request_tokens)
+    if not kept:
+        raise UserError(
+            f"All {len(encoded)} requests are longer than max_request_tokens = "
+            f"{encoder.max_request_tokens}. Raise it, or bring shorter requests."
+        )
+    return Dataset(
+        examples=kept,
+        num_dropped_requests=len(encoded) - len(kept),
+        num_cut_responses=_num_cut_responses(kept, encoder),
+        num_shortened_conversations=shortened,
+        num_quoting_markers=_num_quoting_markers(examples, encoder),
+    )
+
+
+def evaluation_set(examples: Sequence[Example], encoder: Encoder) -> Dataset:
+    """Encode for evaluation: every request is kept; those over the limit are cut and counted.
+
+    Conversations lose their oldest turns first.
+    """
+    encoded, num_cut, shortened = [], 0, 0
+    for index, example in enumerate(examples):
+        item = encoder.encode(index, example)
+        if len(item.request_ids) > encoder.max_request_tokens and len(example.messages) > 1:
+            example = encoder.without_oldest_turns(example)
+            item = encoder.encode(index, example)
+            shortened += 1
+        if len(item.request_ids) > encoder.max_request_tokens:
+            item = encoder.encode(index, encoder.cut_to_fit(example))
+            num_cut += 1
+        encoded.append(item)
+    return Dataset(
+        examples=tuple(encoded),
+        num_cut_requests=num_cut,
+        num_cut_responses=_num_cut_responses(encoded, encoder),
+        num_shortened_conversations=shortened,
+        num_quoting_markers=_num_quoting_markers(examples, encoder),
+    )
+
+
+def num_in_both(training: Sequence[Example], held_out: Sequence[Example]) -> int:
+    """How many held-out requests stand in the training data too, up to spaces."""
+
+    def text(example: Example) -> str:
+        turns = [turn["content"] for turn in example.messages]
+        return " ".join(" ".join(turns or [example.instruction, example.input]).split())
+
+    seen = {text(example) for example in training}
+    return sum(text(example) in seen for example in held_out)
+
+
+def _num_cut_responses(examples: Iterable[EncodedExample], encoder: Encoder) -> int:
+    return sum(
+        example.response_ids is not None and example.response_ids[-1] != encoder.eos_token_id
+        for example in examples
+    )
+
+
+def _num_quoting_markers(examples: Iterable[Example], encoder: Encoder) -> int:
+    tokenizer = encoder.tokenizer
+    added = (str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
+    markers = {token for token in (*tokenizer.all_special_tokens, *added) if len(token) > 2}
+
+    def texts(example: Example) -> Iterable[str]:
+        yield from (example.instruction, example.input, *example.responses)
+        yield from (turn["content"] for turn in example.messages)
+
+    return sum(
+        any(marker in text for text in texts(example) for marker in markers) for example in examples
+    )
+
+
+def _replace(example: Example, part: str, text: str) -> Example:
+    turns = example.messages
+    if part == "instruction" and turns:
+        last = max(i for i, turn in enumerate(turns) if turn["role"] == "user")
+        turns = (*turns[:last], {**turns[last], "content": text}, *turns[last + 1 :])
+    return replace(example, messages=turns, **{part: text})
