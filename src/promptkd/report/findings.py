@@ -65,37 +65,6 @@ class Distance:
         return 100 * (1 - self.end / self.start) if self.start else 0.0
 
 
-@dataclass(frozen=True)
-class TrainingCost:
-    """What training took, over the logged steps."""
-
-    steps: int
-    tokens: int
-    seconds_writing: float
-    seconds_learning: float
-    seconds_teacher: float
-    seconds_student: float
-    seconds_losses: float
-    flops: float
-    peak_memory: int
-
-    @property
-    def tokens_per_second(self) -> float:
-        seconds = self.seconds_writing + self.seconds_learning
-        return self.tokens / seconds if seconds else 0.0
-
-    @property
-    def seconds_rest(self) -> float:
-        """Of learning: optimizers, and all of it in runs that didn't write down its parts."""
-        return self.seconds_learning - (
-            self.seconds_teacher + self.seconds_student + self.seconds_losses
-        )
-
-    @property
-    def flop_rate(self) -> float:
-        return self.flops / self.seconds_learning if self.seconds_learning else 0.0
-
-
 def between(first: Model, second: Model, score: str) -> Comparison | None:
     """Paired bootstrap over requests; None if a score is missing or the requests differ."""
     found = difference(first.evaluation, second.evaluation, score)
@@ -219,24 +188,6 @@ def _other_length(before: float, now: float, teacher: float | None) -> str | Non
     known = "not measured there" if teacher is None else f"{teacher:.0f}"
     tokens = f"{before:.0f} to {now:.0f} tokens (its teacher's: {known})"
     return f"its responses went from {tokens}"
-
-
-def cost(run: Run) -> TrainingCost | None:
-    """Sums over the logged steps; None if there are none."""
-    if not run.steps:
-        return None
-    summed = ("writing", "learning", "teacher", "student", "losses")
-    seconds = {
-        f"seconds_{part}": sum(row.get(f"seconds_{part}", 0.0) for row in run.steps)
-        for part in summed
-    }
-    return TrainingCost(
-        steps=len(run.steps),
-        tokens=int(sum(row.get("num_tokens", 0) for row in run.steps)),
-        **seconds,
-        flops=sum(row.get("flops", 0.0) for row in run.steps),
-        peak_memory=max(row.get("peak_memory", 0) for row in run.steps),
-    )
 
 
 def size_share(run: Run) -> float | None:

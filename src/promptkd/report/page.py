@@ -13,11 +13,11 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from promptkd.report import plots
+from promptkd.report.cost import cost
 from promptkd.report.data import DataSet, Run
 from promptkd.report.figures import Figure
 from promptkd.report.findings import (
     answer,
-    cost,
     decoding_words,
     describe,
     distance,

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from promptkd.report.cost import cost
 from promptkd.report.data import DataSet, Model, Row, Run
 from promptkd.report.figures import (
     Curves,
@@ -15,7 +16,7 @@ from promptkd.report.figures import (
     lines,
     stacked_bars,
 )
-from promptkd.report.findings import cost, headline, score_name
+from promptkd.report.findings import headline, score_name
 from promptkd.report.numbers import digits
 
 STEP_CURVES = (

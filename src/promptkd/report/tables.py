@@ -6,13 +6,13 @@ from pathlib import Path
 
 from promptkd.evaluation.results import Score
 from promptkd.files import write_text
+from promptkd.report.cost import cost
 from promptkd.report.data import DataSet, Model, Run
 from promptkd.report.findings import (
     RANKED,
     Comparison,
     best_model,
     between,
-    cost,
     decoding_words,
     describe,
     distance,
