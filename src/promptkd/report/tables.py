@@ -1,4 +1,4 @@
-"""Tables of a report: made once, shown on the page, written as Markdown and LaTeX."""
+"""The report's tables: shown on the page, saved as Markdown and LaTeX."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
