@@ -113,4 +113,5 @@ def demo(
     """A real teacher, a real student, start to end on this machine, nothing to configure."""
     from promptkd.demo import demo as run
 
+    keep_freed_memory()
     typer.echo(f"report: {run(output)}")
