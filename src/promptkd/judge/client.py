@@ -26,7 +26,7 @@ class Endpoint:
     """A model behind ``base_url``/chat/completions; retries with growing, jittered waits.
 
     Raises:
-        UserError: if the client library is missing, or the address or key can't be used.
+        UserError: if the address or key can't be used.
     """
 
     def __init__(
@@ -40,13 +40,8 @@ class Endpoint:
         max_retries: int,
         api_key_variable: str,
     ):
-        try:
-            import openai
-        except ImportError:
-            raise UserError(
-                "The judge needs the package openai, which is not installed: "
-                "pip install 'promptkd[judge]'."
-            ) from None
+        import openai
+
         self.host = host_of(base_url)
         self.model = model
         self.temperature = temperature

@@ -54,10 +54,6 @@ PROMPT_CURVES = (
         "What the regulariser holds back, measured while it is on.",
     ),
 )
-GAPS = (
-    ("student_gap", "after the student's words"),
-    ("teacher_gap", "after the teacher's words"),
-)
 OTHERS_SLOT = {"start": 5, "other": 4, "teacher": -1}
 
 

@@ -4,7 +4,6 @@ Reads only what runs left in their directories, so it works for a run that is st
 stopped, or was made on another machine.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,14 +23,9 @@ def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = 
         The page.
 
     Raises:
-        UserError: if a path is no run, several runs have no output, or matplotlib is missing.
+        UserError: if a path is no run, several runs have no output.
     """
     paths = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(
-            "The report draws with matplotlib, which is not installed. "
-            "Run: pip install 'promptkd[report]'"
-        )
     from promptkd.report.data import data_sets, read_runs
     from promptkd.report.page import render
 
