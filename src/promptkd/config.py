@@ -5,7 +5,12 @@ Keys follow Hugging Face's names where one exists. Defaults are those of PromptK
 """
 
 import difflib
+import importlib
+import inspect
+import os
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -40,6 +45,19 @@ FAMILIAR_NAMES = {
 Tracker = Literal[
     "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
 ]
+
+
+CRITERIA = (
+    "rouge_l",
+    "rouge_l_unicode",
+    "exact_match",
+    "final_answer",
+    "repeated_4_grams",
+    "reverse_kl_to_teacher",
+    "cross_entropy",
+)
+"""What may choose the student that is kept, beside a user's own function."""
+SMALLER_IS_BETTER = frozenset({"repeated_4_grams", "reverse_kl_to_teacher", "cross_entropy"})
 
 
 class Section(BaseModel):
@@ -134,11 +152,21 @@ class OptimizationSection(Section):
 
 class EvaluationSection(Section):
     every_steps: int = Field(default=44, ge=0, description="0 evaluates at the end only")
-    metric: Literal["rouge_l", "exact_match", "reverse_kl_to_teacher", "cross_entropy"] = "rouge_l"
+    metric: str = Field(
+        default="rouge_l",
+        description="what chooses the student: " + " | ".join(CRITERIA) + " | module:function",
+    )
     num_examples: int = Field(default=200, ge=1)
     exposure_bias_every_steps: int = Field(
         default=0, ge=0, description="R(l), E(l), ExAccErr(l) on the validation data; 0: never"
     )
+
+    @field_validator("metric")
+    @classmethod
+    def _known_metric(cls, value: str) -> str:
+        if value not in CRITERIA and not re.fullmatch(r"[\w.]+:\w+", value):
+            raise ValueError(f"unknown metric{suggest(value, [*CRITERIA])}")
+        return value
 
 
 class CheckpointSection(Section):
@@ -234,6 +262,34 @@ def suggest(word: str, known: list[str]) -> str:
     if near:
         return f"; did you mean '{near[0]}'?"
     return f"; did you mean '{familiar}'?" if familiar else f"; known: {', '.join(known)}"
+
+
+def function_named(name: str, what: str, purpose: str) -> Callable[..., Any]:
+    """What ``module:function`` names, from the current directory or the Python path.
+
+    Args:
+        what: it is, for complaints: "method", "metric".
+        purpose: what the function is for: "that returns a promptkd Method".
+
+    Raises:
+        UserError: if it can't be imported, or is no function.
+    """
+    module, _, attribute = name.partition(":")
+    if os.getcwd() not in sys.path:  # the installed command doesn't look there, python -m does
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"{what} '{name}' cannot be imported: {error}. Write module:function, "
+            "with the module in the current directory or on the Python path."
+        ) from None
+    if not inspect.isfunction(function):
+        raise UserError(
+            f"{what} '{name}' is a {type(function).__name__}, not a function. Name a Python "
+            f"function {purpose}."
+        )
+    return function
 
 
 def _apply_override(raw: dict[str, Any], override: str) -> None:

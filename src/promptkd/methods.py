@@ -20,10 +20,7 @@ and its code disagree, the docstring says which one is followed.
 """
 
 import functools
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ParamSpec
@@ -31,7 +28,7 @@ from typing import Any, ParamSpec
 from pydantic import ValidationError, validate_call
 
 from promptkd.composition import Method, Term, source, teacher_specification
-from promptkd.config import suggest
+from promptkd.config import function_named, suggest
 from promptkd.errors import UserError
 from promptkd.objectives import (
     CrossEntropy,
@@ -307,19 +304,4 @@ def _method_function(name: str) -> Callable[..., Method]:
         if name not in METHODS:
             raise UserError(f"unknown method '{name}'{suggest(name, list(METHODS))}")
         return METHODS[name]
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # the installed command doesn't look there, python -m does
-        sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"method '{name}' cannot be imported: {error}. Write module:function, "
-            "with the module in the current directory or on the Python path."
-        ) from None
-    if not inspect.isfunction(function):
-        raise UserError(
-            f"method '{name}' is a {type(function).__name__}, not a function. Name a Python "
-            "function that returns a promptkd Method."
-        )
-    return function
+    return function_named(name, "method", "that returns a promptkd Method")

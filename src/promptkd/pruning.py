@@ -28,7 +28,7 @@ from promptkd.models.loading import (
     load_tokenizer,
 )
 from promptkd.rollouts import Rollout, reference_rollouts
-from promptkd.token_losses import loss_sums
+from promptkd.token_losses import cross_entropies
 
 
 def init_student(
@@ -202,4 +202,4 @@ def _calibration_rollouts(
 
 
 def _loss(model: LanguageModel, rollouts: Sequence[Rollout]) -> float:
-    return loss_sums(rollouts, model, None, 2048).mean_cross_entropy
+    return torch.cat(cross_entropies(rollouts, model, 2048)).mean().item()

@@ -13,9 +13,10 @@ from tqdm import tqdm
 from promptkd.config import Recipe, load_recipe
 from promptkd.data import Encoder, evaluation_set, read_examples
 from promptkd.errors import UserError
+from promptkd.evaluation.metrics import check_metrics
 from promptkd.evaluation.results import Evaluation, save_evaluation
 from promptkd.evaluation.scorer import Scorer
-from promptkd.evaluation.suites import PAPER_SEEDS, listed, name_of
+from promptkd.evaluation.suites import PAPER_SEEDS, listed, suite_of_files
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.models.loading import (
@@ -84,23 +85,26 @@ def evaluate(
     num_examples: int | None = None,
     teacher: str | None = None,
     output: str | Path | None = None,
+    metrics: Sequence[str] = (),
     **asked: Unpack[Asked],
 ) -> dict[str, Any]:
     """Score a run's student, or any model, on held-out requests, and save scores and predictions.
 
     Args:
         run_or_model: a run's directory, or a model as ``load_model`` takes it.
-        data: path, glob or hub id, or several that make one data set; a mapping of names to such
-            is a suite, whose data sets are scored one by one.
+        data: path, glob or hub id; several are scored one by one, each under its own name. A
+            mapping of names to such is a suite; a list in it makes one data set.
         seeds: decoding seeds; one response per request each.
         num_examples: only the first ones of each data set.
         teacher: also measure KL(student || teacher) on the student's responses, in nats per token;
             a run's own teacher if not given and its tokenizer is the student's, "" for none.
         output: directory; ``RUN/evaluation`` by default, needed for a bare model.
+        metrics: computed beside ROUGE-L and exact match: names of ``metrics.METRICS``,
+            ``distinct_N``, ``NAME@K`` for pass@k, or ``module:function``.
         asked: template, lengths, sampling and precision: see ``Asked``.
 
     Returns:
-        What ``NAME.json`` holds, NAME being the data's; for a suite, that of each by name.
+        What ``NAME.json`` holds, NAME being the data's; for several, that of each by name.
 
     Raises:
         UserError: if the data or model can't be read.
@@ -108,7 +112,8 @@ def evaluate(
     run, name = Path(run_or_model), str(run_or_model)
     recipe = _recipe_of(run, output)
     protocol = Protocol.of(recipe, asked)
-    suite = data if isinstance(data, Mapping) else {name_of(data): data}
+    check_metrics(metrics, len(seeds))
+    suite = data if isinstance(data, Mapping) else suite_of_files(listed(data))
     examples = {key: read_examples(listed(own))[:num_examples] for key, own in suite.items()}
     tokenizer = load_tokenizer(name)
     if teacher is None and recipe and recipe.teacher:
@@ -127,6 +132,7 @@ def evaluate(
             tokenizer=tokenizer,
             stop=stop,
             decoding=protocol.decoding,
+            metrics=tuple(metrics),
         )
         shown = tqdm(seeds, unit="seed", desc="responses")
         scores, predictions = scorer.score(engine, student, teacher_model, shown)
@@ -147,7 +153,7 @@ def evaluate(
         )
         save_evaluation(Path(output) if output is not None else run / "evaluation", evaluation)
         results[of_suite] = evaluation.to_dict()
-    return results if isinstance(data, Mapping) else next(iter(results.values()))
+    return next(iter(results.values())) if isinstance(data, str) else results
 
 
 def _recipe_of(run: Path, output: str | Path | None) -> Recipe | None:
