@@ -5,7 +5,6 @@ knows. Inside there are only requests and responses; token ids are lists of inte
 """
 
 from promptkd.data.batches import Batch, batch_of_step, steps_of_epochs
-from promptkd.data.columns import Example
 from promptkd.data.encoding import (
     Dataset,
     EncodedExample,
@@ -14,6 +13,7 @@ from promptkd.data.encoding import (
     num_in_both,
     training_set,
 )
+from promptkd.data.examples import Example, content_digest
 from promptkd.data.reading import read_examples, read_noted
 from promptkd.data.templates import ALPACA, template_of
 
@@ -25,6 +25,7 @@ __all__ = [
     "Encoder",
     "Example",
     "batch_of_step",
+    "content_digest",
     "evaluation_set",
     "num_in_both",
     "read_examples",

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from promptkd.config import Recipe
-from promptkd.data.columns import Example
+from promptkd.data.examples import Example
 from promptkd.data.templates import apply_chat_template, render, render_chat, resolved
 from promptkd.errors import UserError
 

@@ -7,7 +7,7 @@ from typing import Any
 import jinja2
 import jinja2.sandbox
 
-from promptkd.data.columns import Example
+from promptkd.data.examples import Example
 from promptkd.errors import UserError
 
 ALPACA = (
