@@ -75,6 +75,12 @@ def add_lora(
                 f"LoRA does not fit {type(module).__name__}: {error} Name the layers that it has "
                 "in target_modules."
             ) from None
+    ends = (module.get_output_embeddings(), module.get_input_embeddings())
+    if any(isinstance(layer, BaseTunerLayer) for layer in ends):
+        raise UserError(
+            f"target_modules {list(target_modules)} puts LoRA on the embeddings or the output "
+            "layer, where it would not be trained: both are read as plain matrices. Leave them out."
+        )
     for name, parameter in module.named_parameters():
         if "lora_" in name:
             parameter.data = parameter.data.float()

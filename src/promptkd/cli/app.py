@@ -33,10 +33,13 @@ def show_scores(results: dict[str, Any]) -> None:
 
 
 def keep_freed_memory() -> None:
-    """A setting of the whole process, which is a command's to make and no loader's."""
+    """Settings of the whole process, which are a command's to make and no loader's."""
+    from transformers.utils import logging
+
     from promptkd.kernels import allocator
 
     allocator.keep_freed_memory()
+    logging.disable_progress_bar()
 
 
 def _repeat_options(arguments: list[str]) -> list[str]:

@@ -118,13 +118,14 @@ def evaluate(
     student, teacher_model = load_pair(name, teacher or None, tokenizer, protocol.precision)
     limits = encoder.max_request_tokens, encoder.max_response_tokens
     check_context(student.module.config, *limits, name)
-    engine = TransformersEngine(student, stop_ids(tokenizer, student.module))
+    stop = sorted({*stop_ids(tokenizer, student.module), encoder.eos_token_id})
+    engine = TransformersEngine(student, stop)
     results = {}
     for of_suite, rows in examples.items():
         scorer = Scorer(
             data=evaluation_set(rows, encoder),
             tokenizer=tokenizer,
-            stop=stop_ids(tokenizer, student.module),
+            stop=stop,
             decoding=protocol.decoding,
         )
         shown = tqdm(seeds, unit="seed", desc="responses")

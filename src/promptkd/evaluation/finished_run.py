@@ -87,6 +87,7 @@ def load_run(
         lengths = encoder.max_request_tokens, encoder.max_response_tokens
         check_context(model.module.config, *lengths, name)
     stop = {*stop_ids(tokenizer, student.module), *stop_ids(tokenizer, teacher.module)}
+    stop.add(encoder.eos_token_id)
     return FinishedRun(
         directory=directory,
         recipe=recipe,

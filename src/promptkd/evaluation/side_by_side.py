@@ -75,7 +75,8 @@ def generate(
             front["soft_prompt"] = load_soft_prompt(adapter).to(device)
         if adapter and kind == peft.PeftType.PREFIX_TUNING:
             front["prefix"] = load_prefix(model, adapter)
-        engine = TransformersEngine(model, stop_ids(tokenizer, module))
+        stop = {*stop_ids(tokenizer, module), encoder.eos_token_id}
+        engine = TransformersEngine(model, sorted(stop))
         ids = encoder.request_ids(Example(request, input))
         written = engine.generate([ids], [(seed,)], decoding, **front)[0]
         responses[author] = tokenizer.decode(written.token_ids, skip_special_tokens=True).strip()

@@ -10,6 +10,7 @@ from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import CoAuthor, Engine, Response, TransformersEngine
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import stop_ids
+from promptkd.models.vocabularies import same_tokenizer
 from promptkd.rollouts import Rollout, Writers
 
 
@@ -93,7 +94,7 @@ class Authors:
 
 
 class TeacherAuthor:
-    """Answers each request once, off-line; the text is kept, so tokenizers may differ."""
+    """Answers each request once, off-line; its tokens are kept on disk. Tokenizers may differ."""
 
     def __init__(
         self, model: LanguageModel, tokenizer: Any, examples: Sequence[Example], authors: Authors
@@ -101,14 +102,17 @@ class TeacherAuthor:
         self.engine = TransformersEngine(model, stop_ids(tokenizer, model.module))
         self.tokenizer = tokenizer
         self.examples = examples
-        self.cache = ResponseCache(fingerprint(model.module))
+        stop = self.engine.stop_ids.tolist()
+        self.cache = ResponseCache(f"{fingerprint(model.module)} {model.dtype} {stop}")
         self.authors = authors
+        self._shares_tokens = same_tokenizer(authors.encoder.tokenizer, tokenizer)
         ours = authors.encoder
         self.encoder = Encoder(
             tokenizer,
             ours.template,
             ours.max_request_tokens,
             ours.max_response_tokens,
+            template_options=ours.template_options,
         )
 
     def write(self, examples: Sequence[EncodedExample]) -> list[Rollout]:
@@ -123,16 +127,29 @@ class TeacherAuthor:
                 [(seed, examples[i].index) for i in missing],
                 decoding,
             )
-            stop = self.engine.stop_ids.tolist()
             for i, response in zip(missing, responses, strict=True):
-                text = self.tokenizer.decode(response.token_ids, skip_special_tokens=True)
-                self.cache.put(keys[i], text, response.token_ids[-1] in stop)
+                self.cache.put(keys[i], response.token_ids)
         return [
-            Rollout(e.index, e.request_ids, self._response_ids(*self.cache.get(key)), "teacher")
+            Rollout(
+                index=e.index,
+                request_ids=e.request_ids,
+                response_ids=self._as_the_students(self.cache.get(key)),
+                author="teacher",
+            )
             for e, key in zip(examples, keys, strict=True)
         ]
 
-    def _response_ids(self, text: str, ended: bool) -> tuple[int, ...]:
+    def _as_the_students(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The same tokens if the tables are equal; else their text, read by the student's.
+
+        A character that was cut in the middle has no text, so it is left out.
+        """
+        if self._shares_tokens:
+            return ids
+        ended = ids[-1] in self.engine.stop_ids.tolist()
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        if not ended:
+            text = text.rstrip("\ufffd")
         ids = self.authors.encoder.response_ids(text)
         if not ended and ids[-1] == self.authors.encoder.eos_token_id and len(ids) > 1:
             return ids[:-1]  # the teacher was cut: nobody said that the text ends here

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from promptkd.errors import UserError
@@ -19,17 +20,17 @@ def cache_directory() -> Path:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A hash of a model's weights: names, shapes, and a sample of every tensor's numbers."""
+    """A hash of a model's weights: names, shapes, and every number of every tensor."""
     digest = hashlib.sha256()
     for name, parameter in sorted(module.named_parameters()):
-        sample = parameter.detach().flatten()[:: max(1, parameter.numel() // 512)]
-        digest.update(f"{name} {tuple(parameter.shape)} ".encode())
-        digest.update(sample.float().cpu().numpy().tobytes())
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode())
+        content = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
+        digest.update(content.numpy().data)
     return digest.hexdigest()
 
 
 class ResponseCache:
-    """Texts by (author, request, decoding, seed); several processes may use it at once.
+    """Token ids by (author, request, decoding, seed); several processes may use it at once.
 
     Raises:
         UserError: from every method, if the file is damaged or the disk is full.
@@ -41,24 +42,22 @@ class ResponseCache:
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "responses.sqlite"
         self._database = sqlite3.connect(self._path, timeout=60)
-        self._execute(
-            "CREATE TABLE IF NOT EXISTS responses (key TEXT PRIMARY KEY, text TEXT, ended INT)"
-        )
+        self._execute("CREATE TABLE IF NOT EXISTS token_ids (key TEXT PRIMARY KEY, ids TEXT)")
 
     def key(self, request_ids: Sequence[int], decoding: dict[str, Any], seed: int) -> str:
         content = json.dumps([self.author, list(request_ids), decoding, seed], sort_keys=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
     def __contains__(self, key: str) -> bool:
-        return bool(self._execute("SELECT 1 FROM responses WHERE key = ?", key))
+        return bool(self._execute("SELECT 1 FROM token_ids WHERE key = ?", key))
 
-    def get(self, key: str) -> tuple[str, bool]:
-        """The text, and whether its author ended it."""
-        ((text, ended),) = self._execute("SELECT text, ended FROM responses WHERE key = ?", key)
-        return text, bool(ended)
+    def get(self, key: str) -> tuple[int, ...]:
+        """A response, its stop token included if its author ended it."""
+        ((ids,),) = self._execute("SELECT ids FROM token_ids WHERE key = ?", key)
+        return tuple(json.loads(ids))
 
-    def put(self, key: str, text: str, ended: bool) -> None:
-        self._execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?)", key, text, int(ended))
+    def put(self, key: str, token_ids: Sequence[int]) -> None:
+        self._execute("INSERT OR REPLACE INTO token_ids VALUES (?, ?)", key, json.dumps(token_ids))
 
     def _execute(self, statement: str, *values: str | int) -> list[Any]:
         try:

@@ -1,15 +1,25 @@
 """Loading causal language models and tokenizers, and what their configurations say."""
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
+from transformers.utils import logging
 
 from promptkd import kernels
 from promptkd.errors import UserError
@@ -67,14 +77,17 @@ def _load(name: str, dtype: torch.dtype) -> PreTrainedModel:
     arguments = _location(name)
     adapter = Path(arguments["pretrained_model_name_or_path"])
     if (adapter / "adapter_config.json").is_file():
-        base = peft.PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
-        assert base is not None, "written by save_lora"
-        whole = peft.PeftModel.from_pretrained(_load(base, dtype), str(adapter))
-        return whole.merge_and_unload()
-    try:
-        model = AutoModelForCausalLM.from_pretrained(**arguments, dtype=dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(_no_model(name, error)) from None
+        return _load_adapted(name, adapter, dtype)
+    with _quietly():
+        try:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **arguments, dtype=dtype, output_loading_info=True, trust_remote_code=False
+            )
+        except Exception as error:  # whatever another library says of files that others wrote
+            raise UserError(_no_model(name, error)) from None
+    model, found = loaded
+    check_weights(name, model, found)
+    _make_savable(name, model)
     if "gguf_file" in arguments:  # a quantised config would be saved with the model otherwise
         config: Any = model.config
         del config.quantization_config
@@ -86,11 +99,136 @@ def _load(name: str, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def load_tokenizer(name: str) -> Any:
-    """Load the tokenizer of a model name; see ``load_model``."""
+def _load_adapted(name: str, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A LoRA merged into its base; tokens that were added with it get their rows first."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(**_location(name))
-    except (OSError, ValueError) as error:
+        config = peft.PeftConfig.from_pretrained(str(directory))
+    except Exception as error:
+        raise UserError(_no_model(name, error)) from None
+    base = config.base_model_name_or_path
+    if config.peft_type != peft.PeftType.LORA:
+        raise UserError(
+            f"{name} is an adapter of the kind {config.peft_type}, which can't be merged into a "
+            "model. Name a LoRA, or a whole model."
+        )
+    if not base:
+        raise UserError(
+            f"{name} is a LoRA whose adapter_config.json names no base model. Write the base into "
+            "base_model_name_or_path there, or merge the adapter and name the whole model."
+        )
+    model: Any = _load(base, dtype)
+    if (directory / "tokenizer_config.json").is_file():
+        num_tokens = len(load_tokenizer(name))
+        if num_tokens > embedding_rows(model):
+            model.resize_token_embeddings(num_tokens)
+    with _quietly():
+        try:
+            whole = peft.PeftModel.from_pretrained(model, str(directory))
+        except Exception as error:
+            raise UserError(_no_model(name, error)) from None
+    return whole.merge_and_unload()
+
+
+def check_weights(name: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
+    """Refuse a model some of whose numbers aren't the checkpoint's, or no numbers at all.
+
+    Args:
+        found: what transformers reports of loading: missing, unexpected and mismatched keys.
+
+    Raises:
+        UserError: with how many weights are concerned, and the first of them.
+    """
+    other = ("vision", "visual", "image", "audio", "multi_modal", "multimodal", "mtp")
+    unexpected = [
+        key for key in sorted(found["unexpected_keys"]) if not any(word in key for word in other)
+    ]
+    missing = sorted(found["missing_keys"])
+    for what, keys in (("lacks", missing), ("has, but the model doesn't know,", unexpected)):
+        if keys:
+            prefixed = any(key.startswith(("_orig_mod.", "module.")) for key in unexpected)
+            hint = " Its names carry a wrapper's prefix (_orig_mod. or module.): strip it."
+            raise UserError(
+                f"{name}: the checkpoint {what} {len(keys)} weights of {type(model).__name__} "
+                f"({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}), which would leave it "
+                f"partly random or cut.{hint if prefixed else ''} Save the whole model again."
+            )
+    for key, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise UserError(
+                f"{name}: the weight {key} holds NaN or infinite numbers. It comes from a run "
+                "that diverged, or a damaged file: name an earlier checkpoint."
+            )
+
+
+def _make_savable(name: str, model: PreTrainedModel) -> None:
+    """Mend a generation config that transformers reads but refuses to save with the student."""
+    config = model.generation_config
+    if config is None:
+        return
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
+        reset = {k: v for k, v in sampling.items() if getattr(config, k, None) not in (None, v)}
+        config.do_sample = True
+        try:
+            config.validate(strict=True)
+        except ValueError:
+            ends = ("bos_token_id", "eos_token_id", "pad_token_id")
+            kept = {key: getattr(config, key, None) for key in ends}
+            model.generation_config = GenerationConfig(**kept)
+            reset = {}
+        with_ = f"do_sample: true, since it has {', '.join(reset)}" if reset else "its tokens alone"
+        tqdm.write(
+            f"{name}: its generation_config.json contradicts itself and couldn't be saved again; "
+            f"it goes on with {with_}",
+            file=sys.stderr,
+        )
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the bars and tables that transformers prints for every file."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """What a model's weights came in; fp32 where nothing says so."""
+    arguments = _location(name)
+    if "gguf_file" in arguments:
+        return torch.float32
+    directory = Path(arguments["pretrained_model_name_or_path"])
+    if (directory / "adapter_config.json").is_file():
+        base = peft.PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+        return dtype_of(base) if base else torch.float32
+    dtype = AutoConfig.from_pretrained(**arguments).get_text_config().dtype
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def load_tokenizer(name: str) -> Any:
+    """Load the tokenizer of a model name; see ``load_model``. A LoRA without one has its base's.
+
+    Raises:
+        UserError: if there is none, or it can't be read, or has no end-of-sequence token.
+    """
+    arguments = _location(name)
+    directory = Path(arguments["pretrained_model_name_or_path"])
+    is_adapter = (directory / "adapter_config.json").is_file()
+    if is_adapter and not (directory / "tokenizer_config.json").is_file():
+        base = peft.PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+        if base:
+            return load_tokenizer(base)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**arguments, trust_remote_code=False)
+    except Exception as error:
         raise UserError(_no_model(name, error)) from None
     if tokenizer.eos_token_id is None:
         raise UserError(
@@ -180,7 +318,10 @@ def _location(name: str) -> dict[str, Any]:
 
 
 def _no_model(name: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0]
+    said = str(error).strip().splitlines()
+    reason = said[0] if said else type(error).__name__
+    if isinstance(error, KeyError | AttributeError | TypeError):
+        reason = f"{type(error).__name__}: {reason}"
     return (
         f"{name} is not a model that can be loaded ({reason}). Name a save_pretrained directory, "
         "a .gguf file, a finished run, or a hub id."

@@ -3,6 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from promptkd.errors import UserError
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import embedding_rows, load_language_model, load_tokenizer
@@ -28,7 +30,7 @@ def shared_vocabulary(
     Raises:
         UserError: if the tables differ, naming the first id that does.
     """
-    difference = first_difference(student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab())
+    difference = first_difference(_table(student_tokenizer), _table(teacher_tokenizer))
     if difference:
         i, own, other = difference
         raise UserError(
@@ -37,7 +39,7 @@ def shared_vocabulary(
             "a teacher with the student's tokenizer, or the method 'seqkd', which needs only text."
         )
     rows = min(embedding_rows(module) for module in (student, teacher))
-    tokens = max(student_tokenizer.get_vocab().values()) + 1
+    tokens = max(_table(student_tokenizer).values()) + 1
     if rows < tokens:
         raise UserError(
             f"The tokenizer has {tokens} tokens, but one of the models has only {rows} embedding "
@@ -47,7 +49,27 @@ def shared_vocabulary(
 
 
 def same_tokenizer(student_tokenizer: Any, teacher_tokenizer: Any) -> bool:
-    return first_difference(student_tokenizer.get_vocab(), teacher_tokenizer.get_vocab()) is None
+    return first_difference(_table(student_tokenizer), _table(teacher_tokenizer)) is None
+
+
+def _table(tokenizer: Any) -> dict[str, int]:
+    """Tokens by id, without a padding token added at the end: no response ever holds it."""
+    table = dict(tokenizer.get_vocab())
+    pad, last = tokenizer.pad_token_id, max(table.values())
+    if pad == last and tokenizer.pad_token != tokenizer.eos_token:
+        del table[tokenizer.pad_token]
+    return table
+
+
+def same_weights(one: Any, other: Any) -> bool:
+    """Whether two models are one: all of their weights are equal."""
+    ours, theirs = one.state_dict(), other.state_dict()
+    if ours.keys() != theirs.keys():
+        return False
+    return all(
+        value.shape == theirs[name].shape and torch.equal(value, theirs[name].to(value.dtype))
+        for name, value in ours.items()
+    )
 
 
 def load_pair(

@@ -1,6 +1,6 @@
 """What silently ruins a distillation elsewhere, looked for before the first step."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from promptkd.data import Dataset, Encoder
 from promptkd.errors import UserError
 from promptkd.micro_batches import pad
 from promptkd.models.language_model import LanguageModel, select_responses
-from promptkd.models.loading import check_context, embedding_rows, stop_ids
+from promptkd.models.loading import check_context, embedding_rows
 from promptkd.rollouts import Rollout
 from promptkd.teachers import Teacher
 
@@ -75,6 +75,7 @@ def check_models(
     encoder: Encoder,
     data: Dataset,
     *,
+    stop: Sequence[int],
     names: tuple[str, str],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
@@ -86,7 +87,7 @@ def check_models(
     tokenizer = encoder.tokenizer
     lengths = encoder.max_request_tokens, encoder.max_response_tokens
     check_context(student.module.config, *lengths, f"the student {names[0]}")
-    stops = stop_ids(tokenizer, student.module)
+    stops = tuple(stop)
     found: dict[str, Any] = {"stop_ids": list(stops), "vocabulary": student.vocabulary}
     say(f"responses end with {[tokenizer.convert_ids_to_tokens(i) for i in stops]} {list(stops)}")
     if teacher is None:

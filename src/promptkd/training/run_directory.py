@@ -1,6 +1,8 @@
 """The directory of a run: whose it is, what is written there, and when."""
 
+import copy
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +12,7 @@ from promptkd.config import Recipe
 from promptkd.errors import UserError
 from promptkd.files import recover_replaced, whole_directory, write_json, write_text
 from promptkd.models.language_model import LanguageModel
-from promptkd.models.loading import model_directory
+from promptkd.models.loading import dtype_of, model_directory
 from promptkd.teachers import Teacher
 from promptkd.training import checkpoints
 from promptkd.training.model_card import model_card
@@ -91,14 +93,20 @@ class RunDirectory:
         teacher: Teacher | None,
         step: int,
         scores: dict[str, float],
+        stop: Sequence[int],
     ) -> None:
-        """Write student/ and, if the teacher adapts, teacher_adapter/, replacing earlier ones."""
+        """Write student/ and, if the teacher adapts, teacher_adapter/, replacing earlier ones.
+
+        The student is saved in the precision it came in, and ends its responses with ``stop``.
+        """
         with whole_directory(self.path / "student", "student") as directory:
             lora = self.recipe.student.lora
             if lora and not lora.merge:
                 save_lora(student.module, directory, model_directory(self.recipe.student.model))
             else:
-                whole = merged(student.module) if lora else student.module
+                whole = copy.deepcopy(merged(student.module) if lora else student.module)
+                whole.to(dtype_of(self.recipe.student.model))  # pyright: ignore
+                whole.generation_config.eos_token_id = list(stop)
                 whole.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
             card = model_card(self.recipe, repr(self.method), step, scores)

@@ -37,7 +37,7 @@ from promptkd.models.loading import (
     num_parameters,
     stop_ids,
 )
-from promptkd.models.vocabularies import same_tokenizer, shared_vocabulary
+from promptkd.models.vocabularies import same_tokenizer, same_weights, shared_vocabulary
 from promptkd.ranks import Ranks
 from promptkd.teachers import Teacher
 from promptkd.training import preflight, token_budget
@@ -144,17 +144,19 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
         )
     requests = _read_requests(recipe, method, say)
     models = _load_models(recipe, method, requests, device)
+    _check_token_ids(requests, models.student)
     if recipe.evaluation.exposure_bias_every_steps:
         preflight.check_exposure_bias(requests.validation, models.comparable, ranks.number)
+    stop = _stop_set(requests, models, say)
     found = preflight.check_models(
         models.student,
         models.teacher if models.comparable else None,  # else it reads only texts
         requests.encoder,
         requests.data,
+        stop=stop,
         names=(recipe.student.model, recipe.teacher.model if recipe.teacher else ""),
         say=say,
     )
-    stop = stop_ids(requests.tokenizer, models.student.module)
     engine: Engine = TransformersEngine(models.student, stop)
     if recipe.sampling.engine == "vllm":
         limits = requests.encoder.max_request_tokens, requests.encoder.max_response_tokens
@@ -183,6 +185,34 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
         max_steps=_count_steps(recipe, requests.data, ranks.number),
         found=found,
     )
+
+
+def _check_token_ids(requests: Requests, student: LanguageModel) -> None:
+    """Refuse data with tokens that the student has no embedding for."""
+    datasets = [requests.data, *([requests.validation] if requests.validation else [])]
+    for example in (example for dataset in datasets for example in dataset.examples):
+        highest = max(*example.request_ids, *(example.response_ids or ()), 0)
+        if highest >= student.vocabulary:
+            token = requests.tokenizer.convert_ids_to_tokens(highest)
+            raise UserError(
+                f"Row {example.index} (counted from 0) holds the token {token!r} (id {highest}), "
+                f"but the student has only {student.vocabulary} embedding rows. Take the text out, "
+                "or use the tokenizer that belongs to the model."
+            )
+
+
+def _stop_set(requests: Requests, models: Models, say: Say) -> tuple[int, ...]:
+    """Every token that ends a response: either model's, and the template's end of turn."""
+    tokenizer, teacher = requests.tokenizer, models.plain_teacher
+    own = {*stop_ids(tokenizer, models.student.module), requests.encoder.eos_token_id}
+    if teacher is None or not models.comparable:
+        return tuple(sorted(own))
+    others = {*stop_ids(models.teacher_tokenizer, teacher.module)}
+    others = {token for token in others if token < models.student.vocabulary}
+    if others - own:
+        ends = tokenizer.convert_ids_to_tokens(sorted(others - own))
+        say(f"the teacher ends responses with {ends}, which ends the student's too from now on")
+    return tuple(sorted(own | others))
 
 
 def _read_requests(recipe: Recipe, method: Method, say: Say) -> Requests:
@@ -228,6 +258,11 @@ def _load_models(
         comparable = same_tokenizer(*tokenizers)
         if method.compares_tokens or comparable:
             vocabulary = rows = shared_vocabulary(*tokenizers, module, other)
+        if not recipe.student.lora and same_weights(module, other):
+            raise UserError(
+                f"The student {recipe.student.model} has its teacher's weights: there is nothing "
+                "to learn from it. Name another student, or make one: promptkd init-student."
+            )
         plain_teacher = proven(LanguageModel(other, rows, dtype), f"the teacher {name}")
         if method.teacher is not None:
             teacher = method.teacher.build(plain_teacher, teacher_tokenizer)

@@ -172,7 +172,12 @@ class Trainer:
         if self.is_main:
             parts = self.parts
             self.directory.save_student(
-                parts.student, parts.tokenizer, parts.teacher, self.step_number, scores
+                parts.student,
+                parts.tokenizer,
+                parts.teacher,
+                self.step_number,
+                scores,
+                parts.stop,
             )
         self.accelerator.wait_for_everyone()
 
