@@ -12,6 +12,7 @@ import pytest
 import tiny
 from promptkd.data import (
     Encoder,
+    EncodingSettings,
     Example,
     batch_of_step,
     evaluation_set,
@@ -34,7 +35,7 @@ def encoder(
     chat_template: bool = False,
 ) -> Encoder:
     tokenizer = tiny.tokenizer(chat_template)
-    return Encoder(tokenizer, template, max_request_tokens, max_response_tokens)
+    return Encoder(tokenizer, EncodingSettings(template, max_request_tokens, max_response_tokens))
 
 
 USER = {"role": "user", "content": "Why?"}

@@ -10,7 +10,7 @@ import torch
 
 import runs
 import tiny
-from promptkd.data import Encoder, Example, evaluation_set, read_examples
+from promptkd.data import Encoder, EncodingSettings, Example, evaluation_set, read_examples
 from promptkd.errors import UserError
 from promptkd.evaluation.comparison import compare
 from promptkd.evaluation.evaluate import evaluate
@@ -113,7 +113,7 @@ def test_the_same_seed_gives_the_same_predictions_in_any_company(finished, evalu
 
 
 def test_predictions_do_not_depend_on_the_batch():
-    encoder = Encoder(tiny.tokenizer(), "none", 24, 10)
+    encoder = Encoder(tiny.tokenizer(), EncodingSettings("none", 24, 10))
     examples = [Example("say " + "?" * (i % 6), responses=("it",)) for i in range(9)]
     data = evaluation_set(examples, encoder)
     engine = TransformersEngine(LanguageModel(tiny.model("gpt2"), tiny.ROWS), (tiny.EOS,))
@@ -188,7 +188,7 @@ def test_a_run_without_a_student_is_refused(finished, tmp_path):
 
 
 def test_an_empty_response_scores_zero_and_has_one_token():
-    encoder = Encoder(tiny.tokenizer(), "none", 24, 10)
+    encoder = Encoder(tiny.tokenizer(), EncodingSettings("none", 24, 10))
     data = evaluation_set([Example("say", responses=("it is",))], encoder)
     silent = [Rollout(0, data.examples[0].request_ids, (tiny.EOS,), "student")]
     (prediction,) = score(silent, data, encoder.tokenizer, (tiny.EOS,), seed=0)

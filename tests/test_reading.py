@@ -9,7 +9,14 @@ import pytest
 
 import tiny
 from promptkd.config import ColumnsSection
-from promptkd.data import Encoder, Example, evaluation_set, read_examples, read_noted
+from promptkd.data import (
+    Encoder,
+    EncodingSettings,
+    Example,
+    evaluation_set,
+    read_examples,
+    read_noted,
+)
 from promptkd.errors import UserError
 
 ROWS = [{"instruction": f"Say {i}.", "output": f"{i}."} for i in range(3)]
@@ -19,6 +26,10 @@ EXPECTED = [Example(f"Say {i}.", responses=(f"{i}.",)) for i in range(3)]
 def write(path, text):
     path.write_text(text, encoding="utf-8")
     return str(path)
+
+
+def encoder(tokenizer, template, **options):
+    return Encoder(tokenizer, EncodingSettings(template, 50, 50, options))
 
 
 def rows_of(tmp_path, *rows):
@@ -173,19 +184,19 @@ def test_a_template_that_refuses_a_conversation_is_quoted_with_file_and_line(tmp
     with pytest.raises(
         UserError, match=r'd\.jsonl:1: .* refuses the turns system, user: "no system'
     ):
-        evaluation_set(examples, Encoder(tokenizer, "auto", 50, 50))
+        evaluation_set(examples, encoder(tokenizer, "auto"))
 
 
 def test_auto_is_the_chat_template_where_there_is_one():
-    assert Encoder(tiny.tokenizer(chat_template=True), "auto", 9, 9).template == "chat"
-    assert Encoder(tiny.tokenizer(), "auto", 9, 9).template == "alpaca"
+    assert encoder(tiny.tokenizer(chat_template=True), "auto").template == "chat"
+    assert encoder(tiny.tokenizer(), "auto").template == "alpaca"
 
 
 def test_template_options_reach_the_chat_template():
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{{ messages[0].content }}{% if thinking %} think{% endif %}"
-    encoder = Encoder(tokenizer, "chat", 50, 50, template_options={"thinking": True})
-    assert encoder.render(Example("Why?")) == "Why? think"
+    chat = encoder(tokenizer, "chat", thinking=True)
+    assert chat.render(Example("Why?")) == "Why? think"
 
 
 def test_references_end_as_the_chat_template_ends_a_turn_and_only_once():
@@ -194,22 +205,22 @@ def test_references_end_as_the_chat_template_ends_a_turn_and_only_once():
         "{% for m in messages %}{{ m.role }}: {{ m.content }}<pad>\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    encoder = Encoder(tokenizer, "chat", 50, 50)
-    assert encoder.eos_token_id == tiny.PAD
-    assert encoder.response_ids("a")[-1] == tiny.PAD
-    assert encoder.response_ids("a<eos>").count(tiny.EOS) == 0
-    assert Encoder(tokenizer, "none", 50, 50).response_ids("a<eos>").count(tiny.EOS) == 1
-    quoting = evaluation_set([Example("What is <pad>?")], Encoder(tokenizer, "none", 50, 50))
+    chat = encoder(tokenizer, "chat")
+    assert chat.eos_token_id == tiny.PAD
+    assert chat.response_ids("a")[-1] == tiny.PAD
+    assert chat.response_ids("a<eos>").count(tiny.EOS) == 0
+    assert encoder(tokenizer, "none").response_ids("a<eos>").count(tiny.EOS) == 1
+    quoting = evaluation_set([Example("What is <pad>?")], encoder(tokenizer, "none"))
     assert "1 with special tokens in their texts" in quoting.summary()
 
 
 def test_template_files_run_in_a_sandbox(tmp_path):
     path = write(tmp_path / "t.jinja", "{{ instruction.__class__.__mro__ }}")
     with pytest.raises(UserError, match="fails"):
-        Encoder(tiny.tokenizer(), path, 50, 50).render(Example("Why?"))
+        encoder(tiny.tokenizer(), path).render(Example("Why?"))
     (tmp_path / "latin.jinja").write_bytes("{{ instruction }} \xe9".encode("latin-1"))
     with pytest.raises(UserError, match="is not UTF-8 text"):
-        Encoder(tiny.tokenizer(), str(tmp_path / "latin.jinja"), 50, 50).render(Example("Why?"))
+        encoder(tiny.tokenizer(), str(tmp_path / "latin.jinja")).render(Example("Why?"))
 
 
 USER = {"role": "user", "content": "Why?"}
@@ -330,8 +341,8 @@ def test_one_of_several_splits_is_read_and_the_others_are_named(tmp_path):
 
 
 def test_a_large_array_is_read_in_linear_time(tmp_path):
-    rows = [{"request": "x" * 400} for _ in range(10_000)]
+    rows = [{"request": "x" * 8_000} for _ in range(3_000)]
     path = write(tmp_path / "d.json", json.dumps(rows))
     start = time.process_time()
     assert len(read_examples(path)) == len(rows)
-    assert time.process_time() - start < 2  # an array that is copied for each row takes longer
+    assert time.process_time() - start < 4  # an array that is copied for each row takes longer

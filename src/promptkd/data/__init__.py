@@ -9,13 +9,19 @@ from promptkd.data.encoding import (
     Dataset,
     EncodedExample,
     Encoder,
+    EncodingSettings,
     evaluation_set,
-    num_in_both,
     training_set,
 )
 from promptkd.data.examples import Example, content_digest
+from promptkd.data.overlap import Overlap, overlap, split_by_digest
 from promptkd.data.reading import read_examples, read_noted
-from promptkd.data.templates import ALPACA, template_of
+from promptkd.data.template_findings import (
+    TemplateFinding,
+    template_difference,
+    template_findings,
+)
+from promptkd.data.templates import ALPACA, adopt_chat_template, template_of
 
 __all__ = [
     "ALPACA",
@@ -23,14 +29,21 @@ __all__ = [
     "Dataset",
     "EncodedExample",
     "Encoder",
+    "EncodingSettings",
     "Example",
+    "Overlap",
+    "TemplateFinding",
+    "adopt_chat_template",
     "batch_of_step",
     "content_digest",
     "evaluation_set",
-    "num_in_both",
+    "overlap",
     "read_examples",
     "read_noted",
+    "split_by_digest",
     "steps_of_epochs",
+    "template_difference",
+    "template_findings",
     "template_of",
     "training_set",
 ]

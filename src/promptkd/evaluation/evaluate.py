@@ -4,14 +4,14 @@ A score always carries its data, decoding settings, seeds, number of examples an
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from tqdm import tqdm
 
-from promptkd.config import Recipe, load_recipe
-from promptkd.data import Encoder, evaluation_set, read_examples
+from promptkd.config import ColumnsSection, Recipe, load_recipe
+from promptkd.data import Encoder, EncodingSettings, evaluation_set, read_examples
 from promptkd.errors import UserError
 from promptkd.evaluation.results import Evaluation, save_evaluation
 from promptkd.evaluation.scorer import Scorer
@@ -48,6 +48,8 @@ class Protocol:
     """The same, complete."""
 
     template: str = "auto"
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    columns: ColumnsSection = ColumnsSection()
     max_request_tokens: int = 256
     decoding: GenerationSettings = GenerationSettings(256)
     precision: str = "auto"
@@ -59,11 +61,15 @@ class Protocol:
             data = recipe.data
             own = cls(
                 template=data.template,
+                template_options=data.template_options,
+                columns=data.columns,
                 max_request_tokens=data.max_request_tokens,
                 decoding=GenerationSettings.of_recipe(recipe),
                 precision=recipe.precision,
             )
         given: dict[str, Any] = {key: v for key, v in asked.items() if v is not None}
+        if given.get("template", own.template) != own.template:
+            own = replace(own, template_options={})  # they belong to the run's own template
         if "max_response_tokens" in given:
             given["max_new_tokens"] = given.pop("max_response_tokens")
         of_decoding = {
@@ -72,8 +78,13 @@ class Protocol:
         return replace(own, decoding=replace(own.decoding, **of_decoding), **given)
 
     def encoder(self, tokenizer: Any) -> Encoder:
-        limits = self.max_request_tokens, self.decoding.max_new_tokens
-        return Encoder(tokenizer, self.template, *limits)
+        settings = EncodingSettings(
+            template=self.template,
+            max_request_tokens=self.max_request_tokens,
+            max_response_tokens=self.decoding.max_new_tokens,
+            template_options=self.template_options,
+        )
+        return Encoder(tokenizer, settings)
 
 
 def evaluate(
@@ -109,7 +120,10 @@ def evaluate(
     recipe = _recipe_of(run, output)
     protocol = Protocol.of(recipe, asked)
     suite = data if isinstance(data, Mapping) else {name_of(data): data}
-    examples = {key: read_examples(listed(own))[:num_examples] for key, own in suite.items()}
+    examples = {
+        key: read_examples(listed(own), protocol.columns)[:num_examples]
+        for key, own in suite.items()
+    }
     tokenizer = load_tokenizer(name)
     if teacher is None and recipe and recipe.teacher:
         own = recipe.teacher.model

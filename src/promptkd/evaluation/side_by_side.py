@@ -14,6 +14,7 @@ from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.loading import (
+    check_request_length,
     compute_dtype,
     default_device,
     embedding_rows,
@@ -78,6 +79,7 @@ def generate(
         stop = {*stop_ids(tokenizer, module), encoder.eos_token_id}
         engine = TransformersEngine(model, sorted(stop))
         ids = encoder.request_ids(Example(request, input))
+        check_request_length(module.config, len(ids), decoding.max_new_tokens, name)
         written = engine.generate([ids], [(seed,)], decoding, **front)[0]
         responses[author] = tokenizer.decode(written.token_ids, skip_special_tokens=True).strip()
     return responses

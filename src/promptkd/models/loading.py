@@ -274,6 +274,20 @@ def check_context(
         )
 
 
+def check_request_length(config: Any, request_tokens: int, new_tokens: int, name: str) -> None:
+    """Refuse one request that leaves no room for its response.
+
+    Raises:
+        UserError: if request + response exceed the context.
+    """
+    context = context_length(config)
+    if context is not None and request_tokens + new_tokens > context:
+        raise UserError(
+            f"The request has {request_tokens} tokens, and with {new_tokens} for the response they "
+            f"exceed the context of {name}, {context}. Shorten the request."
+        )
+
+
 def native_bf16(device: torch.device) -> bool:
     """Whether the hardware multiplies bf16 matrices itself (emulation is 10 times slower)."""
     if device.type == "cuda":

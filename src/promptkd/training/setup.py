@@ -16,10 +16,13 @@ from promptkd.data import (
     Dataset,
     Encoder,
     Example,
+    adopt_chat_template,
     evaluation_set,
-    num_in_both,
+    overlap,
     read_noted,
     steps_of_epochs,
+    template_difference,
+    template_findings,
     training_set,
 )
 from promptkd.errors import UserError
@@ -217,7 +220,7 @@ def _stop_set(requests: Requests, models: Models, say: Say) -> tuple[int, ...]:
 
 def _read_requests(recipe: Recipe, method: Method, say: Say) -> Requests:
     tokenizer = load_tokenizer(recipe.student.model)
-    encoder = Encoder.of_recipe(recipe, tokenizer)
+    encoder = _encoder(recipe, tokenizer, say)
     columns = recipe.data.columns
     examples, notes = read_noted(recipe.data.train, columns)
     data = training_set(examples, encoder)
@@ -227,11 +230,11 @@ def _read_requests(recipe: Recipe, method: Method, say: Say) -> Requests:
         held_out = held_out[: recipe.evaluation.num_examples]
         validation = evaluation_set(held_out, encoder)
         notes += [note for note in more if note not in notes]
-        shared = num_in_both(examples, held_out)
-        if shared:
-            notes.append(
-                f"warning: {shared} of {len(held_out)} validation requests are in the training data"
-            )
+        if sentence := overlap(examples, held_out).sentence():
+            notes.append(f"warning: {sentence}")
+    answered = [example for example in examples if example.responses]
+    for finding in template_findings(encoder, answered[0]) if answered else ():
+        notes.append(f"warning: {finding.sentence}")
     for note in notes:
         say(note)
     has_teacher = recipe.teacher is not None
@@ -239,6 +242,21 @@ def _read_requests(recipe: Recipe, method: Method, say: Say) -> Requests:
     return Requests(
         tokenizer=tokenizer, encoder=encoder, examples=examples, data=data, validation=validation
     )
+
+
+def _encoder(recipe: Recipe, tokenizer: Any, say: Say) -> Encoder:
+    """The student's encoder, with its teacher's chat template where it has none of its own."""
+    teacher = load_tokenizer(recipe.teacher.model) if recipe.teacher else None
+    shared = teacher is not None and same_tokenizer(tokenizer, teacher)
+    if shared and recipe.data.template == "auto" and adopt_chat_template(tokenizer, teacher):
+        say(
+            "the student's tokenizer has no chat template and takes the teacher's, which is saved "
+            "with it (data.template: alpaca or none does without)"
+        )
+    encoder = Encoder.of_recipe(recipe, tokenizer)
+    if shared and (difference := template_difference(encoder, teacher)):
+        say(f"warning: {difference}")
+    return encoder
 
 
 def _load_models(
