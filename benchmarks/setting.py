@@ -25,7 +25,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from promptkd import kernels
-from promptkd.data import Encoder, EncodingSettings, read_examples, training_set
+from promptkd.data import Encoder, read_examples, training_set
 from promptkd.demo import unpack_teacher
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
@@ -91,7 +91,7 @@ def setting(
         calibration = starter if data else None
         init_student(str(teacher), num_layers, student, calibration=calibration, template="chat")
     tokenizer = load_tokenizer(str(teacher))
-    encoder = Encoder(tokenizer, EncodingSettings("chat", max_response_tokens=num_new))
+    encoder = Encoder(tokenizer, "chat", max_request_tokens=256, max_response_tokens=num_new)
     rows = training_set(read_examples([data or starter])[: 4 * num_requests], encoder)
     requests = tuple(example.request_ids for example in rows.examples[:num_requests])
     # Not by promptkd's loader, which puts its kernels into the model: peers have theirs.

@@ -7,15 +7,17 @@ from typing import Any, get_args
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import runs
 import tiny
 from promptkd.cli import main
-from promptkd.config import Tracker
+from promptkd.config import Tracker, recipe_from_dict
+from promptkd.errors import UserError
+from promptkd.methods import build_method
 from promptkd.training.checkpoints import load_latest, saved_checkpoints
+from promptkd.training.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
@@ -272,21 +274,17 @@ def test_a_disk_that_fills_up_later_leaves_the_last_checkpoint(validated, tmp_pa
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step_and_examples(pair, tmp_path):
-    weights = load_file(pair / "student" / "model.safetensors")
-    poisoned = tmp_path / "student"
-    poisoned.mkdir()
-    for path in (pair / "student").iterdir():
-        (poisoned / path.name).write_bytes(path.read_bytes())
-    letter = tiny.tokenizer()("7", add_special_tokens=False).input_ids[0]
-    weights["model.embed_tokens.weight"][letter] = torch.nan
-    save_file(weights, poisoned / "model.safetensors", metadata={"format": "pt"})
-    raw = recipe(pair, student={"model": str(poisoned)}, output=str(tmp_path / "run"))
+    raw = recipe(pair, output=str(tmp_path / "run"))
     raw["optimization"] |= {"global_batch_size": 12}
-    outcome = runs.run(["train", runs.write_recipe(tmp_path, raw)], tmp_path / "out")
-
-    assert outcome.status == 1
-    assert "Traceback" not in outcome.stderr
-    assert "loss 'student' is not finite at step 1, on the training examples [7]" in outcome.stderr
+    made = recipe_from_dict(raw)
+    trainer = Trainer(made, build_method(made.method.name, **made.method.options))
+    letter = tiny.tokenizer()("7", add_special_tokens=False).input_ids[0]
+    with torch.no_grad():
+        trainer.parts.student.module.get_input_embeddings().weight[letter] = torch.nan
+    with pytest.raises(
+        UserError, match=r"'student' is not finite at step 1, on the training examples \[7\]"
+    ):
+        trainer.run()
 
 
 @pytest.mark.parametrize("name", ["sft", "promptkd"])

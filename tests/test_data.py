@@ -12,7 +12,6 @@ import pytest
 import tiny
 from promptkd.data import (
     Encoder,
-    EncodingSettings,
     Example,
     batch_of_step,
     evaluation_set,
@@ -35,7 +34,7 @@ def encoder(
     chat_template: bool = False,
 ) -> Encoder:
     tokenizer = tiny.tokenizer(chat_template)
-    return Encoder(tokenizer, EncodingSettings(template, max_request_tokens, max_response_tokens))
+    return Encoder(tokenizer, template, max_request_tokens, max_response_tokens)
 
 
 USER = {"role": "user", "content": "Why?"}

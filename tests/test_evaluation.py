@@ -10,7 +10,7 @@ import torch
 
 import runs
 import tiny
-from promptkd.data import Encoder, EncodingSettings, Example, evaluation_set, read_examples
+from promptkd.data import Encoder, Example, evaluation_set, read_examples
 from promptkd.errors import UserError
 from promptkd.evaluation.comparison import compare
 from promptkd.evaluation.evaluate import evaluate
@@ -113,7 +113,7 @@ def test_the_same_seed_gives_the_same_predictions_in_any_company(finished, evalu
 
 
 def test_predictions_do_not_depend_on_the_batch():
-    encoder = Encoder(tiny.tokenizer(), EncodingSettings("none", 24, 10))
+    encoder = Encoder(tiny.tokenizer(), "none", 24, 10)
     examples = [Example("say " + "?" * (i % 6), responses=("it",)) for i in range(9)]
     data = evaluation_set(examples, encoder)
     engine = TransformersEngine(LanguageModel(tiny.model("gpt2"), tiny.ROWS), (tiny.EOS,))
@@ -188,7 +188,7 @@ def test_a_run_without_a_student_is_refused(finished, tmp_path):
 
 
 def test_an_empty_response_scores_zero_and_has_one_token():
-    encoder = Encoder(tiny.tokenizer(), EncodingSettings("none", 24, 10))
+    encoder = Encoder(tiny.tokenizer(), "none", 24, 10)
     data = evaluation_set([Example("say", responses=("it is",))], encoder)
     silent = [Rollout(0, data.examples[0].request_ids, (tiny.EOS,), "student")]
     (prediction,) = score(silent, data, encoder.tokenizer, (tiny.EOS,), seed=0)
@@ -354,3 +354,19 @@ def test_a_comparison_is_the_paired_bootstrap_of_means_over_seeds(evaluated, tmp
     assert row.difference == pytest.approx(2 + 3)  # the mean of 0 .. 6
     assert row.low == pytest.approx(paired_difference([2.0 + i for i in range(7)], [0] * 7)[1])
     assert 2 < row.low < 5 < row.high < 8
+
+
+def test_rouge_is_not_claimed_where_its_tokenisation_reads_nothing(tmp_path):
+    encoder = Encoder(tiny.tokenizer(), "none", 24, 10)
+    examples = [Example("say", responses=("!?",)), Example("say", responses=("it is",))]
+    data = evaluation_set(examples, encoder)
+    rollouts = [Rollout(e.index, e.request_ids, e.response_ids, "student") for e in data.examples]
+    first, second = score(rollouts, data, encoder.tokenizer, (tiny.EOS,), seed=0)
+    assert (first.rouge_l, first.exact_match) == (None, 100)
+    assert second.rouge_l == 100
+    tiny.save_pair(tmp_path)
+    tiny.write_data(tmp_path / "train.jsonl")
+    (tmp_path / "valid.jsonl").write_text('{"instruction": "say", "output": "!?"}\n')
+    raw = tiny.recipe(tmp_path, data={"validation": str(tmp_path / "valid.jsonl")})
+    with pytest.raises(UserError, match="rouge_l can't read 1 of 1 references"):
+        runs.train(raw)

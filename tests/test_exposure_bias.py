@@ -10,7 +10,7 @@ from torch import tensor
 import runs
 from promptkd.api import train
 from promptkd.config import recipe_from_dict
-from promptkd.data import Encoder, EncodingSettings, evaluation_set, read_examples
+from promptkd.data import Encoder, evaluation_set, read_examples
 from promptkd.errors import UserError
 from promptkd.evaluation.exposure_bias import (
     curve_in_training,
@@ -58,7 +58,7 @@ def ends_sometimes(language):
 
 def dataset(tmp_path, num_rows=6):
     examples = read_examples([str(write_data(tmp_path / "data.jsonl", num_rows))])
-    return evaluation_set(examples, Encoder(tokenizer(), EncodingSettings("none", 24, 24)))
+    return evaluation_set(examples, Encoder(tokenizer(), "none", 24, 24))
 
 
 def write(language, data, seeds=(1, 2), num_samples=1, decoding=None):

@@ -40,16 +40,16 @@ def edit(file, **changes):
 def test_weights_under_a_wrappers_prefix_are_refused_with_count_and_names(saved, prefix):
     rewrite(saved, lambda weights: {prefix + key: value for key, value in weights.items()})
     said = refused(saved)
-    assert "lacks 30 weights of LlamaForCausalLM (" in said
+    assert "30 weights of LlamaForCausalLM are missing from the checkpoint" in said
     assert "wrapper's prefix" in said
 
 
 def test_a_checkpoint_without_its_last_layer_or_with_one_more_is_refused(saved):
     rewrite(saved, lambda w: {key: value for key, value in w.items() if ".layers.2." not in key})
-    assert "lacks 9 weights" in refused(saved)
+    assert "9 weights of LlamaForCausalLM are missing" in refused(saved)
     tiny.model("llama", num_layers=3, seed=2).save_pretrained(saved)
     edit(saved / "config.json", num_hidden_layers=2)
-    assert "has, but the model doesn't know, 9 weights" in refused(saved)
+    assert "9 weights of LlamaForCausalLM stand in the checkpoint, but" in refused(saved)
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -38,7 +38,7 @@ def test_the_overlap_is_that_of_comparing_all_pairs():
     assert set(found.exact) == same
     assert set(found.near) == close - same
     assert found.near
-    assert f"{len(same)} of {len(held_out)} held-out requests" in str(found.sentence())
+    assert f"of {len(held_out)} held-out requests {len(same)} are in and" in str(found.sentence())
 
 
 def test_white_space_and_the_form_of_a_request_make_no_difference_to_what_is_equal():

@@ -11,7 +11,6 @@ import tiny
 from promptkd.config import ColumnsSection
 from promptkd.data import (
     Encoder,
-    EncodingSettings,
     Example,
     evaluation_set,
     read_examples,
@@ -29,7 +28,7 @@ def write(path, text):
 
 
 def encoder(tokenizer, template, **options):
-    return Encoder(tokenizer, EncodingSettings(template, 50, 50, options))
+    return Encoder(tokenizer, template, 50, 50, template_options=options)
 
 
 def rows_of(tmp_path, *rows):

@@ -142,3 +142,19 @@ def test_training_a_finished_run_again_says_so_and_touches_nothing(pair, tmp_pat
     assert outcome.status == 0
     assert f"{tmp_path / 'run'} is finished; nothing to do." in outcome.stdout
     assert runs.everything(tmp_path / "run") == before
+
+
+def test_a_resume_that_would_learn_from_something_else_is_refused_by_name(pair, tmp_path):
+    place = tmp_path / "place"
+    outcome = train(pair, place, recipe(pair), IN_A_CHECKPOINT)
+    assert outcome.status == -9
+    other = tiny.write_data(tmp_path / "train.jsonl", 12)
+    original = (pair / "train.jsonl").read_text()
+    try:
+        (pair / "train.jsonl").write_text(other.read_text().replace("say 1", "say one"))
+        outcome = train(pair, place, recipe(pair))
+    finally:
+        (pair / "train.jsonl").write_text(original)
+    assert outcome.status == 1
+    assert "began with other training requests than there are now" in outcome.stderr
+    assert train(pair, place, recipe(pair)).status == 0

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import tiny
 from promptkd import api
 from promptkd.config import recipe_from_dict
-from promptkd.data import Encoder, EncodingSettings, batch_of_step, read_examples, training_set
+from promptkd.data import Encoder, batch_of_step, read_examples, training_set
 
 STEPS, DECAY, MAX_NORM = 3, 0.01, 1.0
 RATES = {"adamw": (1e-2, 2e-2), "sgd": (0.5, 1.0)}  # of the student and of the soft prompt
@@ -170,7 +170,7 @@ def train(directory, output, method, teacher_step, optimizer, micro_batch_tokens
 def sequences(directory, step):
     """(tokens, where the response starts) of the rows of a step, from their text."""
     examples = read_examples([str(directory / "train.jsonl")])
-    data = training_set(examples, Encoder(tiny.tokenizer(), EncodingSettings("none", 24, 24)))
+    data = training_set(examples, Encoder(tiny.tokenizer(), "none", 24, 24))
     made = []
     for row in batch_of_step(data, step, 4, 0).examples:
         request = tiny.tokenizer()(examples[row.index].instruction).input_ids

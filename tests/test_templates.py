@@ -4,12 +4,13 @@ import datetime
 import json
 
 import pytest
+from transformers import AutoTokenizer
 
 import tiny
+from promptkd.api import train
 from promptkd.config import recipe_from_dict
 from promptkd.data import (
     Encoder,
-    EncodingSettings,
     Example,
     adopt_chat_template,
     evaluation_set,
@@ -17,6 +18,7 @@ from promptkd.data import (
     template_findings,
 )
 from promptkd.errors import UserError
+from promptkd.evaluation.finished_run import load_run
 
 TURNS = "{% for m in messages %}{{ m.role }}: {{ m.content }}<pad>\n{% endfor %}"
 ASSISTANT = "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -31,14 +33,15 @@ def tokenizer(chat_template):
 
 
 def encoder(chat_template, template="auto", **options):
-    settings = EncodingSettings(template, 200, 50, options, datetime.date(2026, 3, 1))
-    return Encoder(tokenizer(chat_template), settings)
+    date = datetime.date(2026, 3, 1)
+    made = tokenizer(chat_template)
+    return Encoder(made, template, 200, 50, template_options=options, date=date)
 
 
-def test_the_clock_of_a_template_is_the_date_of_the_settings():
+def test_the_clock_of_a_template_is_the_the_date_of_the_encoder():
     dated = encoder("{{ strftime_now('%d %b %Y') }}\n" + TURNS + ASSISTANT)
     assert dated.render(SINGLE).startswith("01 Mar 2026\nuser: Why?")
-    later = Encoder(dated.tokenizer, EncodingSettings(date=datetime.date(2026, 3, 2)))
+    later = Encoder(dated.tokenizer, date=datetime.date(2026, 3, 2))
     data, other = evaluation_set([SINGLE], dated), evaluation_set([SINGLE], later)
     assert data.digest() != other.digest()
     assert data.digest() == evaluation_set([SINGLE], dated).digest()
@@ -178,4 +181,40 @@ def test_a_student_without_a_chat_template_takes_its_teachers():
     assert adopt_chat_template(student, tiny.tokenizer(True))
     assert student.chat_template == tiny.CHAT_TEMPLATE
     assert not adopt_chat_template(student, tokenizer(TURNS))
-    assert json.dumps(student.chat_template) == json.dumps(tiny.CHAT_TEMPLATE)
+
+
+def kd_recipe(directory):
+    tiny.write_data(directory / "train.jsonl")
+    raw = tiny.recipe(
+        directory,
+        method={"name": "kd"},
+        data={"template": "auto", "max_request_tokens": 100},
+        optimization={"max_steps": 1},
+    )
+    return recipe_from_dict(raw)
+
+
+def test_the_teachers_chat_template_is_saved_with_a_student_that_had_none(tmp_path, capsys):
+    student, teacher = tiny.save_pair(tmp_path)
+    tiny.tokenizer(chat_template=True).save_pretrained(teacher)
+    run = train(kd_recipe(tmp_path))
+    assert "takes the teacher's, which is saved with it" in capsys.readouterr().out
+    assert AutoTokenizer.from_pretrained(run / "student").chat_template == tiny.CHAT_TEMPLATE
+    assert AutoTokenizer.from_pretrained(student).chat_template is None
+    assert load_run(run, "a test").encoder.template == "chat"
+
+
+def test_a_run_renders_its_requests_as_of_the_day_it_began(tmp_path):
+    dated = tokenizer("{{ strftime_now('%d %b %Y') }}\n" + TURNS + ASSISTANT)
+    for path in tiny.save_pair(tmp_path):
+        dated.save_pretrained(path)
+    recipe = kd_recipe(tmp_path)
+    record = train(recipe) / "environment.json"
+    known = json.loads(record.read_text())
+    assert known["date"] == datetime.date.today().isoformat()
+
+    record.write_text(json.dumps(known | {"date": "2020-01-02"}))
+    assert load_run(record.parent, "a test").encoder.render(SINGLE).startswith("02 Jan 2020\n")
+    (record.parent / "summary.json").unlink()
+    with pytest.raises(UserError, match="began with other training requests"):
+        train(recipe)  # rendered as of the recorded day, they aren't those of the recorded digest

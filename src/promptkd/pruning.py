@@ -16,7 +16,7 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from promptkd.data import Encoder, EncodingSettings, read_examples, training_set
+from promptkd.data import Encoder, read_examples, training_set
 from promptkd.errors import UserError
 from promptkd.files import whole_directory, write_json
 from promptkd.models.language_model import LanguageModel, proven
@@ -190,7 +190,7 @@ def keep_layers(module: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel
 def _calibration_rollouts(
     tokenizer: Any, template: str, sources: list[str], num_rows: int
 ) -> list[Rollout]:
-    encoder = Encoder(tokenizer, EncodingSettings(template))
+    encoder = Encoder(tokenizer, template)
     data = training_set(read_examples(sources), encoder)
     if not data.has_references:
         raise UserError(

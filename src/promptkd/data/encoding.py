@@ -4,7 +4,8 @@ import datetime
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from promptkd.config import Recipe
@@ -18,6 +19,7 @@ from promptkd.data.templates import (
     resolved,
 )
 from promptkd.errors import UserError
+from promptkd.files import read_json
 
 
 @dataclass(frozen=True)
@@ -30,33 +32,10 @@ class EncodedExample:
     references: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class EncodingSettings:
-    """How text becomes tokens.
-
-    Attributes:
-        template: auto | chat | alpaca | none | a Jinja file.
-        template_options: given to the chat template.
-        date: what a chat template that asks for today's date is told.
-    """
-
-    template: str = "auto"
-    max_request_tokens: int = 256
-    max_response_tokens: int = 256
-    template_options: Mapping[str, Any] = field(default_factory=dict)
-    date: datetime.date = field(default_factory=datetime.date.today)
-
-    @classmethod
-    def of_recipe(cls, recipe: Recipe, date: datetime.date | None = None) -> "EncodingSettings":
-        """A recipe's settings, as of ``date``, which is today if not given."""
-        data = recipe.data
-        return cls(
-            template=data.template,
-            max_request_tokens=data.max_request_tokens,
-            max_response_tokens=data.max_response_tokens,
-            template_options=data.template_options,
-            date=date or datetime.date.today(),
-        )
+def date_of_run(directory: str | Path) -> datetime.date | None:
+    """The date as of which a run renders its requests, as recorded; None before it began."""
+    record = read_json(Path(directory) / "environment.json", [])
+    return datetime.date.fromisoformat(record["date"]) if record and "date" in record else None
 
 
 class Encoder:
@@ -64,17 +43,28 @@ class Encoder:
 
     Attributes:
         template: never ``auto``: what it stands for.
+        template_options: given to the chat template.
+        date: what a chat template that asks for today's date is told; today if not given.
         eos_token_id: what ends a reference: the chat template's end of turn where there is one,
             else the tokenizer's end of sequence.
     """
 
-    def __init__(self, tokenizer: Any, settings: EncodingSettings):
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str = "auto",
+        max_request_tokens: int = 256,
+        max_response_tokens: int = 256,
+        *,
+        template_options: Mapping[str, Any] | None = None,
+        date: datetime.date | None = None,
+    ):
         self.tokenizer = tokenizer
-        self.template = resolved(settings.template, tokenizer)
-        self.settings = replace(settings, template=self.template)
-        self.template_options = dict(settings.template_options)
-        self.max_request_tokens = settings.max_request_tokens
-        self.max_response_tokens = settings.max_response_tokens
+        self.template = resolved(template, tokenizer)
+        self.template_options = dict(template_options or {})
+        self.max_request_tokens = max_request_tokens
+        self.max_response_tokens = max_response_tokens
+        self.date = date or datetime.date.today()
         self.eos_token_id: int = tokenizer.eos_token_id
         check_options(self.template, tokenizer, self.template_options)
         if self.template == "chat":
@@ -83,15 +73,39 @@ class Encoder:
 
     @classmethod
     def of_recipe(
-        cls, recipe: Recipe, tokenizer: Any, *, date: datetime.date | None = None
+        cls,
+        recipe: Recipe,
+        tokenizer: Any,
+        *,
+        date: datetime.date | None = None,
+        max_response_tokens: int | None = None,
     ) -> "Encoder":
         """The recipe's template and limits, with the tokenizer of any of its models."""
-        return cls(tokenizer, EncodingSettings.of_recipe(recipe, date))
+        data = recipe.data
+        return cls(
+            tokenizer,
+            template=data.template,
+            max_request_tokens=data.max_request_tokens,
+            max_response_tokens=max_response_tokens or data.max_response_tokens,
+            template_options=data.template_options,
+            date=date,
+        )
+
+    def with_tokenizer(self, tokenizer: Any) -> "Encoder":
+        """The same way to ask a model that has another tokenizer."""
+        return Encoder(
+            tokenizer,
+            template=self.template,
+            max_request_tokens=self.max_request_tokens,
+            max_response_tokens=self.max_response_tokens,
+            template_options=self.template_options,
+            date=self.date,
+        )
 
     def render(self, example: Example) -> str:
         """The request's text, up to where the response begins."""
         if self.template == "chat":
-            text = render_chat(self.tokenizer, example, self.template_options, self.settings.date)
+            text = render_chat(self.tokenizer, example, self.template_options, self.date)
             refuse_lost_text(text, example)
             return text
         return render(self.template, example)
@@ -195,7 +209,10 @@ def end_of_turn(tokenizer: Any, options: dict[str, Any]) -> int | None:
         return None
     after = text.rpartition(answer)[2].lstrip()
     ids = tokenizer(after, add_special_tokens=False).input_ids if after else []
-    return ids[0] if ids and ids[0] in tokenizer.all_special_ids else None
+    added = tokenizer.added_tokens_decoder
+    if ids and (ids[0] in tokenizer.all_special_ids or (ids[0] in added and added[ids[0]].special)):
+        return ids[0]
+    return None
 
 
 @dataclass(frozen=True)
@@ -309,7 +326,9 @@ def _num_cut_responses(examples: Iterable[EncodedExample], encoder: Encoder) -> 
 
 
 def _num_quoting_markers(examples: Iterable[Example], encoder: Encoder) -> int:
-    markers = [token for token in encoder.tokenizer.all_special_tokens if len(token) > 2]
+    tokenizer = encoder.tokenizer
+    added = (str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
+    markers = {token for token in (*tokenizer.all_special_tokens, *added) if len(token) > 2}
 
     def texts(example: Example) -> Iterable[str]:
         yield from (example.instruction, example.input, *example.responses)

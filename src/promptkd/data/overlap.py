@@ -28,12 +28,11 @@ class Overlap:
 
     def sentence(self) -> str | None:
         """What was found, or None."""
-        if not self.exact and not self.near:
+        counts = ((len(self.exact), "are in"), (len(self.near), "are nearly equal to one in"))
+        found = [f"{count} {words}" for count, words in counts if count]
+        if not found:
             return None
-        return (
-            f"{len(self.exact)} of {self.num_held_out} held-out requests are in the training data, "
-            f"and {len(self.near)} more are nearly equal to one there: their scores measure memory."
-        )
+        return f"of {self.num_held_out} held-out requests {' and '.join(found)} the training data"
 
 
 def overlap(

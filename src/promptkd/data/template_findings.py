@@ -72,11 +72,10 @@ def template_difference(encoder: Encoder, teacher_tokenizer: Any) -> str | None:
             "the teacher's tokenizer has no chat template, so the teacher is asked in the "
             "student's form, which it may not know. Use data.template: alpaca or none for both."
         )
-    settings = encoder.settings
     for probe in PROBES:
         try:
             own, theirs = (
-                render_turns(t, [*probe], (), settings.template_options, settings.date)
+                render_turns(t, [*probe], (), encoder.template_options, encoder.date)
                 for t in (encoder.tokenizer, teacher_tokenizer)
             )
         except UserError:
@@ -92,13 +91,12 @@ def template_difference(encoder: Encoder, teacher_tokenizer: Any) -> str | None:
 
 def _closed(encoder: Encoder, example: Example, turns: list[Turn]) -> str:
     """A conversation that asks for nothing more."""
-    settings = encoder.settings
     return render_turns(
         encoder.tokenizer,
         turns,
         example.tools,
-        settings.template_options,
-        settings.date,
+        encoder.template_options,
+        encoder.date,
         generation_prompt=False,
         at=example.where,
     )

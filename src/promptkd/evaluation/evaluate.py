@@ -3,6 +3,7 @@
 A score always carries its data, decoding settings, seeds, number of examples and interval.
 """
 
+import datetime
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, TypedDict, Unpack
 from tqdm import tqdm
 
 from promptkd.config import ColumnsSection, Recipe, load_recipe
-from promptkd.data import Encoder, EncodingSettings, evaluation_set, read_examples
+from promptkd.data import Encoder, date_of_run, evaluation_set, read_examples
 from promptkd.errors import UserError
 from promptkd.evaluation.results import Evaluation, save_evaluation
 from promptkd.evaluation.scorer import Scorer
@@ -77,14 +78,15 @@ class Protocol:
         }
         return replace(own, decoding=replace(own.decoding, **of_decoding), **given)
 
-    def encoder(self, tokenizer: Any) -> Encoder:
-        settings = EncodingSettings(
+    def encoder(self, tokenizer: Any, date: datetime.date | None) -> Encoder:
+        return Encoder(
+            tokenizer,
             template=self.template,
             max_request_tokens=self.max_request_tokens,
             max_response_tokens=self.decoding.max_new_tokens,
             template_options=self.template_options,
+            date=date,
         )
-        return Encoder(tokenizer, settings)
 
 
 def evaluate(
@@ -128,7 +130,7 @@ def evaluate(
     if teacher is None and recipe and recipe.teacher:
         own = recipe.teacher.model
         teacher = own if same_tokenizer(tokenizer, load_tokenizer(own)) else ""
-    encoder = protocol.encoder(tokenizer)
+    encoder = protocol.encoder(tokenizer, date_of_run(run))
     student, teacher_model = load_pair(name, teacher or None, tokenizer, protocol.precision)
     limits = encoder.max_request_tokens, encoder.max_response_tokens
     check_context(student.module.config, *limits, name)

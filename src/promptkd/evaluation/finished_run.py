@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from promptkd.config import Recipe, load_recipe
-from promptkd.data import Encoder, EncodingSettings
+from promptkd.data import Encoder, date_of_run
 from promptkd.errors import UserError
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.models.language_model import LanguageModel
@@ -77,10 +77,9 @@ def load_run(
     tokenizer = load_tokenizer(str(directory))
     student, teacher = load_pair(str(directory), recipe.teacher.model, tokenizer, precision)
     assert teacher is not None, "there is one"
-    settings = EncodingSettings.of_recipe(recipe)
-    if max_new_tokens is not None:
-        settings = replace(settings, max_response_tokens=max_new_tokens)
-    encoder = Encoder(tokenizer, settings)
+    encoder = Encoder.of_recipe(
+        recipe, tokenizer, date=date_of_run(directory), max_response_tokens=max_new_tokens
+    )
     for model, name in ((student, f"{directory}"), (teacher, recipe.teacher.model)):
         lengths = encoder.max_request_tokens, encoder.max_response_tokens
         check_context(model.module.config, *lengths, name)

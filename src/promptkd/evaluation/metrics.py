@@ -37,6 +37,15 @@ def rouge_l(prediction: str, references: Sequence[str]) -> float:
     return max(_rouge_l_f1(predicted, tokenize.tokenize(r, _STEMMER)) for r in references)
 
 
+def rouge_reads(text: str) -> bool:
+    """Whether ROUGE's tokenisation leaves anything of a text: it knows a-z and 0-9 alone.
+
+    >>> rouge_reads("Straße"), rouge_reads("你好")
+    (True, False)
+    """
+    return bool(tokenize.tokenize(text, None))
+
+
 def _rouge_l_f1(predicted: list[str], reference: list[str]) -> float:
     if not predicted or not reference:
         return 0.0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from promptkd.errors import UserError
-from promptkd.evaluation.metrics import exact_match, rouge_l
+from promptkd.evaluation.metrics import exact_match, rouge_l, rouge_reads
 from promptkd.evaluation.statistics import bootstrap_interval, mean_and_deviation
 from promptkd.files import read_json, read_json_lines, write_json, write_json_lines
 
@@ -25,7 +25,7 @@ class Prediction:
         seed: of the decoding.
         num_tokens: of the response, its stop token included.
         ended: whether the model stopped by itself within the limit.
-        rouge_l: in percent; None without references.
+        rouge_l: in percent; None without references that ROUGE can read.
         exact_match: 0 or 100; None without references.
     """
 
@@ -283,6 +283,7 @@ def _scored(prediction: Prediction) -> Prediction:
     if not prediction.references:
         return prediction
     row = asdict(prediction)
-    row["rouge_l"] = rouge_l(prediction.response, prediction.references)
+    known = prediction.references
+    row["rouge_l"] = rouge_l(prediction.response, known) if any(map(rouge_reads, known)) else None
     row["exact_match"] = exact_match(prediction.response, prediction.references)
     return Prediction.of_row(row)

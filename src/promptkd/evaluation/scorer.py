@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from promptkd.data import Dataset
-from promptkd.evaluation.metrics import exact_match, rouge_l
+from promptkd.evaluation.metrics import exact_match, rouge_l, rouge_reads
 from promptkd.evaluation.results import Prediction, Score, summarise
 from promptkd.evaluation.statistics import mean_and_deviation
 from promptkd.generation.sampling import GenerationSettings
@@ -56,7 +56,7 @@ def score(
                 references=known,
                 num_tokens=len(rollout.response_ids),
                 ended=rollout.response_ids[-1] in stop,
-                rouge_l=rouge_l(response, known) if known else None,
+                rouge_l=rouge_l(response, known) if any(map(rouge_reads, known)) else None,
                 exact_match=exact_match(response, known) if known else None,
             )
         )

@@ -8,13 +8,12 @@ import peft
 
 from promptkd.adapters import load_prefix
 from promptkd.config import load_recipe
-from promptkd.data import Encoder, Example
+from promptkd.data import Encoder, Example, date_of_run
 from promptkd.errors import UserError
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.loading import (
-    check_request_length,
     compute_dtype,
     default_device,
     embedding_rows,
@@ -65,7 +64,7 @@ def generate(
     responses = {}
     for author, name, adapter in voices:
         tokenizer = load_tokenizer(name)
-        encoder = Encoder.of_recipe(recipe, tokenizer)
+        encoder = Encoder.of_recipe(recipe, tokenizer, date=date_of_run(run))
         module: Any = load_model(name, dtype, device)
         kind = peft.PeftConfig.from_pretrained(str(adapter)).peft_type if adapter else None
         if kind == peft.PeftType.LORA:
@@ -79,7 +78,11 @@ def generate(
         stop = {*stop_ids(tokenizer, module), encoder.eos_token_id}
         engine = TransformersEngine(model, sorted(stop))
         ids = encoder.request_ids(Example(request, input))
-        check_request_length(module.config, len(ids), decoding.max_new_tokens, name)
+        if len(ids) > encoder.max_request_tokens:
+            raise UserError(
+                f"The request has {len(ids)} tokens, and this run was made for at most "
+                f"{encoder.max_request_tokens} (data.max_request_tokens). Shorten it."
+            )
         written = engine.generate([ids], [(seed,)], decoding, **front)[0]
         responses[author] = tokenizer.decode(written.token_ids, skip_special_tokens=True).strip()
     return responses

@@ -106,7 +106,7 @@ class TeacherAuthor:
         self.cache = ResponseCache(f"{fingerprint(model.module)} {model.dtype} {stop}")
         self.authors = authors
         self._shares_tokens = same_tokenizer(authors.encoder.tokenizer, tokenizer)
-        self.encoder = Encoder(tokenizer, authors.encoder.settings)
+        self.encoder = authors.encoder.with_tokenizer(tokenizer)
 
     def write(self, examples: Sequence[EncodedExample]) -> list[Rollout]:
         """From the cache, or written now and kept."""

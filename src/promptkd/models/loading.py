@@ -143,14 +143,17 @@ def check_weights(name: str, model: PreTrainedModel, found: dict[str, Any]) -> N
         key for key in sorted(found["unexpected_keys"]) if not any(word in key for word in other)
     ]
     missing = sorted(found["missing_keys"])
-    for what, keys in (("lacks", missing), ("has, but the model doesn't know,", unexpected)):
+    prefixed = any(key.startswith(("_orig_mod.", "module.")) for key in unexpected)
+    hint = " Its names carry a wrapper's prefix (_orig_mod. or module.): strip it."
+    for what, keys in (
+        ("are missing from the checkpoint, and would be random", missing),
+        ("stand in the checkpoint, but the model has no place for them", unexpected),
+    ):
         if keys:
-            prefixed = any(key.startswith(("_orig_mod.", "module.")) for key in unexpected)
-            hint = " Its names carry a wrapper's prefix (_orig_mod. or module.): strip it."
             raise UserError(
-                f"{name}: the checkpoint {what} {len(keys)} weights of {type(model).__name__} "
-                f"({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''}), which would leave it "
-                f"partly random or cut.{hint if prefixed else ''} Save the whole model again."
+                f"{name}: {len(keys)} weights of {type(model).__name__} {what} "
+                f"({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})."
+                f"{hint if prefixed else ''} Save the whole model again."
             )
     for key, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
@@ -271,20 +274,6 @@ def check_context(
         raise UserError(
             f"{prompt}max_request_tokens {request_tokens} + max_response_tokens {response_tokens} "
             f"= {needed} positions, but the context of {name} has {context}. Lower one of them."
-        )
-
-
-def check_request_length(config: Any, request_tokens: int, new_tokens: int, name: str) -> None:
-    """Refuse one request that leaves no room for its response.
-
-    Raises:
-        UserError: if request + response exceed the context.
-    """
-    context = context_length(config)
-    if context is not None and request_tokens + new_tokens > context:
-        raise UserError(
-            f"The request has {request_tokens} tokens, and with {new_tokens} for the response they "
-            f"exceed the context of {name}, {context}. Shorten the request."
         )
 
 

@@ -1,5 +1,6 @@
 """From a recipe to everything a run works with, checked on the way."""
 
+import datetime
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +18,7 @@ from promptkd.data import (
     Encoder,
     Example,
     adopt_chat_template,
+    date_of_run,
     evaluation_set,
     overlap,
     read_noted,
@@ -27,6 +29,7 @@ from promptkd.data import (
 )
 from promptkd.errors import UserError
 from promptkd.generation.generators import Authors
+from promptkd.generation.response_cache import fingerprint
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.generation.vllm_engine import VLLMEngine
@@ -122,6 +125,21 @@ class Setup:
     @property
     def comparable(self) -> bool:
         return self.models.comparable
+
+    @property
+    def date(self) -> datetime.date:
+        """What the chat template is told is today."""
+        return self.requests.encoder.date
+
+    def contents(self) -> dict[str, str]:
+        """Digests of what a run learns from: a resumed one must find them as they were."""
+        digests = {"training requests": self.data.digest()}
+        if self.validation:
+            digests["validation requests"] = self.validation.digest()
+        digests["student weights"] = fingerprint(self.student.module)
+        if self.plain_teacher:
+            digests["teacher weights"] = fingerprint(self.plain_teacher.module)
+        return digests
 
     def summary(self) -> dict[str, Any]:
         """What summary.json says of the models."""
@@ -253,7 +271,7 @@ def _encoder(recipe: Recipe, tokenizer: Any, say: Say) -> Encoder:
             "the student's tokenizer has no chat template and takes the teacher's, which is saved "
             "with it (data.template: alpaca or none does without)"
         )
-    encoder = Encoder.of_recipe(recipe, tokenizer)
+    encoder = Encoder.of_recipe(recipe, tokenizer, date=date_of_run(recipe.output))
     if shared and (difference := template_difference(encoder, teacher)):
         say(f"warning: {difference}")
     return encoder
