@@ -19,7 +19,7 @@ def evaluate(
     seeds: Annotated[list[int] | None, typer.Option(min=0, help="decoding seeds")] = None,
     output: Annotated[Path | None, typer.Option(help="directory for the scores")] = None,
     num_examples: Annotated[int | None, typer.Option(min=1, help="only the first ones")] = None,
-    template: Annotated[str | None, typer.Option(help="alpaca | chat | none | a file")] = None,
+    template: Annotated[str | None, typer.Option(help="as data.template in a recipe")] = None,
     max_request_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     max_response_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy")] = None,

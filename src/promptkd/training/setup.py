@@ -1,5 +1,6 @@
 """From a recipe to everything a run works with, checked on the way."""
 
+import datetime
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,10 +17,14 @@ from promptkd.data import (
     Dataset,
     Encoder,
     Example,
+    adopt_chat_template,
+    date_of_run,
     evaluation_set,
-    num_in_both,
+    overlap,
     read_noted,
     steps_of_epochs,
+    template_difference,
+    template_findings,
     training_set,
 )
 from promptkd.errors import UserError
@@ -121,6 +126,11 @@ class Setup:
     def comparable(self) -> bool:
         return self.models.comparable
 
+    @property
+    def date(self) -> datetime.date:
+        """What the chat template is told is today."""
+        return self.requests.encoder.date
+
     def contents(self) -> dict[str, str]:
         """Digests of what a run learns from: a resumed one must find them as they were."""
         digests = {"training requests": self.data.digest()}
@@ -218,12 +228,6 @@ def _stop_set(requests: Requests, models: Models, say: Say) -> tuple[int, ...]:
     own = {*stop_ids(tokenizer, models.student.module), requests.encoder.eos_token_id}
     if teacher is None or not models.comparable:
         return tuple(sorted(own))
-    templates = tokenizer.chat_template, models.teacher_tokenizer.chat_template
-    if requests.encoder.template == "chat" and templates[0] != templates[1]:
-        say(
-            "warning: the chat templates of student and teacher differ; both read the student's, "
-            "which may be new to the teacher"
-        )
     others = {*stop_ids(models.teacher_tokenizer, teacher.module)}
     others = {token for token in others if token < models.student.vocabulary}
     if others - own:
@@ -234,7 +238,7 @@ def _stop_set(requests: Requests, models: Models, say: Say) -> tuple[int, ...]:
 
 def _read_requests(recipe: Recipe, method: Method, say: Say) -> Requests:
     tokenizer = load_tokenizer(recipe.student.model)
-    encoder = Encoder.of_recipe(recipe, tokenizer)
+    encoder = _encoder(recipe, tokenizer, say)
     columns = recipe.data.columns
     examples, notes = read_noted(recipe.data.train, columns)
     data = training_set(examples, encoder)
@@ -244,11 +248,11 @@ def _read_requests(recipe: Recipe, method: Method, say: Say) -> Requests:
         held_out = held_out[: recipe.evaluation.num_examples]
         validation = evaluation_set(held_out, encoder)
         notes += [note for note in more if note not in notes]
-        shared = num_in_both(examples, held_out)
-        if shared:
-            notes.append(
-                f"warning: {shared} of {len(held_out)} validation requests are in the training data"
-            )
+        if sentence := overlap(examples, held_out).sentence():
+            notes.append(f"warning: {sentence}")
+    answered = [example for example in examples if example.responses]
+    for finding in template_findings(encoder, answered[0]) if answered else ():
+        notes.append(f"warning: {finding.sentence}")
     for note in notes:
         say(note)
     has_teacher = recipe.teacher is not None
@@ -256,6 +260,21 @@ def _read_requests(recipe: Recipe, method: Method, say: Say) -> Requests:
     return Requests(
         tokenizer=tokenizer, encoder=encoder, examples=examples, data=data, validation=validation
     )
+
+
+def _encoder(recipe: Recipe, tokenizer: Any, say: Say) -> Encoder:
+    """The student's encoder, with its teacher's chat template where it has none of its own."""
+    teacher = load_tokenizer(recipe.teacher.model) if recipe.teacher else None
+    shared = teacher is not None and same_tokenizer(tokenizer, teacher)
+    if shared and recipe.data.template == "auto" and adopt_chat_template(tokenizer, teacher):
+        say(
+            "the student's tokenizer has no chat template and takes the teacher's, which is saved "
+            "with it (data.template: alpaca or none does without)"
+        )
+    encoder = Encoder.of_recipe(recipe, tokenizer, date=date_of_run(recipe.output))
+    if shared and (difference := template_difference(encoder, teacher)):
+        say(f"warning: {difference}")
+    return encoder
 
 
 def _load_models(
