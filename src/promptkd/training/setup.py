@@ -46,8 +46,9 @@ from promptkd.models.loading import (
 from promptkd.models.vocabularies import same_tokenizer, same_weights, shared_vocabulary
 from promptkd.ranks import Ranks
 from promptkd.teachers import Teacher
-from promptkd.training import preflight, token_budget
+from promptkd.training import preflight
 from promptkd.training.step import Learner, Step, StepSettings
+from promptkd.training.token_budget import measured_budget
 
 Say = Callable[[str], None]
 
@@ -190,7 +191,8 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
         authors.add_teacher(models.plain_teacher, models.teacher_tokenizer, requests.examples)
     step = _bind_step(recipe, method, models, ranks)
     if recipe.optimization.micro_batch_tokens is None:
-        budget = _token_budget(models, requests.encoder, ranks.number, say)
+        limits = requests.encoder.max_request_tokens, requests.encoder.max_response_tokens
+        budget = measured_budget(models.student, models.teacher, sum(limits), ranks.number, say)
         step.settings = replace(step.settings, micro_batch_tokens=budget)
     say(f"training data: {requests.data.summary()}")
     if requests.validation:
@@ -346,29 +348,6 @@ def _bind_step(recipe: Recipe, method: Method, models: Models, ranks: Ranks) -> 
         ),
         ranks=ranks,
     )
-
-
-def _token_budget(models: Models, encoder: Encoder, num_ranks: int, say: Say) -> int:
-    """Measured: what a token keeps in the models that learn, and what is free."""
-    student, teacher = models.student, models.teacher
-    device = student.device
-    learners: list[tuple[token_budget.Speak, LanguageModel]] = [(student.hidden_states, student)]
-    if teacher and teacher.parameters():
-        learners.append((teacher.hidden_states, teacher.model))
-    per_token = sum(
-        token_budget.bytes_per_token(speak, list(model.module.parameters()), device)
-        for speak, model in learners
-    )
-    trained = sum(p.nbytes for p in student.module.parameters() if p.requires_grad)
-    free = token_budget.free_memory(device) // (num_ranks if device.type == "cpu" else 1)
-    longest = encoder.max_request_tokens + encoder.max_response_tokens
-    longest += teacher.front_length if teacher else 0
-    budget = token_budget.token_budget(per_token, 3 * trained, free, longest, device)
-    say(
-        f"micro_batch_tokens: {budget} ({free / 1e9:.1f} GB free, {per_token / 1e6:.2f} MB kept "
-        "per token)"
-    )
-    return budget
 
 
 def _count_steps(recipe: Recipe, data: Dataset, num_ranks: int) -> int:
