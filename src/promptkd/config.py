@@ -94,6 +94,43 @@ class MethodSection(Section):
         return dict(self.model_extra or {})
 
 
+class ColumnsSection(Section):
+    """Which column of the data is what, where its name isn't a known one."""
+
+    request: str | None = Field(default=None, description="what is asked")
+    context: str | None = Field(default=None, description="a text that belongs to the request")
+    response: str | None = Field(default=None, description="the reference, or several")
+    system: str | None = Field(default=None, description="a system message")
+    history: str | None = Field(default=None, description="turns before the request")
+    messages: str | None = Field(default=None, description="a whole conversation")
+    tools: str | None = Field(default=None, description="tools that a conversation may call")
+    ignore: tuple[str, ...] = Field(default=(), description="columns that are not to be read")
+
+    @field_validator("ignore", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_meaning_each(self) -> "ColumnsSection":
+        if self.request is not None and self.messages is not None:
+            raise ValueError("request and messages are both given: a row has one of them")
+        parts = [getattr(self, part) for part in type(self).model_fields if part != "ignore"]
+        names = [*filter(None, parts), *self.ignore]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"the column {twice[0]!r} is given two meanings")
+        return self
+
+
+RESERVED_OPTIONS = {
+    *("add_generation_prompt", "chat_template", "continue_final_message", "conversation"),
+    *("messages", "padding", "return_dict", "return_tensors", "strftime_now", "tokenize"),
+    *("tokenizer_kwargs", "tools", "truncation"),
+}
+"""Arguments of ``apply_chat_template`` that are not a template's own options."""
+
+
 class DataSection(Section):
     train: tuple[str, ...] = Field(description="path, glob or hub id, or a list of them")
     validation: tuple[str, ...] = Field(default=(), description="held-out data, same formats")
@@ -105,9 +142,7 @@ class DataSection(Section):
     template_options: dict[str, Any] = Field(
         default={}, description="given to the chat template (enable_thinking: false)"
     )
-    columns: dict[str, str] = Field(
-        default={}, description="request, response, input, system, messages: the data's names"
-    )
+    columns: ColumnsSection = ColumnsSection()
     max_request_tokens: int = Field(default=256, ge=1)
     max_response_tokens: int = Field(default=256, ge=1)
 
@@ -115,6 +150,14 @@ class DataSection(Section):
     @classmethod
     def _one_or_many(cls, value: Any) -> Any:
         return (value,) if isinstance(value, str) else value
+
+    @field_validator("template_options")
+    @classmethod
+    def _options_of_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
+        taken = sorted(RESERVED_OPTIONS & value.keys())
+        if taken:
+            raise ValueError(f"{', '.join(taken)} can't be set here: promptkd sets it itself")
+        return value
 
 
 class SamplingSection(Section):

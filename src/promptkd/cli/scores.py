@@ -19,7 +19,7 @@ def evaluate(
     seeds: Annotated[list[int] | None, typer.Option(min=0, help="decoding seeds")] = None,
     output: Annotated[Path | None, typer.Option(help="directory for the scores")] = None,
     num_examples: Annotated[int | None, typer.Option(min=1, help="only the first ones")] = None,
-    template: Annotated[str | None, typer.Option(help="alpaca | chat | none | a file")] = None,
+    template: Annotated[str | None, typer.Option(help="as data.template in a recipe")] = None,
     max_request_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     max_response_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy")] = None,
@@ -190,9 +190,7 @@ def judge(
     base_url: Annotated[str, typer.Option(help="OpenAI-compatible endpoint, up to /v1")],
     model: Annotated[str, typer.Option(help="the judge's name there")],
     protocol: Annotated[str, typer.Option(help="score (the paper's) | pairwise")] = "score",
-    against: Annotated[
-        Path | None, typer.Option(help="pairwise: another run; or references")
-    ] = None,
+    against: Annotated[Path | None, typer.Option(help="another run, for pairwise")] = None,
     seeds: Annotated[list[int] | None, typer.Option(help="decoding seeds of the responses")] = None,
     num_examples: Annotated[int | None, typer.Option(min=1, help="only the first ones")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="the judge's")] = 0.7,

@@ -3,15 +3,16 @@
 A score always carries its data, decoding settings, seeds, number of examples and interval.
 """
 
+import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from tqdm import tqdm
 
-from promptkd.config import Recipe, load_recipe
-from promptkd.data import Encoder, evaluation_set, read_examples
+from promptkd.config import ColumnsSection, Recipe, load_recipe
+from promptkd.data import Encoder, date_of_run, evaluation_set, read_examples
 from promptkd.errors import UserError
 from promptkd.evaluation.metrics import check_metrics
 from promptkd.evaluation.results import Evaluation, save_evaluation
@@ -49,6 +50,8 @@ class Protocol:
     """The same, complete."""
 
     template: str = "auto"
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    columns: ColumnsSection = ColumnsSection()
     max_request_tokens: int = 256
     decoding: GenerationSettings = GenerationSettings(256)
     precision: str = "auto"
@@ -60,11 +63,15 @@ class Protocol:
             data = recipe.data
             own = cls(
                 template=data.template,
+                template_options=data.template_options,
+                columns=data.columns,
                 max_request_tokens=data.max_request_tokens,
                 decoding=GenerationSettings.of_recipe(recipe),
                 precision=recipe.precision,
             )
         given: dict[str, Any] = {key: v for key, v in asked.items() if v is not None}
+        if given.get("template", own.template) != own.template:
+            own = replace(own, template_options={})  # they belong to the run's own template
         if "max_response_tokens" in given:
             given["max_new_tokens"] = given.pop("max_response_tokens")
         of_decoding = {
@@ -72,9 +79,15 @@ class Protocol:
         }
         return replace(own, decoding=replace(own.decoding, **of_decoding), **given)
 
-    def encoder(self, tokenizer: Any) -> Encoder:
-        limits = self.max_request_tokens, self.decoding.max_new_tokens
-        return Encoder(tokenizer, self.template, *limits)
+    def encoder(self, tokenizer: Any, date: datetime.date | None) -> Encoder:
+        return Encoder(
+            tokenizer,
+            template=self.template,
+            max_request_tokens=self.max_request_tokens,
+            max_response_tokens=self.decoding.max_new_tokens,
+            template_options=self.template_options,
+            date=date,
+        )
 
 
 def evaluate(
@@ -114,12 +127,15 @@ def evaluate(
     protocol = Protocol.of(recipe, asked)
     check_metrics(metrics, len(seeds))
     suite = data if isinstance(data, Mapping) else suite_of_files(listed(data))
-    examples = {key: read_examples(listed(own))[:num_examples] for key, own in suite.items()}
+    examples = {
+        key: read_examples(listed(own), protocol.columns)[:num_examples]
+        for key, own in suite.items()
+    }
     tokenizer = load_tokenizer(name)
     if teacher is None and recipe and recipe.teacher:
         own = recipe.teacher.model
         teacher = own if same_tokenizer(tokenizer, load_tokenizer(own)) else ""
-    encoder = protocol.encoder(tokenizer)
+    encoder = protocol.encoder(tokenizer, date_of_run(run))
     student, teacher_model = load_pair(name, teacher or None, tokenizer, protocol.precision)
     limits = encoder.max_request_tokens, encoder.max_response_tokens
     check_context(student.module.config, *limits, name)

@@ -141,11 +141,13 @@ def prompt_analysis(
     first = load_language_model(finished.recipe.student.model, precision)
     first = replace(first, vocabulary=finished.student.vocabulary)
     cast = Cast(finished, first, final)
-    trained = training_set(read_examples(finished.recipe.data.train), finished.encoder)
+    columns = finished.recipe.data.columns
+    examples = read_examples(finished.recipe.data.train, columns)
+    trained = training_set(examples, finished.encoder)
     sets = {"train": Dataset(trained.examples[:num_examples])}
     sources = [data] if isinstance(data, str) else list(data or finished.recipe.data.validation)
     if sources:
-        held_out = read_examples(sources)[:num_examples]
+        held_out = read_examples(sources, columns)[:num_examples]
         sets["validation"] = evaluation_set(held_out, finished.encoder)
     parts: dict[str, list[dict[str, Any]]] = {
         "table_4": [],

@@ -91,7 +91,7 @@ class StudyScorer:
         self._asked = study.evaluation
         self._base = base = study.base_recipe
         self._rows: dict[str, Sequence[Example]] = {
-            name: read_examples(sources)[: self._asked.num_examples]
+            name: read_examples(sources, base.data.columns)[: self._asked.num_examples]
             for name, sources in self._asked.suite.items()
         }
         self._teacher = ""

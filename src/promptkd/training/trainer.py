@@ -75,7 +75,7 @@ class Trainer:
             self.say(f"{self.directory.path} is finished; nothing to do.")
             return
         if self.is_main:
-            self.directory.claim(self.parts.contents())
+            self.directory.claim(self.parts.contents(), self.parts.date)
         self._resume()
         if self.recipe.tracking:
             self.accelerator.init_trackers("promptkd")
