@@ -27,10 +27,7 @@ def evaluate(
     top_k: Annotated[int | None, typer.Option(min=0)] = None,
     no_repeat_ngram_size: Annotated[int, typer.Option(help="6 as the authors' test script")] = 0,
     teacher: Annotated[str | None, typer.Option(help="also measure KL(student || teacher)")] = None,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(help="more: final_answer, distinct_2, exact_match@5, module:function, ..."),
-    ] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="more scores: docs/metrics.md")] = None,
 ) -> None:
     """Write responses to held-out requests, score them, and save both."""
     if (suite is None) == (not data):
