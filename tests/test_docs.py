@@ -19,7 +19,8 @@ from typer.main import get_command
 
 import promptkd as pk
 from promptkd.cli import app
-from promptkd.config import Recipe, recipe_from_dict
+from promptkd.config import CRITERIA, Recipe, recipe_from_dict
+from promptkd.evaluation.metrics import METRICS as TEXT_METRICS
 from promptkd.methods import METHODS, build_method
 from tiny import save_pair, write_data
 
@@ -270,3 +271,8 @@ def test_the_parts_of_the_methods_page_exist():
         for name in re.findall(r"`([A-Z]\w+)", parts):
             (home,) = (home for home in homes if name in vars(home))
             assert dataclasses.is_dataclass(getattr(home, name)), name
+
+
+def test_every_metric_has_its_line_in_the_docs():
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    assert [name for name in (*TEXT_METRICS, *CRITERIA) if f"| `{name}`" not in text] == []

@@ -227,6 +227,7 @@ def test_text_that_rouge_l_cannot_read_is_compared_by_its_unicode_form():
         "mine:length",
     )
     assert "ROUGE-L (Unicode words) 30.0 (95% interval" in answer([run("a")], [data])[-1]
+    assert score_table(data, 1).rows[0][1] == Cell("90.0", "20 requests")
 
 
 def test_runs_that_cannot_be_told_apart_open_with_no_difference_shown():

@@ -29,6 +29,8 @@ def show_scores(results: dict[str, Any]) -> None:
             if "interval_95" in values:
                 low, high = values["interval_95"]
                 shown += f", 95% [{low:.2f}, {high:.2f}]"
+            if values.get("num_requests", result["num_examples"]) < result["num_examples"]:
+                shown += f", over the {values['num_requests']} requests that have it"
             typer.echo(shown)
 
 

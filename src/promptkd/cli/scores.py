@@ -27,10 +27,7 @@ def evaluate(
     top_k: Annotated[int | None, typer.Option(min=0)] = None,
     no_repeat_ngram_size: Annotated[int, typer.Option(help="6 as the authors' test script")] = 0,
     teacher: Annotated[str | None, typer.Option(help="also measure KL(student || teacher)")] = None,
-    metric: Annotated[
-        list[str] | None,
-        typer.Option(help="more: final_answer, distinct_2, exact_match@5, module:function, ..."),
-    ] = None,
+    metric: Annotated[list[str] | None, typer.Option(help="more scores: docs/metrics.md")] = None,
 ) -> None:
     """Write responses to held-out requests, score them, and save both."""
     if (suite is None) == (not data):
@@ -190,9 +187,7 @@ def judge(
     base_url: Annotated[str, typer.Option(help="OpenAI-compatible endpoint, up to /v1")],
     model: Annotated[str, typer.Option(help="the judge's name there")],
     protocol: Annotated[str, typer.Option(help="score (the paper's) | pairwise")] = "score",
-    against: Annotated[
-        Path | None, typer.Option(help="pairwise: another run; or references")
-    ] = None,
+    against: Annotated[Path | None, typer.Option(help="another run, for pairwise")] = None,
     seeds: Annotated[list[int] | None, typer.Option(help="decoding seeds of the responses")] = None,
     num_examples: Annotated[int | None, typer.Option(min=1, help="only the first ones")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="the judge's")] = 0.7,

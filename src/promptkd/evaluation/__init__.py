@@ -1,1 +1,1 @@
-"""What came of it: predictions, scores, intervals, exposure bias, the prompt's effect."""
+"""Measurements of models: predictions, scores, intervals, exposure bias, the prompt's effect."""

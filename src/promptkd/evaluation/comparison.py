@@ -1,4 +1,4 @@
-"""Two evaluations side by side: is the difference more than chance? No torch."""
+"""Paired differences between two evaluations, with bootstrap intervals. No torch."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +65,7 @@ def compare(first: str | Path, second: str | Path) -> list[Difference]:
     """Every score that two evaluations share, on every data set that both were asked.
 
     Args:
-        first: a run's directory, or one that ``evaluate`` wrote to.
+        first: a run's directory, or the output of ``evaluate``.
         second: likewise.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What an evaluation found: predictions, scores, and the two files that keep them. No torch."""
+"""Predictions and scores as types, and the two files of an evaluation that keep them. No torch."""
 
 import hashlib
 import json
@@ -321,7 +321,7 @@ def rescore(directory: str | Path, notes: list[str] | None = None) -> dict[str, 
     What needs models stays as it is, and so does what a user's own function gave.
 
     Args:
-        directory: a run's, or one that ``evaluate`` wrote to.
+        directory: a run's, or the output of ``evaluate``.
         notes: takes a sentence for every damaged file.
 
     Returns:

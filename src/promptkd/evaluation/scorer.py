@@ -1,4 +1,4 @@
-"""Responses to held-out requests, scored: one protocol, in training and after."""
+"""Responses to held-out requests and their scores: one protocol, in training and after."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace

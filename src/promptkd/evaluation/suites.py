@@ -1,4 +1,4 @@
-"""Several data sets, by name, for one evaluation. No torch."""
+"""Suites: several named data sets that one evaluation scores one by one. No torch."""
 
 from collections.abc import Sequence
 from pathlib import Path

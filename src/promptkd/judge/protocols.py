@@ -1,4 +1,4 @@
-"""The judge's two protocols: what is asked, how a reply is read, what the verdicts add up to.
+"""The judge's two protocols: instructions, parsing of replies, and summaries of verdicts.
 
 ``score``: 100 * sum of the model's grades / sum of the references' grades, from 1 to 10 each, the
 model always shown first. ``pairwise``: every pair is shown in both orders; a win or a loss counts
@@ -98,8 +98,8 @@ def read_preference(reply: str) -> str | None:
 
 def _first_line(reply: str) -> str:
     """The first line with text, after a reasoning model's thoughts."""
-    spoken = re.sub(r"^\s*<think>.*?</think>", "", reply, flags=re.DOTALL)
-    return next((line.strip() for line in spoken.splitlines() if line.strip()), "")
+    answer = re.sub(r"^\s*<think>.*?</think>", "", reply, flags=re.DOTALL)
+    return next((line.strip() for line in answer.splitlines() if line.strip()), "")
 
 
 def summarise_grades(verdicts: dict[tuple[Pair, str], Any]) -> tuple[int, dict[str, Any] | None]:

@@ -26,7 +26,7 @@ class TrainingCost:
 
     @property
     def seconds_rest(self) -> float:
-        """Of learning: optimizers, and all of it in runs that didn't write down its parts."""
+        """Of learning: the optimizers; all of it in runs whose metrics lack its parts."""
         return self.seconds_learning - (
             self.seconds_teacher + self.seconds_student + self.seconds_losses
         )

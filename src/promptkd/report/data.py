@@ -1,4 +1,4 @@
-"""What the report knows: the files of runs, read as they are. Imports no torch.
+"""Reading run directories for the report. No torch.
 
 A run that was stopped, was never evaluated or lost its last line is still worth looking at, so
 every file but the recipe may be missing, and what could not be read becomes a note on the page.

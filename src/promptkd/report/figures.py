@@ -1,4 +1,4 @@
-"""The report's figures: drawn once by matplotlib, kept as files and as SVG for the page.
+"""Drawing with matplotlib: each figure becomes two files and an SVG for the page.
 
 On the page a figure takes its colours from the page's own variables, so one drawing serves light,
 dark and print; the files keep the light colours on transparent ground.

@@ -1,4 +1,4 @@
-"""The page: what goes into it, in order; how it looks is in ``templates/``."""
+"""The HTML page: which numbers, figures and tables it shows. Its looks are in ``templates/``."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Which figures a report has, and what each of them says."""
+"""The report's figures: what each one plots, and the sentence below it."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -342,15 +342,15 @@ def _gaps(run: Run, slot: int, directory: Path, several: bool) -> list[Figure]:
     if survival:
         series = [
             Series(
-                label=author,
+                label=model,
                 x=range(1, len(shares) + 1),
                 y=[100 * share for share in shares],
                 slot=number,
             )
-            for number, (author, shares) in enumerate(survival.items())
+            for number, (model, shares) in enumerate(survival.items())
         ]
         lengths = bias.get("mean_length") or {}
-        said = "; ".join(f"{author} {length:.0f} tokens" for author, length in lengths.items())
+        said = "; ".join(f"{model} {length:.0f} tokens" for model, length in lengths.items())
         figure = lines(
             directory,
             f"survival-{slot + 1}",
@@ -366,12 +366,12 @@ def _gaps(run: Run, slot: int, directory: Path, several: bool) -> list[Figure]:
 def _kl_by_position(curve: Row, name: str, whose: str, directory: Path) -> Figure:
     series = [
         Series(
-            label=f"after the {author}'s text",
+            label=f"after the {model}'s text",
             x=curve["steps"],
-            y=_increments(curve[f"{author}_gap"]),
+            y=_increments(curve[f"{model}_gap"]),
             slot=number,
         )
-        for number, author in enumerate(("student", "teacher"))
+        for number, model in enumerate(("student", "teacher"))
     ]
     tail = "; ".join(f"{s.label}: {digits(sum(s.y) / len(s.y))} nats on average" for s in series)
     return lines(

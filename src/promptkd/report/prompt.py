@@ -1,4 +1,4 @@
-"""What the prompt did to the teacher, as ``prompt_analysis.json`` of a run recorded it."""
+"""The report's section on the soft prompt, from ``prompt_analysis.json`` of a run."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ KL_HEADINGS = {
 
 @dataclass(frozen=True)
 class Pair:
-    """One request and what each author responded."""
+    """One request and each model's response."""
 
     request: str
     responses: tuple[tuple[str, str], ...]
@@ -47,8 +47,8 @@ def prompt_findings(runs: Sequence[Run]) -> list[PromptFindings]:
             Pair(
                 row["request"],
                 tuple(
-                    (author, row[key])
-                    for author, key in (
+                    (model, row[key])
+                    for model, key in (
                         ("teacher", "teacher"),
                         ("teacher with its prompt", "prompted_teacher"),
                         ("student", "student"),
@@ -146,7 +146,7 @@ def _kl_table(analysis: Row, number: int) -> Table | None:
     caption = (
         f"The teacher without and with its prompt; {counts}, seed {analysis.get('seed')}. KLs in "
         "nats per response token, teacher-forced. ROUGE-L, length and share ended are of responses "
-        "the teacher wrote itself. Small: change by the prompt, 95% interval over requests."
+        "the teacher generated itself. Small: change by the prompt, 95% interval over requests."
     )
     headings = ("Where", *(KL_HEADINGS[key] for key in shown), "ROUGE-L", "Length", "Ended, %")
     return Table(

@@ -1,4 +1,4 @@
-"""The report of one run or of several: one page, its figures and tables as files. No torch.
+"""Writing the report of one run or of several. No torch.
 
 Reads only what runs left in their directories, so it works for a run that is still going, was
 stopped, or was made on another machine.

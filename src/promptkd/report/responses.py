@@ -1,4 +1,4 @@
-"""What the browser of responses shows, as data for the page's script."""
+"""The data behind the page's browser of responses."""
 
 import json
 from collections.abc import Sequence

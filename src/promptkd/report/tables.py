@@ -1,10 +1,10 @@
-"""Tables of a report: made once, shown on the page, written as Markdown and LaTeX."""
+"""The report's tables: shown on the page, saved as Markdown and LaTeX."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from promptkd.evaluation.results import Score
+from promptkd.evaluation.results import Evaluation
 from promptkd.files import write_text
 from promptkd.report.cost import cost
 from promptkd.report.data import DataSet, Model, Run
@@ -153,7 +153,9 @@ def score_table(data: DataSet, number: int) -> Table:
     for model in data.models:
         scores = model.evaluation.scores
         cells = [
-            _score_cell(s, scores[s], best.get(s) == model.label) if s in scores else Cell("–")
+            _score_cell(model.evaluation, s, best.get(s) == model.label)
+            if s in scores
+            else Cell("–")
             for s in shown
         ]
         cells[place - 1 : place - 1] = [
@@ -308,7 +310,8 @@ def _baseline(data: DataSet, score: str) -> Model | None:
     return next(iter(data.of_role("start")), None)
 
 
-def _score_cell(name: str, score: Score, best: bool) -> Cell:
+def _score_cell(evaluation: Evaluation, name: str, best: bool) -> Cell:
+    score = evaluation.scores[name]
     nats = name in ("reverse_kl_to_teacher", "cross_entropy")
     text = digits(score.mean) if nats else f"{score.mean:.1f}"
     interval, detail = score.interval_95, ""
@@ -319,6 +322,8 @@ def _score_cell(name: str, score: Score, best: bool) -> Cell:
         detail = f"± {digits(score.deviation_over_seeds)}"
     if name in RANKED and score.deviation_over_seeds:
         detail += f" ± {score.deviation_over_seeds:.1f}"
+    if score.num_requests and score.num_requests < evaluation.num_examples:
+        detail = f"{detail} {score.num_requests} requests".strip()
     return Cell(text, detail, best)
 
 

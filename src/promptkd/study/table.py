@@ -1,4 +1,4 @@
-"""What came of a study, per data set: means over training seeds, intervals, differences. No torch.
+"""A study's table per data set: means over training seeds, intervals, differences. No torch.
 
 A method's score is the mean over its training seeds, beside their standard deviation. Intervals
 and paired differences are over requests: a request's score is its mean over training and decoding
