@@ -5,12 +5,24 @@ Keys follow Hugging Face's names where one exists. Defaults are those of PromptK
 """
 
 import difflib
+import importlib
+import inspect
+import os
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Annotated, Any, Literal, TypeVar, cast, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from promptkd.errors import UserError
 
@@ -42,34 +54,58 @@ Tracker = Literal[
 ]
 
 
+Name = Annotated[str, Field(min_length=1)]
+
+
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    """A part of a recipe: its keys are known, and its numbers are numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_its_kind(cls, value: Any, info: Any) -> Any:
+        refuse_look_alikes(value, cls.model_fields[info.field_name].annotation)
+        return value
+
+
+def refuse_look_alikes(value: Any, annotation: Any) -> None:
+    """Refuse what would pass for something else: true as a number, a NUL in a name.
+
+    Raises:
+        ValueError: saying what is expected.
+    """
+    kinds = get_args(annotation) or (annotation,)
+    if isinstance(value, bool) and {int, float} & set(kinds) and bool not in kinds:
+        raise ValueError("a number is expected, not true or false")
+    if isinstance(value, str) and "\0" in value:
+        raise ValueError("a text without NUL characters is expected")
 
 
 Keys = TypeVar("Keys", bound=Section)
 
 
 class LoRASection(Section):
-    r: int = Field(default=16, ge=1, description="rank")
+    r: int = Field(default=16, ge=1, le=4096, description="rank of the adapters")
     alpha: int = Field(default=32, ge=1, description="the update is scaled by alpha / r")
     target_modules: tuple[str, ...] = Field(default=(), description="empty: PEFT's choice")
     merge: bool = Field(default=False, description="save whole weights instead of an adapter")
 
 
 class StudentSection(Section):
-    model: str = Field(description="hub id, directory, a .gguf file, or a finished run's directory")
+    model: Name = Field(description="hub id, directory, a .gguf file, or a finished run's directory")
     lora: LoRASection | None = Field(default=None, description="train adapters, not the weights")
 
 
 class TeacherSection(Section):
-    model: str = Field(description="hub id, directory, a .gguf file, or a finished run's directory")
+    model: Name = Field(description="hub id, directory, a .gguf file, or a finished run's directory")
 
 
 class MethodSection(Section):
     """A name of ``promptkd.methods.METHODS`` or ``module:function``; the rest are its options."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
-    name: str = "promptkd"
+    name: Name = "promptkd"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -77,9 +113,9 @@ class MethodSection(Section):
 
 
 class DataSection(Section):
-    train: tuple[str, ...] = Field(description="path, glob or hub id, or a list of them")
-    validation: tuple[str, ...] = Field(default=(), description="held-out data, same formats")
-    template: str = Field(
+    train: tuple[Name, ...] = Field(min_length=1, description="path, glob or hub id, or a list of them")
+    validation: tuple[Name, ...] = Field(default=(), description="held-out data, same formats")
+    template: Name = Field(
         default="auto",
         description="auto | chat | alpaca | none | a Jinja file; auto: the tokenizer's chat "
         "template where it has one, else alpaca",
@@ -101,7 +137,7 @@ class DataSection(Section):
 
 class SamplingSection(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
-    temperature: float = Field(default=1.0, ge=0, description="0 is greedy decoding")
+    temperature: float = Field(default=1.0, ge=0, le=100, description="0 is greedy decoding")
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0, description="0 keeps every token")
 
@@ -113,8 +149,10 @@ class OptimizationSection(Section):
     micro_batch_tokens: int | None = Field(
         default=None, ge=1, description="padded tokens per forward; not given: what fits in memory"
     )
-    max_steps: int | None = Field(default=None, ge=1, description="optimizer steps")
-    epochs: float | None = Field(default=None, gt=0, description="used when max_steps is not given")
+    max_steps: int | None = Field(default=None, ge=1, le=10**9, description="optimizer steps")
+    epochs: float | None = Field(
+        default=None, gt=0, le=10**6, description="used when max_steps is not given"
+    )
     warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: float = Field(default=0.01, ge=0)
@@ -161,8 +199,8 @@ class Recipe(Section):
     evaluation: EvaluationSection = EvaluationSection()
     checkpoints: CheckpointSection = CheckpointSection()
     tracking: tuple[Tracker, ...] = Field(default=(), description="accelerate's trackers")
-    seed: int = 0
-    output: str
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    output: Name
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_none=True)
@@ -207,6 +245,9 @@ def read_keys(path: str | Path, what: str) -> dict[str, Any]:
     raw = _read_yaml(text, f"{what} {path}")
     if not isinstance(raw, dict):
         raise UserError(f"{what} {path} holds no keys. Write a mapping, as in docs/ and recipes/.")
+    for key in cast(dict[Any, Any], raw):
+        if not isinstance(key, str):
+            raise UserError(f"{what} {path}: the key {key!r} is no text. Put it in quotes.")
     return cast(dict[str, Any], raw)
 
 
@@ -247,11 +288,21 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise UserError(f"Override '{override}': '{part}' is a value, not a section.")
         node = cast(Any, child)
-    node[parts[-1]] = _read_yaml(value, f"Override '{override}'")
+    node[parts[-1]] = _read_yaml(value, f"Override {shown(override)}")
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 5e-5 is one, which YAML 1.1 reads as a text."""
+    """YAML 1.2's numbers (5e-5 is one, which YAML 1.1 reads as a text), and no key twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    problem = f"the key '{key.value}' is given twice"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
@@ -262,7 +313,9 @@ _Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
 def _read_yaml(text: str, what: str) -> Any:
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
+    except RecursionError:
+        raise UserError(f"{what} is nested too deeply. A recipe has two levels of keys.") from None
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a date or number beyond all bounds
         raise UserError(f"{what} is not valid YAML: {error}") from None
 
 
@@ -277,4 +330,58 @@ def _explain(item: Any, model: Any, what: str, prefix: str) -> str:
         return f"unknown key '{key}'{suggest(location[-1], list(model.model_fields))}"
     if item["type"] == "missing":
         return f"'{key}' is missing from the {what}."
-    return f"'{key}' is {item['input']!r}: {item['msg'].removeprefix('Value error, ')}."
+    return _fault(key, item)
+
+
+def _fault(key: str, item: Any) -> str:
+    reason = item["msg"].removeprefix("Value error, ").removesuffix(".")
+    if isinstance(item["input"], dict) and item["type"] == "value_error":  # of several keys
+        return f"'{key}': {reason}." if key else f"{reason}."
+    return f"'{key}' is {shown(item['input'])}: {reason}."
+
+
+def option_faults(error: ValidationError, prefix: str) -> str:
+    """What is wrong with the options of a function or class, a sentence each."""
+    return "\n".join(_option_fault(item, prefix) for item in error.errors())
+
+
+def _option_fault(item: Any, prefix: str) -> str:
+    location = [str(part) for part in item["loc"]]
+    key = prefix + ".".join(location) if location else ""
+    if item["type"] in ("missing_argument", "missing"):
+        return f"'{key}' is missing, and has no default."
+    return _fault(key, item)
+
+
+def import_function(name: str, what: str) -> Callable[..., Any]:
+    """The function that ``module:function`` names, from the current directory or Python's path.
+
+    This runs the module's code, as any import does.
+
+    Raises:
+        UserError: if there is none, or its module can't be imported.
+    """
+    module, _, attribute = name.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), attribute)):
+        raise UserError(f"{what} '{name}' has not the form module:function.")
+    if os.getcwd() not in sys.path:  # the installed command doesn't look there, python -m does
+        sys.path.insert(0, os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except Exception as error:  # a user's module can raise anything
+        raise UserError(
+            f"{what} '{name}' cannot be imported: {error}. Write module:function, "
+            "with the module in the current directory or on the Python path."
+        ) from None
+    if not inspect.isfunction(function):
+        raise UserError(
+            f"{what} '{name}' is a {type(function).__name__}, not a function. Name a Python "
+            "function."
+        )
+    return function
+
+
+def shown(value: Any) -> str:
+    """A value in a sentence, cut where it would fill the screen."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."

@@ -20,18 +20,15 @@ and its code disagree, the docstring says which one is followed.
 """
 
 import functools
-import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ParamSpec
 
-from pydantic import ValidationError, validate_call
+from pydantic import ConfigDict, ValidationError, validate_call
 
 from promptkd.composition import Method, Term, source, teacher_specification
-from promptkd.config import suggest
+from promptkd.config import import_function, option_faults, refuse_look_alikes, suggest
 from promptkd.errors import UserError
 from promptkd.objectives import (
     CrossEntropy,
@@ -286,15 +283,19 @@ def build_method(name: str, **options: Any) -> Method:
     """
     function = _method_function(name)
     known = inspect.signature(function).parameters
-    for option in options:
+    for option, value in options.items():
         if option not in known:
-            raise UserError(f"unknown key 'method.{option}'{suggest(option, list(known))}")
+            nearest = suggest(option, list(known)) if known else f"; '{name}' has no options"
+            raise UserError(f"unknown key 'method.{option}'{nearest}")
+        try:
+            refuse_look_alikes(value, known[option].annotation)
+        except ValueError as error:
+            raise UserError(f"'method.{option}' is {value!r}: {error}.") from None
+    checked = validate_call(function, config=ConfigDict(allow_inf_nan=False))
     try:
-        method = validate_call(function)(**options)
+        method = checked(**options)
     except ValidationError as error:
-        wrong = error.errors()[0]
-        key = ".".join(str(part) for part in wrong["loc"])
-        raise UserError(f"'method.{key}' is {wrong['input']!r}: {wrong['msg']}.") from None
+        raise UserError(option_faults(error, "method.")) from None
     except (ValueError, TypeError) as error:
         raise UserError(f"method '{name}': {error}") from None
     if not isinstance(method, Method):
@@ -303,23 +304,8 @@ def build_method(name: str, **options: Any) -> Method:
 
 
 def _method_function(name: str) -> Callable[..., Method]:
-    if ":" not in name:
-        if name not in METHODS:
-            raise UserError(f"unknown method '{name}'{suggest(name, list(METHODS))}")
-        return METHODS[name]
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # the installed command doesn't look there, python -m does
-        sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UserError(
-            f"method '{name}' cannot be imported: {error}. Write module:function, "
-            "with the module in the current directory or on the Python path."
-        ) from None
-    if not inspect.isfunction(function):
-        raise UserError(
-            f"method '{name}' is a {type(function).__name__}, not a function. Name a Python "
-            "function that returns a promptkd Method."
-        )
-    return function
+    if ":" in name:
+        return import_function(name, "method")
+    if name not in METHODS:
+        raise UserError(f"unknown method '{name}'{suggest(name, list(METHODS))}")
+    return METHODS[name]

@@ -39,6 +39,13 @@ class Adaptation:
     towards_itself: Divergence = Divergence("reverse_kl")
     regularizer: float = 1.0
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.regularizer < math.inf:
+            raise ValueError(
+                f"regularizer is {self.regularizer}: it is finite and not negative, which would drive "
+                "the teacher away from itself. Use 0 to leave it out."
+            )
+
     def coefficient(self, step: int, max_steps: int) -> float:
         """c_k of ``step`` counted from 0: 1 - 1/K in the first, exactly 0 in the last."""
         return self.regularizer * (max_steps - (step + 1)) / max_steps
@@ -334,6 +341,10 @@ class Interpolated:
                 f"the teacher's share goes from {self.start} to {self.end}: "
                 "give 0 <= start <= end <= 1."
             )
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}: an average's share lies in [0, 1).")
+        if not 0 <= self.step_size <= 1:
+            raise ValueError(f"step_size is {self.step_size}: it lies in [0, 1].")
 
     def build(self, model: LanguageModel, tokenizer: Any) -> Teacher:
         return InterpolatedTeacher(model, self)
