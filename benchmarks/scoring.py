@@ -12,7 +12,8 @@ from importlib import resources
 from setting import record
 
 from promptkd.data import read_examples
-from promptkd.evaluation.metrics import bootstrap_interval, exact_match, rouge_l
+from promptkd.evaluation.metrics import exact_match, rouge_l
+from promptkd.evaluation.statistics import bootstrap_interval
 
 NUM, WORDS = 10_000, 60
 

@@ -15,7 +15,7 @@ from promptkd.errors import UserError
 from promptkd.evaluation.comparison import compare
 from promptkd.evaluation.evaluate import evaluate
 from promptkd.evaluation.metrics import exact_match, rouge_l
-from promptkd.evaluation.results import Prediction, rescore, summarise
+from promptkd.evaluation.results import Prediction, read_evaluations, rescore, summarise
 from promptkd.evaluation.scorer import predict, score
 from promptkd.evaluation.statistics import bootstrap_interval, paired_difference
 from promptkd.evaluation.suites import read_suite, suite_of_files
@@ -23,7 +23,7 @@ from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.models.language_model import LanguageModel
 from promptkd.rollouts import Rollout
-from promptkd.token_losses import loss_sums
+from promptkd.token_losses import cross_entropies, distances
 from promptkd.training.validation import SEED as VALIDATION_SEED
 
 
@@ -56,6 +56,11 @@ def evaluated(finished, tmp_path_factory) -> tuple[dict[str, Any], Path]:
 
 def predictions(output: Path, name: str = "valid") -> list[dict[str, Any]]:
     return runs.json_lines(output / f"{name}.predictions.jsonl")
+
+
+def without_kl(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What doesn't depend on rounding."""
+    return [{k: v for k, v in row.items() if k != "reverse_kl_to_teacher"} for row in rows]
 
 
 def test_scores_carry_all_that_is_needed_to_rerun_them(finished, evaluated):
@@ -105,7 +110,7 @@ def test_the_same_seed_gives_the_same_predictions_in_any_company(finished, evalu
     evaluate(run, data, seeds=(4,), output=tmp_path / "alone", teacher="")
     evaluate(run, data, seeds=(4,), num_examples=2, output=tmp_path / "few", teacher="")
 
-    of_seed_4 = [row for row in predictions(output) if row["seed"] == 4]
+    of_seed_4 = without_kl([row for row in predictions(output) if row["seed"] == 4])
     assert predictions(tmp_path / "alone") == of_seed_4
     assert predictions(tmp_path / "few") == of_seed_4[:2]
     of_seed_3 = [row["response"] for row in predictions(output) if row["seed"] == 3]
@@ -140,7 +145,9 @@ def test_validation_in_training_is_evaluation_of_the_same_student(finished, tmp_
     assert found == pytest.approx(best["scores"], rel=1e-6)
     samples = [s for s in runs.json_lines(run / "samples.jsonl") if s["step"] == best["step"]]
     rows = predictions(tmp_path)[: len(samples)]
-    assert [{**row, "step": best["step"]} for row in rows] == samples
+    assert without_kl([{**row, "step": best["step"]} for row in rows]) == without_kl(samples)
+    kls = [[row["reverse_kl_to_teacher"] for row in of] for of in (rows, samples)]
+    assert kls[0] == pytest.approx(kls[1], rel=1e-5)
 
 
 def test_a_bare_model_is_asked_with_the_defaults_and_needs_a_place(finished, tmp_path):
@@ -177,7 +184,7 @@ def test_requests_alone_are_answered_but_not_compared(finished, tmp_path):
     result = evaluate(run, str(data), seeds=(1,), output=tmp_path)
 
     assert result["scores"].keys() == {"response_length", "ended", "reverse_kl_to_teacher"}
-    assert predictions(tmp_path, "d")[0]["rouge_l"] is None
+    assert "rouge_l" not in predictions(tmp_path, "d")[0]
 
 
 def test_a_run_without_a_student_is_refused(finished, tmp_path):
@@ -194,7 +201,7 @@ def test_an_empty_response_scores_zero_and_has_one_token():
     (prediction,) = score(silent, data, encoder.tokenizer, (tiny.EOS,), seed=0)
 
     assert (prediction.response, prediction.num_tokens, prediction.ended) == ("", 1, True)
-    assert (prediction.rouge_l, prediction.exact_match) == (0, 0)
+    assert prediction.scores == {"rouge_l": 0, "exact_match": 0}
     scores = summarise([prediction])
     assert scores["ended"].mean == 100
     assert scores["rouge_l"].to_dict() == {
@@ -217,8 +224,7 @@ def test_where_some_requests_have_no_reference_the_others_are_scored():
             references=references,
             num_tokens=2,
             ended=True,
-            rouge_l=score,
-            exact_match=score,
+            scores={} if score is None else {"rouge_l": score},
         )
 
     scores = summarise([prediction(0, 10.0), prediction(1, None), prediction(2, 30.0)])
@@ -238,7 +244,7 @@ def test_a_smaller_evaluation_never_replaces_a_larger_one(finished, tmp_path):
     assert json.loads(kept.read_text())["seeds"] == [1, 2]
 
 
-def test_loss_sums_are_over_every_response_token():
+def test_token_losses_are_those_of_every_response_token():
     student = LanguageModel(tiny.model("llama", seed=1), tiny.ROWS)
     teacher = LanguageModel(tiny.model("llama", seed=2), tiny.ROWS)
     written = [Rollout(0, (5, 6, 7), (8, 9, 0), "student"), Rollout(1, (5,), (11, 0), "student")]
@@ -253,10 +259,11 @@ def test_loss_sums_are_over_every_response_token():
                 reverse_kl += (q.exp() * (q - p)).sum().item()
 
     for budget in (1, 1000):
-        sums = loss_sums(written, student, teacher, budget)
-        assert sums.count == 5
-        assert sums.cross_entropy == pytest.approx(cross_entropy, rel=1e-5)
-        assert sums.reverse_kl == pytest.approx(reverse_kl, rel=1e-5)
+        own = torch.cat(cross_entropies(written, student, budget))
+        apart = torch.cat(distances(written, student, teacher, budget))
+        assert len(own) == len(apart) == 5
+        assert own.sum().item() == pytest.approx(cross_entropy, rel=1e-5)
+        assert apart.sum().item() == pytest.approx(reverse_kl, rel=1e-5)
 
 
 def test_the_deviation_is_over_seeds_and_the_interval_over_examples(evaluated):
@@ -352,8 +359,101 @@ def test_a_comparison_is_the_paired_bootstrap_of_means_over_seeds(evaluated, tmp
     (tmp_path / "valid.json").write_text(json.dumps(result))
     row = next(row for row in compare(tmp_path, output) if row.score == "rouge_l")
     assert row.difference == pytest.approx(2 + 3)  # the mean of 0 .. 6
-    assert row.low == pytest.approx(paired_difference([2.0 + i for i in range(7)], [0] * 7)[1])
+    gap = paired_difference([(2.0 + i, 1) for i in range(7)], [(0, 1)] * 7)
+    assert row.low == pytest.approx(gap[1])
     assert 2 < row.low < 5 < row.high < 8
+
+
+def test_metrics_asked_for_are_computed_kept_and_computed_again(finished, tmp_path):
+    run, raw = finished
+    data = raw["data"]["validation"]
+    asked = ("final_answer", "repeated_4_grams", "distinct_1", "exact_match@2")
+    result = evaluate(run, data, seeds=(3, 4), output=tmp_path, teacher="", metrics=asked)
+    scores = result["scores"]
+    assert set(asked) <= scores.keys()
+    assert scores["exact_match@2"]["num_requests"] == 7
+    assert len(scores["distinct_1"]["by_seed"]) == 2
+    assert "final_answer" in predictions(tmp_path)[0]
+    assert rescore(tmp_path)["valid"]["scores"] == scores
+    with pytest.raises(UserError, match="2 seeds give 2"):
+        evaluate(run, data, seeds=(3, 4), output=tmp_path, metrics=["exact_match@3"])
+
+
+def test_several_files_from_python_are_scored_each_alone(finished, tmp_path):
+    run, _ = finished
+    files = [str(tiny.write_data(tmp_path / name, 2)) for name in ("a.jsonl", "b.jsonl")]
+    results = evaluate(run, files, seeds=(1,), output=tmp_path / "out", teacher="")
+    assert {name: result["data"] for name, result in results.items()} == {
+        "a": files[:1],
+        "b": files[1:],
+    }
+
+
+def test_rescoring_leaves_out_damaged_lines_and_says_so(evaluated, tmp_path):
+    result, output = evaluated
+    kept = (output / "valid.predictions.jsonl").read_text().replace("say 0", "say\u2028 0")
+    (tmp_path / "valid.predictions.jsonl").write_text(kept + '{"index": 9')
+    (tmp_path / "valid.json").write_text(json.dumps(result))
+    notes: list[str] = []
+    assert rescore(tmp_path, notes)["valid"]["scores"]["rouge_l"] == result["scores"]["rouge_l"]
+    assert "damaged lines are left out (line 15)" in notes[0]
+
+
+def test_scores_of_files_from_before_are_read(evaluated, tmp_path):
+    result, output = evaluated
+    rows = [{**row, "rouge_l": None} for row in predictions(output)]
+    (tmp_path / "valid.predictions.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "valid.json").write_text(json.dumps(result))
+    (found,) = read_evaluations(tmp_path)
+    assert "rouge_l" not in found.predictions[0].scores
+    assert found.by_example("exact_match").keys() == set(range(7))
+
+
+def test_the_distance_to_the_teacher_is_a_mean_over_tokens_with_an_interval(evaluated):
+    result, output = evaluated
+    rows = predictions(output)
+    score = result["scores"]["reverse_kl_to_teacher"]
+    for seed, mean in zip((3, 4), score["by_seed"], strict=True):
+        own = [row for row in rows if row["seed"] == seed]
+        total = sum(row["num_tokens"] * row["reverse_kl_to_teacher"] for row in own)
+        assert mean == pytest.approx(total / sum(row["num_tokens"] for row in own))
+    low, high = score["interval_95"]
+    assert low < score["mean"] < high
+
+
+def test_the_student_is_chosen_by_a_users_own_function(tmp_path, monkeypatch):
+    tiny.save_pair(tmp_path)
+    (tmp_path / "chosen.py").write_text(
+        "def length(response, references, example):\n    return len(response)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    raw = tiny.recipe(
+        tmp_path,
+        data={"validation": str(tiny.write_data(tmp_path / "train.jsonl"))},
+        optimization={"max_steps": 2},
+        evaluation={"every_steps": 1, "num_examples": 3, "metric": "chosen:length"},
+    )
+    best = json.loads((runs.train(raw) / "summary.json").read_text())["best"]
+    assert best["value"] == best["scores"]["chosen:length"]
+
+
+def test_training_on_chinese_refuses_rouge_l_and_takes_its_unicode_form(tmp_path):
+    tiny.save_pair(tmp_path)
+    rows = [{"instruction": f"say {i}", "output": "你好世界"} for i in range(4)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    for name in ("train", "valid"):
+        (tmp_path / f"{name}.jsonl").write_text(text)
+    raw = tiny.recipe(
+        tmp_path,
+        data={"validation": str(tmp_path / "valid.jsonl")},
+        optimization={"max_steps": 1},
+    )
+    with pytest.raises(UserError, match=r"can't read 4 of 4 .* evaluation.metric=rouge_l_unicode"):
+        runs.train(raw)
+    raw.setdefault("evaluation", {})["metric"] = "rouge_l_unicode"
+    best = json.loads((runs.train(raw) / "summary.json").read_text())["best"]
+    assert {"rouge_l_unicode", "exact_match"} <= best["scores"].keys()
+    assert "rouge_l" not in best["scores"]
 
 
 def test_rouge_is_not_claimed_where_its_tokenisation_reads_nothing(tmp_path):
@@ -362,8 +462,8 @@ def test_rouge_is_not_claimed_where_its_tokenisation_reads_nothing(tmp_path):
     data = evaluation_set(examples, encoder)
     rollouts = [Rollout(e.index, e.request_ids, e.response_ids, "student") for e in data.examples]
     first, second = score(rollouts, data, encoder.tokenizer, (tiny.EOS,), seed=0)
-    assert (first.rouge_l, first.exact_match) == (None, 100)
-    assert second.rouge_l == 100
+    assert first.scores == {"exact_match": 100}
+    assert second.scores["rouge_l"] == 100
     tiny.save_pair(tmp_path)
     tiny.write_data(tmp_path / "train.jsonl")
     (tmp_path / "valid.jsonl").write_text('{"instruction": "say", "output": "!?"}\n')

@@ -1,5 +1,6 @@
 """Scores equal the reference implementation; intervals cover as often as they say."""
 
+import itertools
 import json
 import random
 from importlib import resources
@@ -8,9 +9,23 @@ import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
+from promptkd.config import CRITERIA
+from promptkd.errors import UserError
 from promptkd.evaluation.metrics import (
+    METRICS,
+    check_criterion,
+    check_metrics,
+    distinct_n,
     exact_match,
+    extract_answer,
+    final_answer,
+    metrics_of,
+    pass_at_k,
+    repeated_4_grams,
     rouge_l,
+    rouge_l_unicode,
+    score_text,
+    unicode_words,
 )
 from promptkd.evaluation.statistics import bootstrap_interval, mean_and_deviation, paired_difference
 
@@ -56,6 +71,135 @@ def test_rouge_l_of_an_empty_response_or_reference_is_zero(empty):
     assert rouge_l(empty, ["a cat"]) == 0
     assert rouge_l("a cat", [empty]) == 0
     assert rouge_l(empty, [empty]) == 0
+
+
+PERFECT = [
+    "你好世界",
+    "مرحبا بالعالم",
+    "สวัสดีชาวโลก",
+    "こんにちは、世界",
+    "안녕하세요 세계",
+    "नमस्ते दुनिया",
+    "Привет, мир",
+    "👍",
+]
+
+
+@pytest.mark.parametrize("text", PERFECT)
+def test_a_perfect_answer_in_any_script_scores_100_under_rouge_l_unicode(text):
+    assert rouge_l_unicode(text, [text]) == 100
+    found = score_text(metrics_of([[text]]), text, [text], {"index": 0})
+    assert found == {"rouge_l_unicode": 100, "exact_match": 100}
+
+
+def test_ascii_references_are_scored_by_googles_rouge_l_alone():
+    assert metrics_of([["a cat"], ["4"]]) == ("rouge_l", "exact_match")
+    assert "rouge_l" in score_text(metrics_of([["Café au lait"]]), "x", ["Café au lait"], {})
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("Don't STOP, 5 times!", ["don", "t", "stop", "5", "times"]),
+        ("東京タワー 333m", ["東", "京", "タ", "ワ", "ー", "333m"]),
+        ("ที่นี่", ["ที่", "นี่"]),
+        ("e\u0301te\u0301 É", ["été", "é"]),
+        ("한국어 말", ["한국어", "말"]),
+        ("می\u200cروم", ["میروم"]),
+    ],
+)
+def test_words_in_any_script(text, words):
+    assert unicode_words(text) == words
+
+
+@pytest.mark.parametrize("others", [1, 2, 20])
+def test_rouge_l_chooses_no_student_where_its_tokeniser_drops_references(others):
+    references = [["yes"]] * 10 + [["你好"]] * others + [[]]
+    with pytest.raises(UserError, match=rf"{others} of {10 + others} ref.* row 10\)"):
+        check_criterion("rouge_l", references)
+    check_criterion("rouge_l_unicode", references)
+    check_criterion("rouge_l", [["yes"]] * 19 + [["你好"]])
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        (r"We get \boxed{4} and then \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        ("3 + 4 = 7\n#### 1,234", "1,234"),
+        ("The answer is: 12 apples, not 13.", "12"),
+        ("The final answer is blue", "blue"),
+        ("It costs 3 dollars and 50.5", "50.5"),
+        (r"cut off in \boxed{12", "12"),
+        ("Paris", "Paris"),
+    ],
+)
+def test_the_answer_is_found_where_texts_put_it(text, answer):
+    assert extract_answer(text) == answer
+
+
+def test_final_answers_are_compared_as_numbers_where_they_are_some():
+    assert final_answer("So it is 1,200.", ["Work...\n#### 1200"]) == 100
+    assert final_answer("I count 1201", ["#### 1200"]) == 0
+    assert final_answer("The answer is Blue.", ["blue"]) == 100
+    assert final_answer("0.5", ["1/2"]) == 100
+    assert final_answer("", ["5"]) == 0
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_answer():
+    for num_right in range(6):
+        answers = [i < num_right for i in range(5)]
+        for k in range(1, 6):
+            subsets = list(itertools.combinations(answers, k))
+            share = 100 * sum(map(any, subsets)) / len(subsets)
+            assert pass_at_k(5, num_right, k) == pytest.approx(share)
+
+
+def test_repetition_and_diversity_by_hand():
+    assert repeated_4_grams("a b c d e") == 0
+    assert repeated_4_grams("no " * 13) == 90  # ten 4-grams, one of them new
+    assert repeated_4_grams("short") == 0
+    assert distinct_n(["a b", "a b", "c"], 2) == 50
+    assert distinct_n([""], 2) == 0
+
+
+def test_a_users_function_scores_responses_and_is_blamed_by_name(tmp_path, monkeypatch):
+    (tmp_path / "my_metric.py").write_text(
+        "def share(response, references, example):\n"
+        "    return 10 * example['num_tokens'] if references else None\n"
+        "def broken(response, references, example):\n"
+        "    return {}['nothing']\n"
+        "def endless(response, references, example):\n"
+        "    return float('inf')\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    names = metrics_of([["a"]], ["my_metric:share"])
+    example = {"index": 3, "num_tokens": 4}
+    assert score_text(names, "b", ["a"], example)["my_metric:share"] == 40
+    assert "my_metric:share" not in score_text(names, "b", [], example)
+    with pytest.raises(UserError, match="my_metric:broken on the response to row 3 raised KeyErr"):
+        score_text(("my_metric:broken",), "b", ["a"], example)
+    with pytest.raises(UserError, match="returned inf"):
+        score_text(("my_metric:endless",), "b", ["a"], example)
+
+
+@pytest.mark.parametrize(
+    ("name", "complaint"),
+    [
+        ("rouge", "unknown metric 'rouge'; did you mean 'rouge_l'"),
+        ("exact_match@6", "5 seeds give 5"),
+        ("exact_match@x", "5 seeds give 5"),
+        ("nowhere:function", "metric 'nowhere:function' cannot be imported"),
+        ("json:decoder", "is a module, not a function"),
+    ],
+)
+def test_metrics_that_cannot_be_computed_are_refused_before_any_work(name, complaint):
+    with pytest.raises(UserError, match=complaint):
+        check_metrics((name,), num_seeds=5)
+    check_metrics(("exact_match@5", "distinct_2", *METRICS), num_seeds=5)
+
+
+def test_every_metric_of_a_response_may_choose_the_student():
+    assert set(METRICS) == set(CRITERIA) - {"reverse_kl_to_teacher", "cross_entropy"}
 
 
 @pytest.mark.parametrize(
@@ -120,7 +264,8 @@ def test_paired_scores_see_a_small_difference_that_unpaired_intervals_hide():
     first = (difficulty + 1 + noise.normal(0, 1, size=200)).tolist()
     second = (difficulty + noise.normal(0, 1, size=200)).tolist()
 
-    mean, low, high = paired_difference(first, second)
+    pairs = [[(value, 1) for value in values] for values in (first, second)]
+    mean, low, high = paired_difference(*pairs)
     assert mean == pytest.approx(np.mean(first) - np.mean(second))
     assert 0 < low < mean < high < 2
     assert bootstrap_interval(first)[0] < bootstrap_interval(second)[1]
@@ -128,7 +273,7 @@ def test_paired_scores_see_a_small_difference_that_unpaired_intervals_hide():
 
 def test_paired_scores_of_different_examples_are_refused():
     with pytest.raises(ValueError, match="3 and 2"):
-        paired_difference([1.0, 2.0, 3.0], [1.0, 2.0])
+        paired_difference([(1.0, 1)] * 3, [(1.0, 1)] * 2)
 
 
 def test_mean_and_deviation_are_the_samples():

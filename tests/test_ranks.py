@@ -73,7 +73,9 @@ def assert_same_run(first: Path, second: Path) -> None:
             assert row[key] == pytest.approx(same[key], rel=1e-5), (row["step"], key)
         assert row.get("evaluation", {}) == pytest.approx(same.get("evaluation", {}), rel=1e-5)
     samples = [runs.json_lines(run / "samples.jsonl") for run in (first, second)]
+    kls = [[row.pop("reverse_kl_to_teacher", 0.0) for row in rows] for rows in samples]
     assert samples[0] == samples[1]
+    assert kls[0] == pytest.approx(kls[1], rel=1e-5)
 
 
 def test_a_launch_with_accelerate_equals_one_process(pair, tmp_path):

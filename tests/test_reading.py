@@ -2,12 +2,20 @@
 
 import gzip
 import json
+import time
 
 import datasets
 import pytest
 
 import tiny
-from promptkd.data import Encoder, Example, evaluation_set, read_examples, read_noted
+from promptkd.config import ColumnsSection
+from promptkd.data import (
+    Encoder,
+    Example,
+    evaluation_set,
+    read_examples,
+    read_noted,
+)
 from promptkd.errors import UserError
 
 ROWS = [{"instruction": f"Say {i}.", "output": f"{i}."} for i in range(3)]
@@ -17,6 +25,10 @@ EXPECTED = [Example(f"Say {i}.", responses=(f"{i}.",)) for i in range(3)]
 def write(path, text):
     path.write_text(text, encoding="utf-8")
     return str(path)
+
+
+def encoder(tokenizer, template, **options):
+    return Encoder(tokenizer, template, 50, 50, template_options=options)
 
 
 def rows_of(tmp_path, *rows):
@@ -45,7 +57,7 @@ def test_broken_items_of_an_array_are_named_by_line(tmp_path):
 
 
 def test_deeply_nested_json_is_refused_in_a_sentence(tmp_path):
-    with pytest.raises(UserError, match="can't be read"):
+    with pytest.raises(UserError, match=r"d\.jsonl:1: broken JSON \(nested too deeply\)"):
         read_examples([write(tmp_path / "d.jsonl", "[" * 100_000)])
 
 
@@ -80,12 +92,19 @@ def test_context_and_response_are_read_whatever_they_are_called(tmp_path, row):
 
 def test_columns_can_be_named(tmp_path):
     path = write(tmp_path / "d.jsonl", json.dumps({"q": "Why?", "a": "So.", "prompt": "not this"}))
-    columns = {"request": "q", "response": "a"}
+    columns = ColumnsSection(request="q", response="a", ignore=("prompt",))
     assert read_examples([path], columns) == [Example("Why?", responses=("So.",))]
-    with pytest.raises(UserError, match=r"'hint', which isn't there\. The row has q, a, prompt"):
-        read_examples([path], columns | {"input": "hint"})
-    with pytest.raises(UserError, match="names 'responses'; did you mean 'response'"):
-        read_examples([path], {"responses": "a"})
+    with pytest.raises(UserError, match=r"names 'hint', but .* has only the columns a, prompt, q"):
+        read_examples([path], columns.model_copy(update={"context": "hint"}))
+    with pytest.raises(UserError, match=r"d\.jsonl:1: the text in 'prompt' would be lost"):
+        read_examples([path], ColumnsSection(request="q", response="a"))
+
+
+def test_a_source_with_none_of_the_named_columns_is_read_by_its_own_names(tmp_path):
+    path = write(tmp_path / "test.jsonl", json.dumps(ROWS[0]))
+    examples, notes = read_noted([path], ColumnsSection(request="q", response="a"))
+    assert examples == EXPECTED[:1]
+    assert notes == [f"{path} has none of data.columns (a, q): it is read by its own column names"]
 
 
 def test_system_and_history_become_turns(tmp_path):
@@ -104,9 +123,9 @@ def test_columns_that_nobody_reads_are_named_once_and_carriers_of_text_refused(t
     rows = [{**row, "category": "qa", "id": i} for i, row in enumerate(ROWS)]
     path = write(tmp_path / "d.jsonl", "\n".join(map(json.dumps, rows)))
     assert read_noted([path])[1] == [f"{path}: the columns category, id are not read"]
-    with pytest.raises(UserError, match=r"d\.jsonl:1: the column 'documents' holds part of"):
+    with pytest.raises(UserError, match=r"d\.jsonl:1: the text in 'documents' would be lost"):
         rows_of(tmp_path, {**ROWS[0], "documents": ["a"]})
-    with pytest.raises(UserError, match="'input' and 'context' both hold a text"):
+    with pytest.raises(UserError, match="'input' and 'context' could each be the context"):
         rows_of(tmp_path, {"instruction": "a", "input": "b", "context": "c"})
 
 
@@ -142,7 +161,7 @@ def test_csv_that_would_lose_rows_is_refused_with_its_line(tmp_path, text, compl
 
 
 def test_half_a_character_is_named_by_file_and_line(tmp_path):
-    with pytest.raises(UserError, match=r"d\.jsonl:2: 'response' holds half a character"):
+    with pytest.raises(UserError, match=r"d\.jsonl:2: the text holds \\ud800 alone, half of a"):
         read_examples(
             [
                 write(
@@ -164,19 +183,19 @@ def test_a_template_that_refuses_a_conversation_is_quoted_with_file_and_line(tmp
     with pytest.raises(
         UserError, match=r'd\.jsonl:1: .* refuses the turns system, user: "no system'
     ):
-        evaluation_set(examples, Encoder(tokenizer, "auto", 50, 50))
+        evaluation_set(examples, encoder(tokenizer, "auto"))
 
 
 def test_auto_is_the_chat_template_where_there_is_one():
-    assert Encoder(tiny.tokenizer(chat_template=True), "auto", 9, 9).template == "chat"
-    assert Encoder(tiny.tokenizer(), "auto", 9, 9).template == "alpaca"
+    assert encoder(tiny.tokenizer(chat_template=True), "auto").template == "chat"
+    assert encoder(tiny.tokenizer(), "auto").template == "alpaca"
 
 
 def test_template_options_reach_the_chat_template():
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{{ messages[0].content }}{% if thinking %} think{% endif %}"
-    encoder = Encoder(tokenizer, "chat", 50, 50, template_options={"thinking": True})
-    assert encoder.render(Example("Why?")) == "Why? think"
+    chat = encoder(tokenizer, "chat", thinking=True)
+    assert chat.render(Example("Why?")) == "Why? think"
 
 
 def test_references_end_as_the_chat_template_ends_a_turn_and_only_once():
@@ -185,19 +204,144 @@ def test_references_end_as_the_chat_template_ends_a_turn_and_only_once():
         "{% for m in messages %}{{ m.role }}: {{ m.content }}<pad>\n{% endfor %}"
         "{% if add_generation_prompt %}assistant: {% endif %}"
     )
-    encoder = Encoder(tokenizer, "chat", 50, 50)
-    assert encoder.eos_token_id == tiny.PAD
-    assert encoder.response_ids("a")[-1] == tiny.PAD
-    assert encoder.response_ids("a<eos>").count(tiny.EOS) == 0
-    assert Encoder(tokenizer, "none", 50, 50).response_ids("a<eos>").count(tiny.EOS) == 1
-    quoting = evaluation_set([Example("What is <pad>?")], Encoder(tokenizer, "none", 50, 50))
+    chat = encoder(tokenizer, "chat")
+    assert chat.eos_token_id == tiny.PAD
+    assert chat.response_ids("a")[-1] == tiny.PAD
+    assert chat.response_ids("a<eos>").count(tiny.EOS) == 0
+    assert encoder(tokenizer, "none").response_ids("a<eos>").count(tiny.EOS) == 1
+    quoting = evaluation_set([Example("What is <pad>?")], encoder(tokenizer, "none"))
     assert "1 with special tokens in their texts" in quoting.summary()
 
 
 def test_template_files_run_in_a_sandbox(tmp_path):
     path = write(tmp_path / "t.jinja", "{{ instruction.__class__.__mro__ }}")
     with pytest.raises(UserError, match="fails"):
-        Encoder(tiny.tokenizer(), path, 50, 50).render(Example("Why?"))
+        encoder(tiny.tokenizer(), path).render(Example("Why?"))
     (tmp_path / "latin.jinja").write_bytes("{{ instruction }} \xe9".encode("latin-1"))
     with pytest.raises(UserError, match="is not UTF-8 text"):
-        Encoder(tiny.tokenizer(), str(tmp_path / "latin.jinja"), 50, 50).render(Example("Why?"))
+        encoder(tiny.tokenizer(), str(tmp_path / "latin.jinja")).render(Example("Why?"))
+
+
+USER = {"role": "user", "content": "Why?"}
+ASSISTANT = {"role": "assistant", "content": "So."}
+
+
+@pytest.mark.parametrize(
+    ("row", "complaint"),
+    [
+        ({"instruction": "a", "output": "x", "response": "y"}, "could each be the response"),
+        ({"instruction": "a", "question": "b"}, "could each be the request"),
+        ({"messages": [USER, ASSISTANT], "context": "doc"}, "the text in 'context' would be lost"),
+        ({"messages": [USER], "history": [["h", "i"]]}, "the text in 'history' would be lost"),
+        ({"prompt": [USER], "context": "doc"}, "the text in 'context' would be lost"),
+        ({"prompt": "a", "chosen": "x"}, "the text in 'chosen' would be lost"),
+        ({"question": "a", "answers": {"text": ["x"]}}, "the text in 'answers' would be lost"),
+        ({"messages": [USER, {**ASSISTANT, "thinking": "hm"}]}, "has thinking beside its text"),
+        ({"messages": [USER, {**ASSISTANT, "tool_calls": [{"name": "s"}]}]}, "has tool_calls"),
+        ({"conversations": [{"from": "function_call", "value": "{}"}]}, "is from 'function_call'"),
+        ({"conversations": [{"from": ["x"], "value": "v"}]}, r"is from \['x'\]"),
+        ({"prompt": []}, r"'prompt' is \[\], not a text"),
+        ({"instruction": "a", "history": ["h"]}, "It is a list of .request, response. pairs"),
+        ({"messages": [USER], "tools": "sky"}, "the tools aren't JSON"),
+        ({"system": "b", "messages": [{"role": "system", "content": "a"}, USER]}, "Keep one"),
+    ],
+)
+def test_what_would_be_lost_of_a_row_is_refused_by_file_and_line(tmp_path, row, complaint):
+    with pytest.raises(UserError, match=r"d\.jsonl:2: .*" + complaint):
+        rows_of(tmp_path, ROWS[0], row)
+
+
+def test_a_column_whose_text_is_read_from_another_one_is_only_named(tmp_path):
+    path = write(tmp_path / "d.jsonl", json.dumps({"prompt": "Why?", "messages": [USER]}))
+    examples, notes = read_noted([path])
+    assert examples == [Example("Why?", messages=(USER,))]
+    assert notes == [f"{path}: the column prompt is not read"]
+
+
+def test_tools_and_arguments_of_calls_given_as_json_become_objects(tmp_path):
+    call = {"type": "function", "function": {"name": "sky", "arguments": '{"day": 1}'}}
+    turns = [USER, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    turns.append({"role": "tool", "content": "rain", "tool_call_id": "7"})
+    (example,) = rows_of(tmp_path, {"messages": turns, "tools": '[{"name": "sky"}]'})
+    assert example.tools == ({"name": "sky"},)
+    assert example.messages[1]["tool_calls"][0]["function"]["arguments"] == {"day": 1}
+    assert example.messages[2] == {"role": "tool", "content": "rain", "tool_call_id": "7"}
+
+
+def test_keys_of_turns_that_no_template_reads_are_named(tmp_path):
+    path = write(tmp_path / "d.jsonl", json.dumps({"messages": [{**USER, "id": 7, "name": None}]}))
+    examples, notes = read_noted([path])
+    assert examples == [Example("Why?", messages=(USER,))]
+    assert notes == [f"{path}: the column messages[].id is not read"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "complaint"),
+    [
+        ("d.jsonl", '{"request": "a", "request": "b"}', ":1: .*the key 'request' occurs twice"),
+        ("d.json", '[{"request": "a"}\n{"request": "b"}]', ":2: broken JSON .*expected ','"),
+        ("d.json", '[{"request": "a"}]\n{"request": "b"}', ":1: broken JSON .*expected ','"),
+        ("d.json", '[{"request": "a"},\n', ":2: broken JSON"),
+        ("d.json", '{"data": [{"request": "a"},\n{"request" "b"}]}', ":2: broken JSON"),
+        ("d.csv", "request\na\0b\n", ":2 holds a NUL byte"),
+        ("d.csv", "request;response\na;b\n", ":1: the header is the single column"),
+        ("d.jsonl", b'{"request": "a"}\n{"request": "\xff"}', ":2 can't be read: 'utf-8' codec"),
+        ("d.jsonl", '{"request": "a"}\n'.encode("utf-16-le"), ":1 holds a NUL byte"),
+        ("d.jsonl.gz", b"\x1f\x8b no", " can't be decompressed"),
+    ],
+)
+def test_a_damaged_file_is_named_with_its_line(tmp_path, name, text, complaint):
+    path = tmp_path / name
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError, match=name.replace(".", r"\.") + complaint):
+        read_examples([str(path)])
+
+
+def test_texts_keep_their_characters_in_every_encoding_with_a_mark(tmp_path):
+    text = "a\u2028b\x85c \u0645\u0631 \U0001f468\u200d\U0001f469"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+        line = json.dumps({"request": text}, ensure_ascii=False)
+        (tmp_path / "d.jsonl").write_bytes(f"{line}\r\n{line}\r\n".encode(encoding))
+        assert read_examples(str(tmp_path / "d.jsonl")) == [Example(text)] * 2, encoding
+
+
+def test_fields_of_csv_keep_line_ends_and_may_be_long(tmp_path):
+    long = "x" * 200_000
+    (tmp_path / "d.csv").write_bytes(f'request, response\r\n"a\r\nb",{long}\r\n'.encode())
+    assert read_examples(str(tmp_path / "d.csv")) == [Example("a\r\nb", responses=(long,))]
+    (tmp_path / "d.tsv").write_text("request\tresponse\na, b\tc\n")
+    assert read_examples(str(tmp_path / "d.tsv")) == [Example("a, b", responses=("c",))]
+
+
+def test_what_stands_beside_the_data_of_one_object_holds_for_every_row(tmp_path):
+    whole = {"system": "Be brief.", "data": [{"request": "Why?"}]}
+    (example,) = read_examples(write(tmp_path / "d.json", json.dumps(whole, indent=1)))
+    assert [turn["content"] for turn in example.messages] == ["Be brief.", "Why?"]
+
+
+def test_one_of_several_splits_is_read_and_the_others_are_named(tmp_path):
+    for name, row in (("train-0", ROWS[0]), ("test", ROWS[1]), ("sub/train-1", ROWS[2])):
+        path = tmp_path / "files" / f"{name}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(row))
+    splits = {"train": datasets.Dataset.from_list([ROWS[0], ROWS[2]])}
+    splits["test"] = datasets.Dataset.from_list(ROWS[1:2])
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "saved"))
+    for folder in (str(tmp_path / "files"), str(tmp_path / "saved")):
+        examples, notes = read_noted(folder)
+        assert {e.instruction for e in examples} == {"Say 0.", "Say 2."}
+        assert len(notes) == 1
+        assert "train is read; name another as" in notes[0]
+        assert read_examples(f"{folder}:test") == EXPECTED[1:2]
+        with pytest.raises(UserError, match="has no split 'dev'; there are:"):
+            read_examples(f"{folder}:dev")
+    with pytest.raises(UserError, match="mapping of the splits 'train', 'test'"):
+        read_examples(datasets.DatasetDict(splits))
+
+
+def test_a_large_array_is_read_in_linear_time(tmp_path):
+    rows = [{"request": "x" * 8_000} for _ in range(3_000)]
+    path = write(tmp_path / "d.json", json.dumps(rows))
+    start = time.process_time()
+    assert len(read_examples(path)) == len(rows)
+    assert time.process_time() - start < 4  # an array that is copied for each row takes longer

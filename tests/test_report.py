@@ -17,7 +17,8 @@ from promptkd.errors import UserError
 from promptkd.evaluation.evaluate import evaluate
 from promptkd.evaluation.results import Evaluation, Prediction, Score
 from promptkd.report.data import DataSet, Model, Run, data_sets, read_run, read_runs
-from promptkd.report.findings import answer, best_model, between, digits, distance
+from promptkd.report.findings import answer, best_model, between, distance, headline, warnings
+from promptkd.report.numbers import digits
 from promptkd.report.report import report
 from promptkd.report.responses import embedded, response_sets
 from promptkd.report.tables import Cell, Table, score_table
@@ -36,8 +37,7 @@ def predictions(scores: list[float], seeds: tuple[int, ...] = (1,)) -> tuple[Pre
             references=(f"reference {i}",),
             num_tokens=5 + i % 3,
             ended=i % 4 > 0,
-            rouge_l=score,
-            exact_match=0.0,
+            scores={"rouge_l": score, "exact_match": 0.0},
         )
         for seed in seeds
         for i, score in enumerate(scores)
@@ -135,12 +135,12 @@ def test_a_single_run_answers_with_distance_size_and_paired_differences():
     summary = {"student_parameters": 50, "teacher_parameters": 100, "best": {"step": 2}}
     first, second = answer([run(summary=summary)], [data])
     assert first == (
-        "The student came 75% closer to its teacher (from 2.00 to 0.500 nats per token), "
-        "at 50% of its size."
+        "On held_out (60 requests, seed 1), the student came 75% closer to its teacher (from 2.00 "
+        "to 0.500 nats per token), at 50% of its size."
     )
     assert "held_out (60 requests, seed 1)" in second
-    assert "against its start: 2.0 more, 95% interval 2.0 to 2.0" in second
-    assert "against its teacher: no difference shown (" in second
+    assert f"against its start ({sum(base) / 60:.1f}): 2.0 more, 95% interval 2.0 to 2.0" in second
+    assert "against its teacher (32.0): no difference shown (" in second
 
 
 def test_a_student_that_moved_away_is_said_to_have_moved_away():
@@ -152,7 +152,9 @@ def test_a_student_that_moved_away_is_said_to_have_moved_away():
     found = distance(one, [])
     assert found is not None
     assert (found.start, found.end) == (1.0, 1.5)
-    assert answer([one], [])[0].startswith("The student moved away from its teacher")
+    assert answer([one], [])[0].startswith(
+        "On the validation data (one response per request, no interval), the student moved away"
+    )
 
 
 def test_a_student_that_no_longer_ends_is_not_praised_alone():
@@ -161,11 +163,70 @@ def test_a_student_that_no_longer_ends_is_not_praised_alone():
         for s, kl, e, r in ((0, 0.9, 52.5, 9.64), (40, 0.52, 0.0, 8.34))
     )
     said = answer([run(validations=rows, summary={"best": {"step": 40}})], [])
-    assert said[0] == (
-        "The student came 42% closer to its teacher (from 0.900 to 0.520 nats per token), "
-        "but fewer of its responses end by themselves (52% before, 0% now)."
+    where = "the validation data (one response per request, no interval)"
+    assert said == [
+        f"On {where}, the student came 42% closer to its teacher (from 0.900 to 0.520 nats per "
+        "token).",
+        f"But on {where}, fewer of its responses end by themselves (52% before, 0% now; its "
+        "teacher's: not measured there).",
+        f"On {where} its ROUGE-L went from 9.6 to 8.3.",
+    ]
+
+
+def ending(label: str, role: str, ended: float, length: float) -> Model:
+    scores = {
+        "reverse_kl_to_teacher": Score(mean=0.5, interval_95=(0.4, 0.6)),
+        "ended": Score(mean=ended),
+        "response_length": Score(mean=length),
+    }
+    return Model(label, role, replace(evaluation(noisy(30), label), scores=scores))
+
+
+def test_a_student_is_not_blamed_for_what_its_teacher_does_too():
+    rows = tuple({"step": s, "evaluation": {"ended": e}} for s, e in ((0, 90.0), (40, 0.0)))
+    one = run(validations=rows, summary={"best": {"step": 40}})
+    start = ending("start", "start", 90, 20)
+
+    def said(teacher: Model) -> list[str]:
+        data = DataSet("held_out", (ending("promptkd", "run", 15, 60), start, teacher))
+        return warnings(one, [data])
+
+    assert said(ending("teacher", "teacher", 12.5, 64)) == []
+    where = "on held_out (60 requests, seed 1)"
+    assert said(ending("teacher", "teacher", 80, 25)) == [
+        f"{where}, fewer of its responses end by themselves (90% before, 15% now; its teacher's: "
+        "80%)",
+        f"{where}, its responses went from 20 to 60 tokens (its teacher's: 25)",
+    ]
+
+
+def test_every_sentence_of_the_answer_names_one_data_set_and_its_interval():
+    sets = [
+        DataSet(name, (ending("promptkd", "run", 90, 20), ending("start", "start", 90, 20)))
+        for name in ("first", "second")
+    ]
+    (closeness,) = answer([run()], sets)
+    assert closeness == (
+        "On first (60 requests, seed 1), the student is as far from its teacher as it was (from "
+        "0.500 to 0.500 nats per token, 95% interval 0.400 to 0.600)."
     )
-    assert said[1].startswith("On the validation data its ROUGE-L went from 9.6 to 8.3")
+
+
+def test_text_that_rouge_l_cannot_read_is_compared_by_its_unicode_form():
+    base = evaluation(noisy(30), "a")
+    scores = {
+        "rouge_l": Score(mean=90.0, num_requests=20),
+        "rouge_l_unicode": Score(mean=30.0, num_requests=60, interval_95=(29.0, 31.0)),
+        "mine:length": Score(mean=3.0),
+    }
+    data = DataSet("d", (Model("a", "run", replace(base, scores=scores)),))
+    assert headline(data) == "rouge_l_unicode"
+    assert score_table(data, 1).headings[1:] == (
+        "ROUGE-L",
+        "ROUGE-L (Unicode words)",
+        "mine:length",
+    )
+    assert "ROUGE-L (Unicode words) 30.0 (95% interval" in answer([run("a")], [data])[-1]
 
 
 def test_runs_that_cannot_be_told_apart_open_with_no_difference_shown():
@@ -179,7 +240,8 @@ def test_a_run_clear_of_all_others_scores_best_and_a_tied_one_only_highest():
     base = noisy(30)
     models = [student("kd", base), student("gkd", [s + 3 for s in base])]
     runs = [run(model.label) for model in models]
-    assert answer(runs, [DataSet("d", tuple(models))])[0] == "gkd scores best of 2 runs."
+    said = answer(runs, [DataSet("d", tuple(models))])[0]
+    assert said == "gkd scores best of 2 runs on d (60 requests, seed 1)."
     models.append(student("akl", [s + 2.9 + g for s, g in zip(base, noisy(0, 7), strict=True)]))
     said = answer([*runs, run("akl")], [DataSet("d", tuple(models))])[0]
     assert "scores highest of 3 runs, with no difference shown to " in said

@@ -155,7 +155,7 @@ def test_the_numbers_are_those_of_the_stored_evaluations(finished, name):
     assert ("kd", "response_length") not in compared
     for label in ("gkd", "start", "teacher"):
         row = compared[label, "response_length"]
-        expected = paired_difference(lengths[label], lengths["kd"])
+        expected = paired_difference(*([(v, 1) for v in lengths[k]] for k in (label, "kd")))
         assert (row["difference"], row["low"], row["high"]) == pytest.approx(expected)
 
 
@@ -440,7 +440,7 @@ def line(label: str, *shifts: float, role: str = "run") -> Line:
                 references=("r",),
                 num_tokens=1,
                 ended=True,
-                rouge_l=value,
+                scores={"rouge_l": value},
             )
             for i, value in enumerate(values)
         )

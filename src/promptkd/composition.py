@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from promptkd.adapters import LoRA, Prefix
-from promptkd.config import option_faults, refuse_look_alikes, suggest
+from promptkd.keys import option_faults, refuse_look_alikes, suggest
 from promptkd.objectives import Objective
 from promptkd.rollouts import Mixture, Reference, Source, Student, Teacher
 from promptkd.teachers import (

@@ -28,8 +28,8 @@ from typing import Any, ParamSpec
 from pydantic import ConfigDict, ValidationError, validate_call
 
 from promptkd.composition import Method, Term, source, teacher_specification
-from promptkd.config import import_function, option_faults, refuse_look_alikes, suggest
 from promptkd.errors import UserError
+from promptkd.keys import function_named, option_faults, refuse_look_alikes, suggest
 from promptkd.objectives import (
     CrossEntropy,
     Divergence,
@@ -291,7 +291,7 @@ def build_method(name: str, **options: Any) -> Method:
             refuse_look_alikes(value, known[option].annotation)
         except ValueError as error:
             raise UserError(f"'method.{option}' is {value!r}: {error}.") from None
-    checked = validate_call(function, config=ConfigDict(allow_inf_nan=False))
+    checked = validate_call(config=ConfigDict(allow_inf_nan=False))(function)
     try:
         method = checked(**options)
     except ValidationError as error:
@@ -304,8 +304,8 @@ def build_method(name: str, **options: Any) -> Method:
 
 
 def _method_function(name: str) -> Callable[..., Method]:
-    if ":" in name:
-        return import_function(name, "method")
-    if name not in METHODS:
-        raise UserError(f"unknown method '{name}'{suggest(name, list(METHODS))}")
-    return METHODS[name]
+    if ":" not in name:
+        if name not in METHODS:
+            raise UserError(f"unknown method '{name}'{suggest(name, list(METHODS))}")
+        return METHODS[name]
+    return function_named(name, "method", "that returns a promptkd Method")

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from promptkd.config import import_function, suggest
 from promptkd.divergences import DIVERGENCES, DivergenceFunction, LogProbs, PerToken
 from promptkd.errors import UserError
+from promptkd.keys import function_named, suggest
 from promptkd.models.language_model import Head
 
 
@@ -134,7 +134,7 @@ class Divergence:
 def divergence_function(name: str) -> DivergenceFunction:
     """A divergence by its name in ``DIVERGENCES``, or a user's own by ``module:function``."""
     if ":" in name:
-        return import_function(name, "divergence")
+        return function_named(name, "divergence", "of two log-probabilities")
     if name not in DIVERGENCES:
         raise ValueError(f"divergence is '{name}'{suggest(name, list(DIVERGENCES))}")
     return DIVERGENCES[name]

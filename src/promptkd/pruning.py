@@ -28,7 +28,7 @@ from promptkd.models.loading import (
     load_tokenizer,
 )
 from promptkd.rollouts import Rollout, reference_rollouts
-from promptkd.token_losses import loss_sums
+from promptkd.token_losses import cross_entropies
 
 
 def init_student(
@@ -38,7 +38,7 @@ def init_student(
     *,
     calibration: str | Sequence[str] | None = None,
     search: str = "single",
-    template: str = "alpaca",
+    template: str = "auto",
     num_calibration_rows: int = 32,
     precision: str = "auto",
 ) -> dict[str, Any]:
@@ -190,7 +190,7 @@ def keep_layers(module: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel
 def _calibration_rollouts(
     tokenizer: Any, template: str, sources: list[str], num_rows: int
 ) -> list[Rollout]:
-    encoder = Encoder(tokenizer, template, 256, 256)
+    encoder = Encoder(tokenizer, template)
     data = training_set(read_examples(sources), encoder)
     if not data.has_references:
         raise UserError(
@@ -202,4 +202,4 @@ def _calibration_rollouts(
 
 
 def _loss(model: LanguageModel, rollouts: Sequence[Rollout]) -> float:
-    return loss_sums(rollouts, model, None, 2048).mean_cross_entropy
+    return torch.cat(cross_entropies(rollouts, model, 2048)).mean().item()

@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from promptkd.config import suggest
 from promptkd.divergences import LogProbs
 from promptkd.errors import UserError
+from promptkd.keys import suggest
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import context_length
 from promptkd.objectives import Divergence
@@ -42,7 +42,7 @@ class Adaptation:
     def __post_init__(self) -> None:
         if not 0 <= self.regularizer < math.inf:
             raise ValueError(
-                f"regularizer is {self.regularizer}: it is finite and not negative, which would drive "
+                f"regularizer is {self.regularizer}: finite and not negative, which would drive "
                 "the teacher away from itself. Use 0 to leave it out."
             )
 

@@ -79,49 +79,31 @@ def token_losses(
     return {name: [by_place[i] for i in range(len(placed))] for name, by_place in found.items()}
 
 
-@dataclass(frozen=True)
-class LossSums:
-    """Sums over response tokens, which ranks can add up before a mean is taken.
-
-    Attributes:
-        cross_entropy: of -log q, nats.
-        reverse_kl: of KL(q || p), nats; 0 without a teacher.
-        count: of response tokens.
-    """
-
-    cross_entropy: float = 0.0
-    reverse_kl: float = 0.0
-    count: float = 0.0
-
-    @property
-    def mean_cross_entropy(self) -> float:
-        return self.cross_entropy / self.count
-
-    @property
-    def mean_reverse_kl(self) -> float:
-        return self.reverse_kl / self.count
-
-
-def loss_sums(
-    rollouts: Sequence[Rollout],
-    student: LanguageModel,
-    teacher: LanguageModel | None,
-    micro_batch_tokens: int,
-) -> LossSums:
-    """-log q and, with a teacher, KL(q || p), summed over all response tokens.
-
-    KL(q || p) on responses the student wrote is how far the student is from the plain teacher.
-    """
-    models = {"student": student} | ({"teacher": teacher} if teacher else {})
+def cross_entropies(
+    rollouts: Sequence[Rollout], model: LanguageModel, micro_batch_tokens: int
+) -> list[PerToken]:
+    """-log q at every response token, rollout by rollout."""
 
     def losses(logprobs: Mapping[str, LogProbs], tokens: Int[Tensor, " tokens"]):
-        own = logprobs["student"]
-        values = {"cross_entropy": -own.gather(-1, tokens[:, None])[:, 0]}
-        if "teacher" in logprobs:
-            values["reverse_kl"] = reverse_kl(own, logprobs["teacher"])
-        return values
+        return {"nats": -logprobs["model"].gather(-1, tokens[:, None])[:, 0]}
 
-    readers = {name: Reader(model) for name, model in models.items()}
-    found = token_losses(rollouts, readers, losses, micro_batch_tokens)
-    sums = {name: sum(nats.sum().item() for nats in rows) for name, rows in found.items()}
-    return LossSums(**sums, count=sum(len(rollout.response_ids) for rollout in rollouts))
+    found = token_losses(rollouts, {"model": Reader(model)}, losses, micro_batch_tokens)
+    return found.get("nats", [])
+
+
+def distances(
+    rollouts: Sequence[Rollout],
+    student: LanguageModel,
+    teacher: LanguageModel,
+    micro_batch_tokens: int,
+) -> list[PerToken]:
+    """KL(q || p) at every response token, rollout by rollout.
+
+    On responses that the student generated, it is how far the student is from the plain teacher.
+    """
+    readers = {"student": Reader(student), "teacher": Reader(teacher)}
+
+    def losses(logprobs: Mapping[str, LogProbs], tokens: Int[Tensor, " tokens"]):
+        return {"nats": reverse_kl(logprobs["student"], logprobs["teacher"])}
+
+    return token_losses(rollouts, readers, losses, micro_batch_tokens).get("nats", [])

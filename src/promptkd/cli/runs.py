@@ -18,7 +18,7 @@ def init_student(
         list[str] | None, typer.Option(help="data with responses; without it, evenly spaced")
     ] = None,
     search: Annotated[str, typer.Option(help="single | greedy (better, slower)")] = "single",
-    template: Annotated[str, typer.Option(help="as data.template in a recipe")] = "alpaca",
+    template: Annotated[str, typer.Option(help="as data.template in a recipe")] = "auto",
     rows: Annotated[int, typer.Option(min=1, help="calibration rows used")] = 32,
 ) -> None:
     """Make a student out of the teacher by dropping the layers that matter least."""

@@ -1,7 +1,7 @@
 """Commands that measure what came of a run."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,7 +19,7 @@ def evaluate(
     seeds: Annotated[list[int] | None, typer.Option(min=0, help="decoding seeds")] = None,
     output: Annotated[Path | None, typer.Option(help="directory for the scores")] = None,
     num_examples: Annotated[int | None, typer.Option(min=1, help="only the first ones")] = None,
-    template: Annotated[str | None, typer.Option(help="alpaca | chat | none | a file")] = None,
+    template: Annotated[str | None, typer.Option(help="as data.template in a recipe")] = None,
     max_request_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     max_response_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy")] = None,
@@ -27,6 +27,10 @@ def evaluate(
     top_k: Annotated[int | None, typer.Option(min=0)] = None,
     no_repeat_ngram_size: Annotated[int, typer.Option(help="6 as the authors' test script")] = 0,
     teacher: Annotated[str | None, typer.Option(help="also measure KL(student || teacher)")] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(help="more: final_answer, distinct_2, exact_match@5, module:function, ..."),
+    ] = None,
 ) -> None:
     """Write responses to held-out requests, score them, and save both."""
     if (suite is None) == (not data):
@@ -52,6 +56,7 @@ def evaluate(
         top_k=top_k,
         no_repeat_ngram_size=no_repeat_ngram_size,
         teacher=teacher,
+        metrics=metric or (),
     )
     show_scores(results)
     typer.echo(f"scores: {output or Path(model) / 'evaluation'}")
@@ -64,7 +69,10 @@ def rescore(
     """Compute ROUGE-L and the like anew from the kept predictions, without generating again."""
     from promptkd.evaluation.results import rescore as run
 
-    show_scores(run(directory))
+    notes: list[str] = []
+    show_scores(run(directory, notes))
+    for note in notes:
+        typer.echo(f"warning: {note}", err=True)
     typer.echo(f"scores: {directory}")
 
 
@@ -183,7 +191,7 @@ def judge(
     model: Annotated[str, typer.Option(help="the judge's name there")],
     protocol: Annotated[str, typer.Option(help="score (the paper's) | pairwise")] = "score",
     against: Annotated[
-        Path | None, typer.Option(help="pairwise: another run; without it, the references")
+        Path | None, typer.Option(help="pairwise: another run; or references")
     ] = None,
     seeds: Annotated[list[int] | None, typer.Option(help="decoding seeds of the responses")] = None,
     num_examples: Annotated[int | None, typer.Option(min=1, help="only the first ones")] = None,
@@ -204,12 +212,13 @@ def judge(
     result = work(
         run,
         data,
-        base_url=base_url,
-        model=model,
-        protocol=protocol,
         against=against,
         seeds=seeds,
         num_examples=num_examples,
+        output=output,
+        base_url=base_url,
+        model=model,
+        protocol=protocol,
         temperature=temperature,
         max_reply_tokens=max_reply_tokens,
         max_reasks=max_reasks,
@@ -217,10 +226,18 @@ def judge(
         timeout=timeout,
         max_retries=max_retries,
         api_key_variable=api_key_variable,
-        output=output,
     )
-    counts = result["counts"]
-    typer.echo(", ".join(f"{name} {count}" for name, count in counts.items()))
+    _show_judgements(result)
+    typer.echo(f"judgements: {output or run / 'judge'}")
+    if result["scores"] is None:
+        raise UserError(
+            f"None of the judge's {result['counts']['malformed']} replies was in the form asked "
+            "for, so there is no score. Use a stronger judge, or raise --max-reply-tokens."
+        )
+
+
+def _show_judgements(result: dict[str, Any]) -> None:
+    typer.echo(", ".join(f"{name} {count}" for name, count in result["counts"].items()))
     for reason, count in result["failures"].items():
         typer.echo(f"  failed {count}: {reason}")
     for example in result["malformed_examples"]:
@@ -232,12 +249,6 @@ def judge(
         shown = f", 95% [{low:.2f}, {high:.2f}]" if low is not None else ""
         value = "–" if score["mean"] is None else f"{score['mean']:8.3f}"
         typer.echo(f"  {name:24} {value}{shown}")
-    typer.echo(f"judgements: {output or run / 'judge'}")
-    if result["scores"] is None:
-        raise UserError(
-            f"None of the judge's {counts['malformed']} replies was in the form asked for, so "
-            "there is no score. Use a stronger judge, or raise --max-reply-tokens."
-        )
 
 
 @app.command()

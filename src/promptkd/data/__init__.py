@@ -5,17 +5,23 @@ knows. Inside there are only requests and responses; token ids are lists of inte
 """
 
 from promptkd.data.batches import Batch, batch_of_step, steps_of_epochs
-from promptkd.data.columns import Example
 from promptkd.data.encoding import (
     Dataset,
     EncodedExample,
     Encoder,
+    date_of_run,
     evaluation_set,
-    num_in_both,
     training_set,
 )
+from promptkd.data.examples import Example, content_digest
+from promptkd.data.overlap import Overlap, overlap, split_by_digest
 from promptkd.data.reading import read_examples, read_noted
-from promptkd.data.templates import ALPACA, template_of
+from promptkd.data.template_findings import (
+    TemplateFinding,
+    template_difference,
+    template_findings,
+)
+from promptkd.data.templates import ALPACA, adopt_chat_template, template_of
 
 __all__ = [
     "ALPACA",
@@ -24,12 +30,20 @@ __all__ = [
     "EncodedExample",
     "Encoder",
     "Example",
+    "Overlap",
+    "TemplateFinding",
+    "adopt_chat_template",
     "batch_of_step",
+    "content_digest",
+    "date_of_run",
     "evaluation_set",
-    "num_in_both",
+    "overlap",
     "read_examples",
     "read_noted",
+    "split_by_digest",
     "steps_of_epochs",
+    "template_difference",
+    "template_findings",
     "template_of",
     "training_set",
 ]

@@ -1,228 +1,210 @@
-"""From a row's columns to a request and its responses. No torch."""
+"""A row's columns become a request and its references; what isn't read is named or refused.
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+Names that every library uses are recognised; ``data.columns`` maps any other. A column that is
+known to carry text of the request (``system``, ``documents``, ...) is used or refused, never
+dropped; every other column that isn't read is named once per source.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
-from promptkd.config import suggest
+from promptkd.config import ColumnsSection
+from promptkd.data.conversations import as_turns, conversation, history_turns
+from promptkd.data.examples import Example, Turn, refuse_lone_surrogates
 from promptkd.errors import UserError
 
-PAIRS = (
-    ("instruction", ("output", "response")),
-    ("prompt", ("completion", "response")),
-    ("question", ("answer", "response")),
-    ("request", ("response",)),
+KNOWN: dict[str, tuple[str, ...]] = {
+    "messages": ("messages", "conversations", "conversation"),
+    "request": ("instruction", "prompt", "question", "request"),
+    "context": ("input", "context"),
+    "response": ("output", "response", "completion", "answer"),
+    "system": ("system", "system_prompt"),
+    "history": ("history",),
+    "tools": ("tools", "functions"),
+}
+"""The names under which each part of a row is recognised without ``data.columns``."""
+
+CARRIERS = {name for names in KNOWN.values() for name in names} | {
+    *("answers", "chosen", "demonstration", "demonstrations", "documents", "document", "examples"),
+    *("image", "images", "audio", "video", "passage", "passages", "query", "target", "hint"),
+    *("reasoning", "reasoning_content", "thinking", "rationale", "solution", "few_shot"),
+}
+"""Columns that carry a part of the request or of its reference: used, or refused by name."""
+
+LAYOUTS = (
+    "instruction (input or context, output or response), prompt (completion), question (answer), "
+    "request (response), messages or conversations"
 )
-CONVERSATIONS = ("messages", "conversations")
-KNOWN = (
-    "instruction (input or context; output or response), prompt (completion or response), "
-    "question (answer), request (response), messages or conversations"
-)
-MAPPED = ("request", "response", "input", "system", "messages")
-"""What ``data.columns`` may name."""
-CARRIERS = ("documents", "passages", "functions", "system_prompt", "images", "audios", "videos")
-"""Columns that other tools read as part of the request: refused, since nobody here would."""
-SHAREGPT = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
 
 
-@dataclass(frozen=True)
-class Example:
-    """One row: what is asked, and the reference responses (none, one or several).
+class ColumnReader:
+    """Reads the rows of one source, and counts which columns are left unread."""
 
-    Attributes:
-        messages: the turns before the response, when the row came as a conversation, as chat
-            templates take them.
-        tools: what a chat template is given as tools.
-        where: file and line, for complaints.
-    """
+    def __init__(self, columns: ColumnsSection):
+        self.columns = columns
+        self.unread: Counter[str] = Counter()
+        self._mapped = {
+            part: column for part in KNOWN if (column := getattr(columns, part)) is not None
+        }
+        self._seen: set[str] = set()
 
-    instruction: str
-    input: str = ""
-    responses: tuple[str, ...] = ()
-    messages: tuple[dict[str, Any], ...] = ()
-    tools: tuple[Any, ...] = ()
-    where: str = field(default="", compare=False)
+    def example(self, row: Mapping[str, Any], where: str) -> Example:
+        """The request and references of a row.
 
-
-def example_of(row: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> Example:
-    """Read a row.
-
-    Args:
-        columns: see ``read_noted``.
-
-    Raises:
-        UserError: naming ``where``, if the row asks nothing, or holds what can't be read.
-    """
-    row = _renamed(row, where, columns)
-    for name in CARRIERS:
-        if row.get(name):
+        Raises:
+            UserError: for a row without a request, with parts that are no text, or with text that
+                would be lost; with file and line.
+        """
+        self._seen.update(row)
+        parts = self._parts(row, where)
+        values = {part: row[column] for part, column in parts.items()}
+        if "messages" in parts:
+            example = self._of_messages(values, parts, where)
+        elif "request" in parts:
+            example = self._of_request(values, parts, where)
+        else:
             raise UserError(
-                f"{where}: the column '{name}' holds part of the request, and is not read. Put it "
-                "into the request, or rename or remove the column."
+                f"{where}: no request found in the columns {sorted(row)}. Known: {LAYOUTS}. "
+                "data.columns maps others, as in {request: my_column}."
             )
-    tools = tuple(row.get("tools") or ())
-    system = _text(row.get("system") or "", "system", where)
-    for name in CONVERSATIONS:
-        if row.get(name):
-            return _conversation(row[name], system, tools, where)
-    for request, responses in PAIRS:
-        if request not in row:
-            continue
-        response = next((row[name] for name in responses if row.get(name)), None)
-        if isinstance(row[request], list):
-            return _conversation([*row[request], *_listed(response)], system, tools, where)
-        text = _text(row[request], request, where)
-        if not text.strip():
-            raise UserError(f"{where}: '{request}' is {text!r}, not a text. Each row asks for one.")
-        example = Example(
-            instruction=text,
-            input=_input(row, where),
-            responses=_responses(response, where),
-            tools=tools,
-            where=where,
-        )
-        return _with_turns(example, system, row.get("history") or ())
-    raise UserError(f"{where}: no request found in the columns {sorted(row)}. Known: {KNOWN}.")
-
-
-def unread_columns(rows: Iterable[Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:
-    """Columns that ``example_of`` takes no notice of, in the order they are met."""
-    read = {"input", "context", "system", "history", "tools", *CONVERSATIONS, *columns.values()}
-    for request, responses in PAIRS:
-        read |= {request, *responses}
-    return list(dict.fromkeys(name for row in rows for name in row if name not in read))
-
-
-def _renamed(row: Mapping[str, Any], where: str, columns: Mapping[str, str]) -> dict[str, Any]:
-    if not columns:
-        return dict(row)
-    renamed = dict(row)
-    for ours, theirs in columns.items():
-        if ours not in MAPPED:
-            raise UserError(f"data.columns names '{ours}'{suggest(ours, list(MAPPED))}")
-        if theirs not in row:
-            raise UserError(
-                f"{where}: data.columns reads '{ours}' from the column '{theirs}', which isn't "
-                f"there. The row has {', '.join(map(str, row))}."
-            )
-        renamed.pop(theirs, None)
-    if "request" in columns:
-        for request, responses in PAIRS:
-            for name in (request, *responses, *CONVERSATIONS):
-                renamed.pop(name, None)
-    return renamed | {ours: row[theirs] for ours, theirs in columns.items()}
-
-
-def _input(row: Mapping[str, Any], where: str) -> str:
-    own, context = (_text(row.get(name) or "", name, where) for name in ("input", "context"))
-    if own and context:
-        raise UserError(
-            f"{where}: 'input' and 'context' both hold a text, and a request has one input. "
-            "Join them, or name one by data.columns."
-        )
-    return own or context
-
-
-def _with_turns(example: Example, system: str, history: Sequence[Any]) -> Example:
-    """The same as a conversation, if turns come before it."""
-    if not system and not history:
+        for text in example.texts():
+            refuse_lone_surrogates(text, example.at)
+        left = [c for c in row if c not in parts.values() and c not in self.columns.ignore]
+        left = [column for column in left if not _is_empty(row[column])]
+        read = "\n".join(example.texts())
+        for column in left:
+            if column in CARRIERS and not _within(row[column], read):
+                raise _lost(where, column, "the request is read without it")
+        self.unread.update(left)
         return example
-    turns = [{"role": "system", "content": system}] if system else []
-    for pair in history:
-        if not isinstance(pair, list | tuple) or len(pair) != 2:
+
+    def _parts(self, row: Mapping[str, Any], where: str) -> dict[str, str]:
+        """Which column of the row is which of its parts."""
+        of_messages = ("messages", "response", "system", "tools")
+        of_request = ("request", "context", "response", "system", "history", "tools")
+        mapped = self._mapped.get("request") in row
+        turns = None if mapped else self._find("messages", row, where)
+        wanted = of_messages if turns else of_request
+        return {part: name for part in wanted if (name := self._find(part, row, where))}
+
+    def check_mapping(self, source: str) -> str | None:
+        """A sentence where nothing of ``data.columns`` is in the source, as in a public test set.
+
+        Raises:
+            UserError: if some of it is and some isn't, naming the column that is missing.
+        """
+        named = {*self._mapped.values(), *self.columns.ignore}
+        missing = sorted(named - self._seen)
+        if missing and named & self._seen:
             raise UserError(
-                f"{example.where}: 'history' is {history!r}, not a list of [request, response]."
+                f"data.columns names '{missing[0]}', but {source} has only the columns "
+                f"{', '.join(sorted(self._seen))}."
             )
-        asked, answered = (_text(text, "history", example.where) for text in pair)
-        turns.append({"role": "user", "content": asked})
-        turns.append({"role": "assistant", "content": answered})
-    asked = f"{example.instruction}\n\n{example.input}" if example.input else example.instruction
-    turns.append({"role": "user", "content": asked})
-    return Example(
-        instruction=asked,
-        responses=example.responses,
-        messages=tuple(turns),
-        tools=example.tools,
-        where=example.where,
+        return f"has none of data.columns ({', '.join(missing)})" if missing else None
+
+    def _find(self, part: str, row: Mapping[str, Any], where: str) -> str | None:
+        """The column of a part of the row; an empty one only where a request should be."""
+        if self._mapped.get(part) in row:
+            names = [self._mapped[part]]
+        else:
+            taken = {*self._mapped.values(), *self.columns.ignore}
+            names = [name for name in KNOWN[part] if name not in taken]
+        present = [name for name in names if name in row]
+        filled = [name for name in present if not _is_empty(row[name])]
+        if len(filled) > 1:
+            raise UserError(
+                f"{where}: {' and '.join(map(repr, filled))} could each be the {part}. Say which "
+                f"is: data.columns: {{{part}: {filled[0]}, ignore: [{', '.join(filled[1:])}]}}."
+            )
+        if filled:
+            return filled[0]
+        return present[0] if present and part == "request" else None
+
+    def _of_messages(self, values: dict[str, Any], parts: dict[str, str], where: str) -> Example:
+        turns = as_turns(values["messages"], where, self.unread)
+        if turns[-1]["role"] == "assistant":
+            parts.pop("response", None)  # the last turn is the reference
+        answers = _responses(values["response"], where) if "response" in parts else ()
+        turns = _with_system(turns, values.get("system"), where)
+        return conversation(turns, answers, _tools(values.get("tools"), where), where)
+
+    def _of_request(self, values: dict[str, Any], parts: dict[str, str], where: str) -> Example:
+        column, request, responses = parts["request"], values["request"], values.get("response")
+        context = values.get("context", "")
+        if not isinstance(context, str):
+            raise UserError(f"{where}: '{parts['context']}' is {context!r}, not a text.")
+        if isinstance(request, list) and request:
+            turns = as_turns(request, where, self.unread)
+            if context:
+                raise _lost(where, parts["context"], f"'{column}' is a conversation")
+            if isinstance(responses, list) and isinstance(responses[0], dict):
+                turns, responses = [*turns, *as_turns(responses, where, self.unread)], None
+        elif isinstance(request, str) and request.strip():
+            asked = f"{request}\n\n{context}" if context else request
+            turns = [{"role": "user", "content": asked}]
+        else:
+            raise UserError(
+                f"{where}: '{column}' is {request!r}, not a text. Each row asks for one."
+            )
+        answers = _responses(responses, where)
+        if isinstance(request, str) and not {"system", "history", "tools"} & {*parts}:
+            return Example(request, context, answers, where=where)
+        turns = [*history_turns(values.get("history", []), where), *turns]
+        turns = _with_system(turns, values.get("system"), where)
+        return conversation(turns, answers, _tools(values.get("tools"), where), where)
+
+
+def _lost(where: str, column: str, reason: str) -> UserError:
+    return UserError(
+        f"{where}: the text in '{column}' would be lost, because {reason}. Say what it is in "
+        f"data.columns, as in {{context: {column}}}, or drop it by {{ignore: [{column}]}}."
     )
 
 
-def _listed(value: Any) -> list[Any]:
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list) else [{"role": "assistant", "content": value}]
+def _is_empty(value: Any) -> bool:
+    return value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
 
 
-def _text(value: Any, name: str, where: str) -> str:
-    if not isinstance(value, str):
-        raise UserError(f"{where}: '{name}' is {value!r}, not a text.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        half = value[error.start]
-        raise UserError(
-            f"{where}: '{name}' holds half a character ({half!r}). Mend that text."
-        ) from None
-    return value
+def _within(value: Any, text: str) -> bool:
+    """Whether a column's text was read anyway, from another one."""
+    return isinstance(value, str) and value.strip() in text
+
+
+def _with_system(turns: list[Turn], system: Any, where: str) -> list[Turn]:
+    if _is_empty(system):
+        return turns
+    if not isinstance(system, str):
+        raise UserError(f"{where}: the system message is {system!r}, not a text.")
+    if turns[0]["role"] != "system":
+        return [{"role": "system", "content": system}, *turns]
+    if turns[0]["content"].strip() == system.strip():
+        return turns
+    raise UserError(
+        f"{where}: the row has a system message of its own and a system turn in its conversation. "
+        "Keep one of them."
+    )
+
+
+def _tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
+    """Schemas of tools, given as they are or as JSON, as files with columns hold them."""
+    if _is_empty(value):
+        return ()
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise UserError(f"{where}: the tools aren't JSON: {value[:80]!r}.") from None
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise UserError(f"{where}: the tools are {value!r:.80}, not a list of objects.")
+    return tuple(value)
 
 
 def _responses(value: Any, where: str) -> tuple[str, ...]:
-    if value is None or value == "" or value == []:
+    if _is_empty(value):
         return ()
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(item, str) for item in values):
         raise UserError(f"{where}: the response is {value!r}, neither a text nor a list of texts.")
-    return tuple(_text(item, "response", where) for item in values)
-
-
-def _conversation(turns: Any, system: str, tools: tuple[Any, ...], where: str) -> Example:
-    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise UserError(f"{where}: messages must be a list of {{role, content}} objects.")
-    read = [_turn(turn, where) for turn in turns]
-    if system:
-        if any(turn["role"] == "system" for turn in read):
-            raise UserError(
-                f"{where}: a system message stands in the conversation and in the column 'system'. "
-                "Keep one of them."
-            )
-        read.insert(0, {"role": "system", "content": system})
-    answered = bool(read) and read[-1]["role"] == "assistant"
-    if answered and read[-1].get("tool_calls"):
-        raise UserError(
-            f"{where}: the conversation ends with a tool call, and a response is a text. Leave the "
-            "last turn out, or end with the answer."
-        )
-    before = read[:-1] if answered else read
-    if not before or before[-1]["role"] not in ("user", "tool"):
-        raise UserError(f"{where}: the conversation has no user turn to respond to.")
-    asked = next((t["content"] for t in reversed(before) if t["role"] == "user"), "")
-    return Example(
-        instruction=asked,
-        responses=_responses(read[-1]["content"], where) if answered else (),
-        messages=tuple(before),
-        tools=tools,
-        where=where,
-    )
-
-
-def _turn(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A turn as chat templates take it; what it holds besides role and content stays."""
-    turn = dict(turn)
-    if "from" in turn and "value" in turn and "role" not in turn:
-        role = turn.pop("from")
-        turn = {"role": SHAREGPT.get(role, role), "content": turn.pop("value"), **turn}
-    role, content = turn.get("role"), turn.get("content")
-    if not isinstance(role, str) or ("content" not in turn and not turn.get("tool_calls")):
-        raise UserError(f"{where}: messages must be a list of {{role, content}} objects.")
-    if content is None and turn.get("tool_calls"):
-        content = ""
-    if isinstance(content, list):
-        content = "".join(_part(part, where) for part in content)
-    return turn | {"role": role, "content": _text(content, "content", where)}
-
-
-def _part(part: Any, where: str) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return part["text"]
-    kind = part.get("type") if isinstance(part, dict) else part
-    raise UserError(f"{where}: a turn holds a part of type {kind!r}; only text can be read.")
+    return tuple(values)

@@ -1,15 +1,25 @@
 """Examples as token ids, and what had to be cut or dropped on the way. No torch."""
 
+import datetime
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from promptkd.config import Recipe
-from promptkd.data.columns import Example
-from promptkd.data.templates import apply_chat_template, render, render_chat, resolved
+from promptkd.data.examples import Example, refuse_lone_surrogates
+from promptkd.data.templates import (
+    apply_chat_template,
+    check_options,
+    refuse_lost_text,
+    render,
+    render_chat,
+    resolved,
+)
 from promptkd.errors import UserError
+from promptkd.files import read_json
 
 
 @dataclass(frozen=True)
@@ -22,11 +32,19 @@ class EncodedExample:
     references: tuple[str, ...]
 
 
+def date_of_run(directory: str | Path) -> datetime.date | None:
+    """The date as of which a run renders its requests, as recorded; None before it began."""
+    record = read_json(Path(directory) / "environment.json", [])
+    return datetime.date.fromisoformat(record["date"]) if record and "date" in record else None
+
+
 class Encoder:
     """Turns examples into token ids: one template, one tokenizer, one place where text is cut.
 
     Attributes:
         template: never ``auto``: what it stands for.
+        template_options: given to the chat template.
+        date: what a chat template that asks for today's date is told; today if not given.
         eos_token_id: what ends a reference: the chat template's end of turn where there is one,
             else the tokenizer's end of sequence.
     """
@@ -34,32 +52,62 @@ class Encoder:
     def __init__(
         self,
         tokenizer: Any,
-        template: str,
-        max_request_tokens: int,
-        max_response_tokens: int,
-        template_options: dict[str, Any] | None = None,
+        template: str = "auto",
+        max_request_tokens: int = 256,
+        max_response_tokens: int = 256,
+        *,
+        template_options: Mapping[str, Any] | None = None,
+        date: datetime.date | None = None,
     ):
         self.tokenizer = tokenizer
         self.template = resolved(template, tokenizer)
-        self.template_options = template_options or {}
+        self.template_options = dict(template_options or {})
         self.max_request_tokens = max_request_tokens
         self.max_response_tokens = max_response_tokens
+        self.date = date or datetime.date.today()
         self.eos_token_id: int = tokenizer.eos_token_id
+        check_options(self.template, tokenizer, self.template_options)
         if self.template == "chat":
             end = end_of_turn(tokenizer, self.template_options)
             self.eos_token_id = self.eos_token_id if end is None else end
 
     @classmethod
-    def of_recipe(cls, recipe: Recipe, tokenizer: Any) -> "Encoder":
+    def of_recipe(
+        cls,
+        recipe: Recipe,
+        tokenizer: Any,
+        *,
+        date: datetime.date | None = None,
+        max_response_tokens: int | None = None,
+    ) -> "Encoder":
         """The recipe's template and limits, with the tokenizer of any of its models."""
-        d = recipe.data
-        limits = d.max_request_tokens, d.max_response_tokens
-        return cls(tokenizer, d.template, *limits, template_options=d.template_options)
+        data = recipe.data
+        return cls(
+            tokenizer,
+            template=data.template,
+            max_request_tokens=data.max_request_tokens,
+            max_response_tokens=max_response_tokens or data.max_response_tokens,
+            template_options=data.template_options,
+            date=date,
+        )
+
+    def with_tokenizer(self, tokenizer: Any) -> "Encoder":
+        """The same way to ask a model that has another tokenizer."""
+        return Encoder(
+            tokenizer,
+            template=self.template,
+            max_request_tokens=self.max_request_tokens,
+            max_response_tokens=self.max_response_tokens,
+            template_options=self.template_options,
+            date=self.date,
+        )
 
     def render(self, example: Example) -> str:
         """The request's text, up to where the response begins."""
         if self.template == "chat":
-            return render_chat(self.tokenizer, example, self.template_options)
+            text = render_chat(self.tokenizer, example, self.template_options, self.date)
+            refuse_lost_text(text, example)
+            return text
         return render(self.template, example)
 
     def request_ids(self, example: Example) -> tuple[int, ...]:
@@ -70,6 +118,7 @@ class Encoder:
         """
         text = self.render(example)
         special = self.template != "chat"  # a chat template writes its special tokens itself
+        refuse_lone_surrogates(text, example.at)
         ids = self.tokenizer(text, add_special_tokens=special).input_ids
         if ids and ids[-1] == self.tokenizer.eos_token_id and special:
             ids = ids[:-1]  # some tokenizers end every text; a request goes on
@@ -84,13 +133,22 @@ class Encoder:
         return tuple([*ids, self.eos_token_id][: self.max_response_tokens])
 
     def encode(self, index: int, example: Example) -> EncodedExample:
-        response = self.response_ids(example.responses[0]) if example.responses else None
+        references = tuple(self.without_end(text) for text in example.responses)
+        response = self.response_ids(references[0]) if references else None
         return EncodedExample(
             index=index,
             request_ids=self.request_ids(example),
             response_ids=response,
-            references=example.responses,
+            references=references,
         )
+
+    def without_end(self, text: str) -> str:
+        """A text without the end markers that it spells out at its end; it is scored like that."""
+        ids = {self.tokenizer.eos_token_id, self.eos_token_id}
+        markers = self.tokenizer.convert_ids_to_tokens(sorted(ids))
+        while marker := next((m for m in markers if text.rstrip().endswith(m)), None):
+            text = text.rstrip().removesuffix(marker)
+        return text
 
     def fits(self, example: Example) -> bool:
         return len(self.request_ids(example)) <= self.max_request_tokens
@@ -258,17 +316,6 @@ def evaluation_set(examples: Sequence[Example], encoder: Encoder) -> Dataset:
         num_shortened_conversations=shortened,
         num_quoting_markers=_num_quoting_markers(examples, encoder),
     )
-
-
-def num_in_both(training: Sequence[Example], held_out: Sequence[Example]) -> int:
-    """How many held-out requests stand in the training data too, up to spaces."""
-
-    def text(example: Example) -> str:
-        turns = [turn["content"] for turn in example.messages]
-        return " ".join(" ".join(turns or [example.instruction, example.input]).split())
-
-    seen = {text(example) for example in training}
-    return sum(text(example) in seen for example in held_out)
 
 
 def _num_cut_responses(examples: Iterable[EncodedExample], encoder: Encoder) -> int:

@@ -1,243 +1,231 @@
-"""Files of requests, row by row: JSON, CSV, Parquet, folders, hub data sets. No torch."""
+"""Reading every row of what users bring: files, folders, globs, hub data sets, rows of Python."""
 
-import csv
 import glob
-import gzip
-import io
-import json
+import re
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from promptkd.data.columns import Example, example_of, unread_columns
+from promptkd.config import ColumnsSection
+from promptkd.data.columns import ColumnReader
+from promptkd.data.examples import Example
+from promptkd.data.text_files import SUFFIXES, Row, Rows, text_rows
 from promptkd.errors import UserError
 
-Row = dict[str, Any]
-Located = tuple[str, Row]
-"""A row and where it stands: ``file:line`` in text files, ``file:row`` otherwise."""
-
-SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-FORMATS = "JSONL, JSON, CSV, TSV (each also as .gz) or Parquet"
+PLACES = "Give a file, a folder, a glob, or a hub id (owner/name or owner/name:split)"
+_SPLIT = re.compile(r"(train|validation|valid|dev|eval|test)(?![a-z])", re.IGNORECASE)
 
 
-def read_examples(
-    sources: Iterable[Any], columns: Mapping[str, str] | None = None
-) -> list[Example]:
-    """Read every row of every source, in order; see ``read_noted``."""
-    return read_noted(sources, columns)[0]
+def read_examples(sources: Any, columns: ColumnsSection | None = None) -> list[Example]:
+    """Read every row of every source, in order; what isn't read is said on standard error.
+
+    See ``read_noted``.
+    """
+    examples, notes = read_noted(sources, columns)
+    for note in notes:
+        print(note, file=sys.stderr)
+    return examples
 
 
 def read_noted(
-    sources: Iterable[Any], columns: Mapping[str, str] | None = None
+    sources: Any, columns: ColumnsSection | None = None
 ) -> tuple[list[Example], list[str]]:
-    """The examples of every source, and a sentence for each source with columns nobody reads.
+    """The examples of every source, and a sentence for whatever of a source isn't read.
 
     Args:
         sources: paths, folders, globs, or hub ids (``owner/name`` or ``owner/name:split``); from
-            Python also rows as dictionaries, and ``datasets.Dataset`` objects.
-        columns: what a request, response, input, system message or conversation is called there,
-            as in ``{"request": "question"}``; names that are known need no entry.
+            Python also lists of dictionaries, and ``datasets.Dataset``. One of them or several.
+        columns: which column is what, where the names aren't known ones.
 
     Raises:
-        UserError: for a missing or empty file or a broken row, with file and line number.
+        UserError: for a missing or empty source or a broken row, with file and line number.
     """
     examples: list[Example] = []
-    notes = []
-    given = list(sources)
-    if given and all(isinstance(source, dict) for source in given):
-        given = [given]
-    for source in given:
-        name, rows = _rows_of(source)
-        if not rows:
-            raise UserError(f"{name} holds no rows. Give a file with at least one request.")
-        examples.extend(example_of(row, where, columns or {}) for where, row in rows)
-        unread = unread_columns((row for _, row in rows), columns or {})
-        if unread:
-            notes.append(f"{name}: the columns {', '.join(unread)} are not read")
+    notes: list[str] = []
+    for source in _each(sources):
+        for name, rows in _expand(source, notes):
+            reader = ColumnReader(columns or ColumnsSection())
+            found = [reader.example(row, where) for where, row in rows]
+            if not found:
+                raise UserError(f"{name} holds no rows. Give a file with at least one request.")
+            if unmapped := reader.check_mapping(name):
+                notes.append(f"{name} {unmapped}: it is read by its own column names")
+            if reader.unread:
+                notes.append(f"{name}: {_listed(reader.unread, len(found))} not read")
+            examples.extend(found)
     return examples, notes
 
 
-def _rows_of(source: Any) -> tuple[str, list[Located]]:
-    if isinstance(source, str):
-        rows = [row for path in _expand(source) for row in _read(path)]
-        return source, rows
-    if isinstance(source, list):
-        return "the rows", [(f"row {number}", row) for number, row in enumerate(source, 1)]
-    if hasattr(source, "column_names") and hasattr(source, "__getitem__"):
-        if isinstance(source.column_names, dict):
-            splits = ", ".join(source.column_names)
-            raise UserError(f"A DatasetDict has several splits ({splits}). Give one of them.")
-        return "the data set", [(f"row {i}", dict(row)) for i, row in enumerate(source, 1)]
-    raise UserError(
-        f"Data can't be a {type(source).__name__}. Give paths, hub ids, dictionaries or a "
-        "datasets.Dataset."
-    )
+def _listed(unread: Counter[str], num_rows: int) -> str:
+    shares = [
+        name if count == num_rows else f"{name} (in {count} of {num_rows} rows)"
+        for name, count in unread.items()
+    ]
+    if len(shares) == 1:
+        return f"the column {shares[0]} is"
+    return f"the columns {', '.join(shares)} are"
 
 
-def _expand(source: str) -> list[str]:
-    """A path that exists is that path, whatever signs it holds; only then it may be a pattern."""
-    if Path(source).exists() or not glob.has_magic(source):
-        return [source]
-    paths = sorted(glob.glob(source))
-    if not paths:
-        raise UserError(f"No file matches {source}.")
-    return paths
-
-
-def _read(path: str) -> list[Located]:
-    place = Path(path)
-    try:
-        if place.is_dir():
-            return _folder(place)
-        if place.is_file():
-            return list(_file(place))
-    except (ValueError, csv.Error, EOFError, gzip.BadGzipFile, RecursionError) as error:
-        raise UserError(f"{path} can't be read: {error}. Mend or convert it.") from None
-    except OSError as error:
-        raise UserError(f"{path} can't be read: {error.strerror or error}.") from None
-    if place.suffix or place.is_absolute() or path.count("/") != 1:
+def _each(sources: Any) -> list[Any]:
+    """The sources, whether one was given or several."""
+    if isinstance(sources, Mapping):
         raise UserError(
-            f"{path} does not exist. Give a file, a folder, a glob, or a hub id (owner/name)."
+            f"The data is a mapping of the splits {', '.join(map(repr, sources))} (a DatasetDict?)"
+            f". Give one of them: data[{next(iter(sources), 'train')!r}]."
         )
-    return list(_hub(path))
+    if not isinstance(sources, (list, tuple)):
+        return [sources]
+    if not sources:
+        raise UserError("The list of data holds no rows. Give at least one request.")
+    return [sources] if isinstance(sources[0], Mapping) else list(sources)
 
 
-def _file(path: Path) -> Iterator[Located]:
-    suffix = _suffix(path)
-    if suffix in (".jsonl", ".json"):
-        yield from _json(path)
-    elif suffix in (".csv", ".tsv"):
-        yield from _csv(path, "\t" if suffix == ".tsv" else ",")
-    elif suffix == ".parquet":
-        import pyarrow.parquet
-
-        for number, row in enumerate(pyarrow.parquet.read_table(path).to_pylist(), 1):
-            yield f"{path}:{number}", row
-    else:
-        raise UserError(f"{path}: the format '{path.suffix}' is unknown. Use {FORMATS}.")
-
-
-def _suffix(path: Path) -> str:
-    name = path.with_suffix("") if path.suffix.lower() == ".gz" else path
-    return name.suffix.lower()
-
-
-def _open(path: Path, newline: str | None = None) -> io.TextIOWrapper:
-    if path.suffix.lower() == ".gz":
-        return io.TextIOWrapper(gzip.open(path), encoding="utf-8-sig", newline=newline)
-    return open(path, encoding="utf-8-sig", newline=newline)
-
-
-def _folder(path: Path) -> list[Located]:
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        import datasets
-
-        saved = datasets.load_from_disk(str(path))
-        if isinstance(saved, datasets.DatasetDict):
-            if len(saved) > 1 and "train" not in saved:
-                raise UserError(
-                    f"{path} holds the splits {', '.join(map(str, saved))}. Name one's folder."
-                )
-            saved = saved["train"] if "train" in saved else next(iter(saved.values()))
-        return [(f"{path}:{number}", dict(row)) for number, row in enumerate(saved, 1)]
-    files = sorted(file for file in path.iterdir() if _suffix(file) in SUFFIXES)
-    if not files:
-        raise UserError(f"{path} is a folder without data files. Use {FORMATS}.")
-    return [row for file in files for row in _file(file)]
-
-
-def _json(path: Path) -> Iterator[Located]:
-    """Lines of objects, one array of objects, or an object whose ``data`` is such an array."""
-    with _open(path) as file:
-        text = file.read()
-    start = text.lstrip()[:1]
-    if start == "[":
-        yield from _items(path, text)
+def _expand(source: Any, notes: list[str]) -> Iterator[tuple[str, Rows]]:
+    """(name, rows) of each file, folder or data set that a source stands for."""
+    if not isinstance(source, (str, Path)):
+        yield "the data", _python_rows(source)
         return
-    if start == "{" and _suffix(path) == ".json":
-        try:
-            whole = json.loads(text)
-        except json.JSONDecodeError:  # several objects: lines
-            whole = None
-        if isinstance(whole, dict) and isinstance(whole.get("data"), list):
-            for number, row in enumerate(whole["data"], 1):
-                yield f"{path}:{number}", _object(row, f"{path}: item {number} of 'data'")
-            return
-        if isinstance(whole, dict):
-            yield f"{path}:1", whole
-            return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield f"{path}:{number}", _object(_parsed(line, path, number), f"{path}:{number}")
+    name = str(source)
+    path = Path(name).expanduser()
+    if path.exists() or not glob.has_magic(name):
+        yield name, _rows(path, name, notes)
+        return
+    paths = sorted(glob.glob(str(path)))
+    if not paths:
+        raise UserError(f"No file matches {name}.")
+    for found in paths:
+        yield found, _rows(Path(found), found, notes)
 
 
-def _items(path: Path, text: str) -> Iterator[Located]:
-    """The objects of an array, with the lines on which they begin."""
-    decoder, position = json.JSONDecoder(), text.index("[") + 1
-    line = text.count("\n", 0, position) + 1
-    while True:
-        begin = len(text) - len(text[position:].lstrip(" \t\r\n,"))
-        line += text.count("\n", position, begin)
-        if text[begin : begin + 1] == "]":
-            return
-        try:
-            row, end = decoder.raw_decode(text, begin)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: broken JSON ({error.msg}). Mend it.") from None
-        yield f"{path}:{line}", _object(row, f"{path}:{line}")
-        line, position = line + text.count("\n", begin, end), end
+def _python_rows(source: Any) -> Rows:
+    if isinstance(source, Mapping):
+        _each(source)  # refuses it
+    if not isinstance(source, Iterable):
+        raise UserError(
+            f"Data can't be a {type(source).__name__}. Give paths, hub ids, lists of dictionaries "
+            "or a datasets.Dataset."
+        )
+    for number, row in enumerate(source, 1):
+        if not isinstance(row, Mapping):
+            raise UserError(f"row {number} of the data is {row!r}. Give dictionaries of columns.")
+        yield f"row {number}", dict(row)
 
 
-def _parsed(line: str, path: Path, number: int) -> Any:
+def _rows(path: Path, name: str, notes: list[str]) -> Rows:
+    if path.is_dir():
+        return _folder_rows(path, None, notes)
+    if path.exists():
+        return _file_rows(path)
+    whole, _, split = name.rpartition(":")
+    if whole and Path(whole).expanduser().is_dir():
+        return _folder_rows(Path(whole).expanduser(), split, notes)
+    if _format(path) or path.is_absolute() or name.count("/") != 1:
+        raise UserError(f"{name} does not exist. {PLACES}.")
+    return _hub_rows(name)
+
+
+def _format(path: Path) -> str | None:
+    """The suffix that says how a file is read; None if it isn't one of ours."""
+    name = path.name.lower()
+    suffix = Path(name.removesuffix(".gz")).suffix
+    if suffix in SUFFIXES or (suffix == ".parquet" and not name.endswith(".gz")):
+        return suffix
+    return None
+
+
+def _file_rows(path: Path) -> Rows:
+    suffix = _format(path)
+    if suffix is None:
+        raise UserError(
+            f"{path}: the format '{''.join(path.suffixes[-2:])}' is unknown. Use JSONL, JSON, CSV, "
+            "TSV (each also as .gz) or Parquet."
+        )
     try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        reason = f"{error.msg} at column {error.colno}"
-        raise UserError(f"{path}:{number}: broken JSON ({reason}). Mend it.") from None
+        return _parquet_rows(path) if suffix == ".parquet" else text_rows(str(path), suffix)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{path} can't be read: {reason}. Mend or convert it.") from None
 
 
-def _object(row: Any, where: str) -> Row:
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: not a JSON object. Each row is one object.")
-    return row
+def _parquet_rows(path: Path) -> Rows:
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{path} can't be read: {error}. Mend or convert it.") from None
+    return _numbered(str(path), table.to_pylist())
 
 
-def _csv(path: Path, delimiter: str) -> Iterator[Located]:
-    """Strict: a quote that isn't closed, a field too many or too few is an error with its line."""
-    with _open(path, newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter, strict=True)
-        header: list[str] | None = None
-        try:
-            for fields in reader:
-                where = f"{path}:{reader.line_num}"
-                if not fields:
-                    continue
-                if header is None:
-                    header = fields
-                    twice = sorted({name for name in header if header.count(name) > 1})
-                    if twice:
-                        raise UserError(f"{where}: the column {twice[0]!r} stands there twice.")
-                    continue
-                if len(fields) != len(header):
-                    raise UserError(
-                        f"{where}: {len(fields)} fields under {len(header)} columns. Quote fields "
-                        "that hold the separator, or mend the row."
-                    )
-                yield where, dict(zip(header, fields, strict=True))
-        except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: broken CSV ({error}). Mend it.") from None
+def _numbered(name: str, rows: Iterable[Any]) -> Rows:
+    for number, row in enumerate(rows, 1):
+        yield f"{name}:{number}", dict(row)
 
 
-def _hub(source: str) -> Iterator[Located]:
+def _folder_rows(folder: Path, split: str | None, notes: list[str]) -> Rows:
+    """A folder of ``save_to_disk``, or one of data files; of several splits, one is read."""
+    if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        return _saved_rows(folder, split, notes)
+    files = [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    ]
+    data = [path for path in files if _format(path)]
+    if not data:
+        raise UserError(
+            f"{folder} holds no data: neither JSONL, JSON, CSV, TSV or Parquet files, nor what "
+            "datasets' save_to_disk writes. Name another folder, or a file."
+        )
+    by_split: dict[str, list[Path]] = {}
+    for path in data:
+        match = _SPLIT.match(path.name)
+        by_split.setdefault(match[1].lower() if match else "", []).append(path)
+    chosen = by_split[_split_of(str(folder), list(by_split), split, notes)]
+    return chain.from_iterable(map(_file_rows, chosen))
+
+
+def _saved_rows(folder: Path, split: str | None, notes: list[str]) -> Rows:
+    import datasets
+
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:  # of every kind, as the files may be damaged in any way
+        raise UserError(f"{folder} can't be read: {error}. Save it again.") from None
+    if isinstance(saved, datasets.DatasetDict):
+        name = _split_of(str(folder), [str(key) for key in saved], split, notes)
+        return _numbered(f"{folder}:{name}", saved[name])
+    if split is not None:
+        raise UserError(f"{folder} has no splits, so '{split}' isn't one. Name {folder} alone.")
+    return _numbered(str(folder), saved)
+
+
+def _split_of(name: str, splits: list[str], asked: str | None, notes: list[str]) -> str:
+    """The split that was asked for, else the only one, else ``train``; the others are named."""
+    known = ", ".join(split or "(files without the name of a split)" for split in splits)
+    if asked is None and len(splits) > 1 and "train" not in splits:
+        raise UserError(
+            f"{name} has the splits {known}. Name one: {name}:{next(filter(None, splits))}."
+        )
+    split = asked if asked is not None else "train" if "train" in splits else splits[0]
+    if split not in splits:
+        raise UserError(f"{name} has no split '{split}'; there are: {known}.")
+    if asked is None and len(splits) > 1:
+        notes.append(f"{name} has the splits {known}: train is read; name another as {name}:SPLIT")
+    return split
+
+
+def _hub_rows(source: str) -> Iterator[tuple[str, Row]]:
     import datasets
 
     name, _, split = source.partition(":")
     try:
         rows = datasets.load_dataset(name, split=split or "train")
-    except Exception as error:
+    except Exception as error:  # of every kind: the hub's, the network's, a builder's
         raise UserError(
-            f"{source} is neither a file nor a data set that the hub gives ({error}). "
-            "Give a path, a folder, a glob, or a hub id (owner/name or owner/name:split)."
+            f"{source} is neither a file nor a data set that the hub gives ({error}). {PLACES}."
         ) from None
-    for number, row in enumerate(rows, 1):
-        yield f"{source}:{number}", dict(row)  # pyright: ignore[reportArgumentType, reportCallIssue]
+    yield from _numbered(source, rows)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from promptkd.errors import UserError
-from promptkd.evaluation.results import SCORED, Evaluation, read_evaluations
+from promptkd.evaluation.results import MEASURED, Evaluation, read_evaluations, totals
 from promptkd.evaluation.statistics import paired_difference
 
 
@@ -33,11 +33,11 @@ class Difference:
 
 
 def difference(own: Evaluation, other: Evaluation, score: str) -> Difference | None:
-    """A request's score is its mean over the seeds; requests are resampled in pairs.
+    """Requests are resampled in pairs, each with its responses of all seeds.
 
     None if one lacks the score, or if they were asked different requests.
     """
-    ours, theirs = own.by_example(score), other.by_example(score)
+    ours, theirs = totals(own.predictions, score), totals(other.predictions, score)
     if not ours or ours.keys() != theirs.keys():
         return None
     first, second = list(ours.values()), list(theirs.values())
@@ -45,8 +45,8 @@ def difference(own: Evaluation, other: Evaluation, score: str) -> Difference | N
     return Difference(
         data=own.name,
         score=score,
-        first=sum(first) / len(first),
-        second=sum(second) / len(second),
+        first=sum(v for v, _ in first) / sum(n for _, n in first),
+        second=sum(v for v, _ in second) / sum(n for _, n in second),
         difference=gap,
         low=low,
         high=high,
@@ -56,7 +56,8 @@ def difference(own: Evaluation, other: Evaluation, score: str) -> Difference | N
 
 def differences(own: Evaluation, other: Evaluation) -> list[Difference]:
     """Every score that both have of every response."""
-    found = (difference(own, other, score) for score in SCORED)
+    names = dict.fromkeys([*own.scores, *MEASURED])
+    found = (difference(own, other, name) for name in names)
     return [row for row in found if row is not None]
 
 

@@ -3,19 +3,21 @@
 A score always carries its data, decoding settings, seeds, number of examples and interval.
 """
 
+import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from tqdm import tqdm
 
-from promptkd.config import Recipe, load_recipe
-from promptkd.data import Encoder, evaluation_set, read_examples
+from promptkd.config import ColumnsSection, Recipe, load_recipe
+from promptkd.data import Encoder, date_of_run, evaluation_set, read_examples
 from promptkd.errors import UserError
+from promptkd.evaluation.metrics import check_metrics
 from promptkd.evaluation.results import Evaluation, save_evaluation
 from promptkd.evaluation.scorer import Scorer
-from promptkd.evaluation.suites import PAPER_SEEDS, listed, name_of
+from promptkd.evaluation.suites import PAPER_SEEDS, listed, suite_of_files
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.models.loading import (
@@ -48,6 +50,8 @@ class Protocol:
     """The same, complete."""
 
     template: str = "auto"
+    template_options: Mapping[str, Any] = field(default_factory=dict)
+    columns: ColumnsSection = ColumnsSection()
     max_request_tokens: int = 256
     decoding: GenerationSettings = GenerationSettings(256)
     precision: str = "auto"
@@ -59,11 +63,15 @@ class Protocol:
             data = recipe.data
             own = cls(
                 template=data.template,
+                template_options=data.template_options,
+                columns=data.columns,
                 max_request_tokens=data.max_request_tokens,
                 decoding=GenerationSettings.of_recipe(recipe),
                 precision=recipe.precision,
             )
         given: dict[str, Any] = {key: v for key, v in asked.items() if v is not None}
+        if given.get("template", own.template) != own.template:
+            own = replace(own, template_options={})  # they belong to the run's own template
         if "max_response_tokens" in given:
             given["max_new_tokens"] = given.pop("max_response_tokens")
         of_decoding = {
@@ -71,9 +79,15 @@ class Protocol:
         }
         return replace(own, decoding=replace(own.decoding, **of_decoding), **given)
 
-    def encoder(self, tokenizer: Any) -> Encoder:
-        limits = self.max_request_tokens, self.decoding.max_new_tokens
-        return Encoder(tokenizer, self.template, *limits)
+    def encoder(self, tokenizer: Any, date: datetime.date | None) -> Encoder:
+        return Encoder(
+            tokenizer,
+            template=self.template,
+            max_request_tokens=self.max_request_tokens,
+            max_response_tokens=self.decoding.max_new_tokens,
+            template_options=self.template_options,
+            date=date,
+        )
 
 
 def evaluate(
@@ -84,23 +98,26 @@ def evaluate(
     num_examples: int | None = None,
     teacher: str | None = None,
     output: str | Path | None = None,
+    metrics: Sequence[str] = (),
     **asked: Unpack[Asked],
 ) -> dict[str, Any]:
     """Score a run's student, or any model, on held-out requests, and save scores and predictions.
 
     Args:
         run_or_model: a run's directory, or a model as ``load_model`` takes it.
-        data: path, glob or hub id, or several that make one data set; a mapping of names to such
-            is a suite, whose data sets are scored one by one.
+        data: path, glob or hub id; several are scored one by one, each under its own name. A
+            mapping of names to such is a suite; a list in it makes one data set.
         seeds: decoding seeds; one response per request each.
         num_examples: only the first ones of each data set.
         teacher: also measure KL(student || teacher) on the student's responses, in nats per token;
             a run's own teacher if not given and its tokenizer is the student's, "" for none.
         output: directory; ``RUN/evaluation`` by default, needed for a bare model.
+        metrics: computed beside ROUGE-L and exact match: names of ``metrics.METRICS``,
+            ``distinct_N``, ``NAME@K`` for pass@k, or ``module:function``.
         asked: template, lengths, sampling and precision: see ``Asked``.
 
     Returns:
-        What ``NAME.json`` holds, NAME being the data's; for a suite, that of each by name.
+        What ``NAME.json`` holds, NAME being the data's; for several, that of each by name.
 
     Raises:
         UserError: if the data or model can't be read.
@@ -108,13 +125,17 @@ def evaluate(
     run, name = Path(run_or_model), str(run_or_model)
     recipe = _recipe_of(run, output)
     protocol = Protocol.of(recipe, asked)
-    suite = data if isinstance(data, Mapping) else {name_of(data): data}
-    examples = {key: read_examples(listed(own))[:num_examples] for key, own in suite.items()}
+    check_metrics(metrics, len(seeds))
+    suite = data if isinstance(data, Mapping) else suite_of_files(listed(data))
+    examples = {
+        key: read_examples(listed(own), protocol.columns)[:num_examples]
+        for key, own in suite.items()
+    }
     tokenizer = load_tokenizer(name)
     if teacher is None and recipe and recipe.teacher:
         own = recipe.teacher.model
         teacher = own if same_tokenizer(tokenizer, load_tokenizer(own)) else ""
-    encoder = protocol.encoder(tokenizer)
+    encoder = protocol.encoder(tokenizer, date_of_run(run))
     student, teacher_model = load_pair(name, teacher or None, tokenizer, protocol.precision)
     limits = encoder.max_request_tokens, encoder.max_response_tokens
     check_context(student.module.config, *limits, name)
@@ -127,6 +148,7 @@ def evaluate(
             tokenizer=tokenizer,
             stop=stop,
             decoding=protocol.decoding,
+            metrics=tuple(metrics),
         )
         shown = tqdm(seeds, unit="seed", desc="responses")
         scores, predictions = scorer.score(engine, student, teacher_model, shown)
@@ -147,7 +169,7 @@ def evaluate(
         )
         save_evaluation(Path(output) if output is not None else run / "evaluation", evaluation)
         results[of_suite] = evaluation.to_dict()
-    return results if isinstance(data, Mapping) else next(iter(results.values()))
+    return next(iter(results.values())) if isinstance(data, str) else results
 
 
 def _recipe_of(run: Path, output: str | Path | None) -> Recipe | None:

@@ -219,7 +219,8 @@ def exposure_bias(
     sources = [data] if isinstance(data, str) else list(data or finished.recipe.data.validation)
     if not sources:
         raise UserError(f"{run} has no validation data to measure on. Give data (--data FILE).")
-    dataset = evaluation_set(read_examples(sources)[:num_examples], finished.encoder)
+    examples = read_examples(sources, finished.recipe.data.columns)[:num_examples]
+    dataset = evaluation_set(examples, finished.encoder)
     if len(dataset) < 2:
         raise UserError(
             f"{', '.join(sources)}: {len(dataset)} request is too few for an interval. "

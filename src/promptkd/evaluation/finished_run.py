@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from promptkd.config import Recipe, load_recipe
-from promptkd.data import Encoder
+from promptkd.data import Encoder, date_of_run
 from promptkd.errors import UserError
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.models.language_model import LanguageModel
@@ -77,11 +77,8 @@ def load_run(
     tokenizer = load_tokenizer(str(directory))
     student, teacher = load_pair(str(directory), recipe.teacher.model, tokenizer, precision)
     assert teacher is not None, "there is one"
-    encoder = Encoder(
-        tokenizer,
-        recipe.data.template,
-        recipe.data.max_request_tokens,
-        max_new_tokens or recipe.data.max_response_tokens,
+    encoder = Encoder.of_recipe(
+        recipe, tokenizer, date=date_of_run(directory), max_response_tokens=max_new_tokens
     )
     for model, name in ((student, f"{directory}"), (teacher, recipe.teacher.model)):
         lengths = encoder.max_request_tokens, encoder.max_response_tokens

@@ -28,7 +28,7 @@ from promptkd.data import Dataset, evaluation_set, read_examples, training_set
 from promptkd.divergences import LogProbs, PerToken, kl
 from promptkd.errors import UserError
 from promptkd.evaluation.finished_run import FinishedRun, load_run
-from promptkd.evaluation.results import Prediction, summarise
+from promptkd.evaluation.results import Prediction, summarise, totals
 from promptkd.evaluation.scorer import predict, score
 from promptkd.evaluation.statistics import bootstrap_interval, paired_difference
 from promptkd.files import write_json
@@ -141,11 +141,13 @@ def prompt_analysis(
     first = load_language_model(finished.recipe.student.model, precision)
     first = replace(first, vocabulary=finished.student.vocabulary)
     cast = Cast(finished, first, final)
-    trained = training_set(read_examples(finished.recipe.data.train), finished.encoder)
+    columns = finished.recipe.data.columns
+    examples = read_examples(finished.recipe.data.train, columns)
+    trained = training_set(examples, finished.encoder)
     sets = {"train": Dataset(trained.examples[:num_examples])}
     sources = [data] if isinstance(data, str) else list(data or finished.recipe.data.validation)
     if sources:
-        held_out = read_examples(sources)[:num_examples]
+        held_out = read_examples(sources, columns)[:num_examples]
         sets["validation"] = evaluation_set(held_out, finished.encoder)
     parts: dict[str, list[dict[str, Any]]] = {
         "table_4": [],
@@ -307,10 +309,9 @@ def _text_differences(
 ) -> dict[str, dict[str, Any]]:
     rows = {}
     for name in ("rouge_l", "response_length"):
-        pairs = [(p.score(name), q.score(name)) for p, q in zip(prompted, plain, strict=True)]
-        known = [(own, other) for own, other in pairs if own is not None and other is not None]
-        if known:
-            mean, low, high = paired_difference(*zip(*known, strict=True))
+        own, other = totals(prompted, name), totals(plain, name)
+        if own:
+            mean, low, high = paired_difference([*own.values()], [*other.values()])
             rows[name] = {"mean": mean, "interval_95": [low, high]}
     return rows
 

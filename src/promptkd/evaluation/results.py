@@ -3,17 +3,27 @@
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from promptkd.errors import UserError
-from promptkd.evaluation.metrics import exact_match, rouge_l, rouge_reads
+from promptkd.evaluation.metrics import (
+    METRICS,
+    distinct_n,
+    metrics_of,
+    of_all_responses,
+    pass_at_k,
+    score_text,
+)
 from promptkd.evaluation.statistics import bootstrap_interval, mean_and_deviation
 from promptkd.files import read_json, read_json_lines, write_json, write_json_lines
 
-SCORED = ("rouge_l", "exact_match", "response_length", "ended")
-"""What is known of every single response; the first two only where there are references."""
+MEASURED = ("response_length", "ended")
+"""What is known of every response, whatever it is scored by."""
+TOKEN_MEANS = ("reverse_kl_to_teacher",)
+"""Nats per token: means over response tokens, so long responses count for more."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +35,8 @@ class Prediction:
         seed: of the decoding.
         num_tokens: of the response, its stop token included.
         ended: whether the model stopped by itself within the limit.
-        rouge_l: in percent; None without references that ROUGE can read.
-        exact_match: 0 or 100; None without references.
+        scores: by metric, in percent where they are shares; those that need references only where
+            there are some.
     """
 
     index: int
@@ -36,25 +46,40 @@ class Prediction:
     references: tuple[str, ...]
     num_tokens: int
     ended: bool
-    rouge_l: float | None = None
-    exact_match: float | None = None
+    scores: dict[str, float] = field(default_factory=dict)
 
     def score(self, name: str) -> float | None:
-        """One of ``SCORED``; shares in percent."""
+        """One of its scores or of ``MEASURED``; shares in percent."""
         if name == "response_length":
             return float(self.num_tokens)
         if name == "ended":
             return 100.0 * self.ended
-        return getattr(self, name)
+        return self.scores.get(name)
+
+    def scored_by(self, metrics: Sequence[str]) -> "Prediction":
+        """The same response with the scores of ``metrics`` computed anew; others are kept."""
+        found = score_text(metrics, self.response, self.references, self._fields())
+        kept = {name: value for name, value in self.scores.items() if name not in metrics}
+        return replace(self, scores=found | kept)
+
+    def to_row(self) -> dict[str, Any]:
+        """A line of NAME.predictions.jsonl: the scores stand beside the other fields."""
+        return {**self._fields(), **self.scores}
+
+    def _fields(self) -> dict[str, Any]:
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "scores"}
 
     @classmethod
     def of_row(cls, row: Mapping[str, Any]) -> "Prediction":
         """From a line of NAME.predictions.jsonl.
 
         Raises:
-            TypeError, KeyError: if it is none.
+            TypeError, KeyError, ValueError: if it is none.
         """
-        return cls(**{**row, "references": tuple(row["references"])})
+        names = cls.__dataclass_fields__
+        own = {name: value for name, value in row.items() if name in names}
+        scores = {k: float(v) for k, v in row.items() if k not in names and v is not None}
+        return cls(**{**own, "references": tuple(row["references"]), "scores": scores})
 
 
 @dataclass(frozen=True)
@@ -118,12 +143,8 @@ class Evaluation:
 
     def by_example(self, score: str) -> dict[int, float]:
         """Mean over seeds of one score, by the index of the requests that have it."""
-        collected: dict[int, list[float]] = {}
-        for prediction in self.predictions:
-            value = prediction.score(score)
-            if value is not None:
-                collected.setdefault(prediction.index, []).append(value)
-        return {i: sum(values) / len(values) for i, values in sorted(collected.items())}
+        found = totals(self.predictions, score)
+        return {index: total / size for index, (total, size) in found.items()}
 
     @property
     def protocol(self) -> str:
@@ -165,33 +186,78 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def summarise(predictions: Sequence[Prediction]) -> dict[str, Score]:
+def summarise(predictions: Sequence[Prediction], asked: Sequence[str] = ()) -> dict[str, Score]:
     """Means over seeds with deviations over seeds and intervals over requests.
 
-    Where only some requests have references, the scores that need them are theirs alone.
+    Where only some requests have a score, because they alone have references, it is theirs alone.
+
+    Args:
+        asked: names of metrics that describe several responses: ``distinct_2``, ``exact_match@5``.
     """
-    seeds = sorted({prediction.seed for prediction in predictions})
-    scores = {}
-    for name in SCORED:
-        values = {(p.seed, p.index): p.score(name) for p in predictions}
-        values = {key: value for key, value in values.items() if value is not None}
-        if not values:
-            continue
-        by_seed = [
-            mean_and_deviation([v for (s, _), v in values.items() if s == seed])[0]
-            for seed in seeds
-        ]
-        indices = sorted({index for _, index in values})
-        by_example = [sum(values[s, i] for s in seeds) / len(seeds) for i in indices]
-        mean, deviation = mean_and_deviation(by_seed)
-        scores[name] = Score(
-            mean=mean,
-            num_requests=len(indices),
-            interval_95=bootstrap_interval(by_example),
-            by_seed=tuple(by_seed),
-            deviation_over_seeds=deviation,
-        )
+    names = dict.fromkeys([*(n for p in predictions for n in p.scores), *MEASURED])
+    scores = {name: _over_seeds(predictions, name) for name in names}
+    for name in asked:
+        found = of_all_responses(name)
+        if found and found[0] == "distinct":
+            scores[name] = _distinct(predictions, found[1])
+        elif found and found[0] in scores:
+            scores[name] = _pass(predictions, *found)
     return scores
+
+
+def _over_seeds(predictions: Sequence[Prediction], name: str) -> Score:
+    seeds = sorted({p.seed for p in predictions if p.score(name) is not None})
+    of_seed = ([p for p in predictions if p.seed == seed] for seed in seeds)
+    by_seed = [_mean(totals(own, name).values()) for own in of_seed]
+    by_example = totals(predictions, name).values()
+    mean, deviation = mean_and_deviation(by_seed)
+    return Score(
+        mean=mean,
+        num_requests=len(by_example),
+        interval_95=bootstrap_interval(*zip(*by_example, strict=True)),
+        by_seed=tuple(by_seed),
+        deviation_over_seeds=deviation,
+    )
+
+
+def totals(predictions: Iterable[Prediction], name: str) -> dict[int, tuple[float, float]]:
+    """By the index of the requests that have a score: its sum over the seeds, and over how many.
+
+    What is a mean over tokens is summed over tokens.
+    """
+    found: dict[int, tuple[float, float]] = {}
+    for prediction in predictions:
+        value = prediction.score(name)
+        if value is not None:
+            weight = prediction.num_tokens if name in TOKEN_MEANS else 1
+            total, size = found.get(prediction.index, (0.0, 0.0))
+            found[prediction.index] = total + weight * value, size + weight
+    return dict(sorted(found.items()))
+
+
+def _mean(of_requests: Iterable[tuple[float, float]]) -> float:
+    sums, sizes = zip(*of_requests, strict=True)
+    return sum(sums) / sum(sizes)
+
+
+def _distinct(predictions: Sequence[Prediction], n: int) -> Score:
+    """Per seed, over all of its responses: no mean over requests, so without an interval."""
+    seeds = sorted({prediction.seed for prediction in predictions})
+    by_seed = [distinct_n([p.response for p in predictions if p.seed == s], n) for s in seeds]
+    mean, deviation = mean_and_deviation(by_seed)
+    return Score(mean=mean, by_seed=tuple(by_seed), deviation_over_seeds=deviation)
+
+
+def _pass(predictions: Sequence[Prediction], metric: str, k: int) -> Score:
+    """A response is right if the metric gives it 100."""
+    right: dict[int, list[bool]] = {}
+    for prediction in predictions:
+        if metric in prediction.scores:
+            right.setdefault(prediction.index, []).append(prediction.scores[metric] == 100)
+    values = [pass_at_k(len(own), sum(own), k) for own in right.values() if len(own) >= k]
+    return Score(
+        mean=fmean(values), num_requests=len(values), interval_95=bootstrap_interval(values)
+    )
 
 
 def save_evaluation(directory: Path, evaluation: Evaluation) -> None:
@@ -208,7 +274,7 @@ def save_evaluation(directory: Path, evaluation: Evaluation) -> None:
             f"{len(evaluation.predictions)}: it would replace a larger one. Give another --output, "
             "or remove that file."
         )
-    rows = map(asdict, evaluation.predictions)
+    rows = (prediction.to_row() for prediction in evaluation.predictions)
     write_json_lines(directory / f"{evaluation.name}.predictions.jsonl", rows)
     write_json(place, evaluation.to_dict())
 
@@ -238,7 +304,7 @@ def read_predictions(path: Path) -> tuple[list[Prediction], list[int]]:
     for number, row in rows.items():
         try:
             predictions.append(Prediction.of_row(row))
-        except (TypeError, KeyError):
+        except (TypeError, KeyError, ValueError):
             damaged.append(number)
     return predictions, sorted(damaged)
 
@@ -249,11 +315,14 @@ def read_evaluations(directory: Path, notes: list[str] | None = None) -> list[Ev
     return [evaluation for evaluation in found if evaluation is not None]
 
 
-def rescore(directory: str | Path) -> dict[str, dict[str, Any]]:
-    """Compute the scores of kept predictions anew, without generating; what needs models stays.
+def rescore(directory: str | Path, notes: list[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Compute the scores of kept predictions anew, without generating.
+
+    What needs models stays as it is, and so does what a user's own function gave.
 
     Args:
         directory: a run's, or one that ``evaluate`` wrote to.
+        notes: takes a sentence for every damaged file.
 
     Returns:
         What each ``NAME.json`` holds now, by NAME.
@@ -265,25 +334,17 @@ def rescore(directory: str | Path) -> dict[str, dict[str, Any]]:
     if (place / "evaluation").is_dir():
         place = place / "evaluation"
     results = {}
-    for found in read_evaluations(place):
+    for found in read_evaluations(place, notes):
         if not found.predictions:
             continue
-        predictions = tuple(_scored(p) for p in found.predictions)
-        record = found.to_dict() | {"scores": {}}
-        again = Evaluation.of_record(found.name, record, predictions)
-        again.scores.update(found.scores | summarise(predictions))
+        metrics = metrics_of([p.references for p in found.predictions], [*found.scores])
+        own = [name for name in metrics if name in METRICS]
+        predictions = tuple(p.scored_by(own) for p in found.predictions)
+        kept = {name: score for name, score in found.scores.items() if name not in METRICS}
+        scores = kept | summarise(predictions, [*found.scores])
+        again = replace(found, scores=scores, predictions=predictions)
         save_evaluation(place, again)
         results[found.name] = again.to_dict()
     if not results:
         raise UserError(f"{directory} holds no predictions. Name a run that was evaluated.")
     return results
-
-
-def _scored(prediction: Prediction) -> Prediction:
-    if not prediction.references:
-        return prediction
-    row = asdict(prediction)
-    known = prediction.references
-    row["rouge_l"] = rouge_l(prediction.response, known) if any(map(rouge_reads, known)) else None
-    row["exact_match"] = exact_match(prediction.response, prediction.references)
-    return Prediction.of_row(row)

@@ -5,15 +5,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from promptkd.data import Dataset
-from promptkd.evaluation.metrics import exact_match, rouge_l, rouge_reads
+from promptkd.evaluation.metrics import metrics_of
 from promptkd.evaluation.results import Prediction, Score, summarise
-from promptkd.evaluation.statistics import mean_and_deviation
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine
 from promptkd.models.language_model import LanguageModel
 from promptkd.ranks import ALONE, Ranks
 from promptkd.rollouts import Rollout, reference_rollouts
-from promptkd.token_losses import LossSums, loss_sums
+from promptkd.token_losses import cross_entropies, distances
 
 MICRO_BATCH_TOKENS = 4096
 """Of passes without gradient, where a run has no budget of its own."""
@@ -39,27 +38,34 @@ def predict(
 
 
 def score(
-    rollouts: Sequence[Rollout], data: Dataset, tokenizer: Any, stop: Sequence[int], seed: int
+    rollouts: Sequence[Rollout],
+    data: Dataset,
+    tokenizer: Any,
+    stop: Sequence[int],
+    seed: int,
+    metrics: Sequence[str] = (),
 ) -> list[Prediction]:
-    """Decode responses and compare them with their references."""
+    """Decode responses and compare them with their references.
+
+    Args:
+        data: all requests, though ``rollouts`` may answer only a part of them.
+        metrics: what is computed beside what always is.
+    """
     references = {example.index: example.references for example in data.examples}
+    names = metrics_of([*references.values()], metrics)
     predictions = []
     for rollout in rollouts:
         response = tokenizer.decode(rollout.response_ids, skip_special_tokens=True).strip()
-        known = references[rollout.index]
-        predictions.append(
-            Prediction(
-                index=rollout.index,
-                seed=seed,
-                request=tokenizer.decode(rollout.request_ids, skip_special_tokens=True),
-                response=response,
-                references=known,
-                num_tokens=len(rollout.response_ids),
-                ended=rollout.response_ids[-1] in stop,
-                rouge_l=rouge_l(response, known) if any(map(rouge_reads, known)) else None,
-                exact_match=exact_match(response, known) if known else None,
-            )
+        prediction = Prediction(
+            index=rollout.index,
+            seed=seed,
+            request=tokenizer.decode(rollout.request_ids, skip_special_tokens=True),
+            response=response,
+            references=references[rollout.index],
+            num_tokens=len(rollout.response_ids),
+            ended=rollout.response_ids[-1] in stop,
         )
+        predictions.append(prediction.scored_by(names))
     return predictions
 
 
@@ -69,6 +75,7 @@ class Scorer:
 
     Attributes:
         stop: the tokens that end a response.
+        metrics: what is computed beside what always is.
     """
 
     data: Dataset
@@ -77,6 +84,7 @@ class Scorer:
     decoding: GenerationSettings
     micro_batch_tokens: int = MICRO_BATCH_TOKENS
     ranks: Ranks = ALONE
+    metrics: tuple[str, ...] = ()
 
     def score(
         self,
@@ -97,27 +105,32 @@ class Scorer:
         """
         share = replace(self.data, examples=self.ranks.share(self.data.examples))
         predictions: list[Prediction] = []
-        distances = []
         for seed in seeds:
             rollouts = predict(engine, share, self.decoding, seed)
-            found = score(rollouts, share, self.tokenizer, self.stop, seed)
-            predictions += sorted(self.ranks.gather(found), key=lambda p: p.index)
+            found = score(rollouts, self.data, self.tokenizer, self.stop, seed, self.metrics)
             if teacher:
-                own = loss_sums(rollouts, student, teacher, self.micro_batch_tokens)
-                distances.append(self._summed(own, student).mean_reverse_kl)
-        scores = summarise(predictions)
-        if distances:
-            mean, deviation = mean_and_deviation(distances)
-            scores["reverse_kl_to_teacher"] = Score(
-                mean=mean, by_seed=tuple(distances), deviation_over_seeds=deviation
-            )
+                found = _with_distances(found, rollouts, student, teacher, self.micro_batch_tokens)
+            predictions += sorted(self.ranks.gather(found), key=lambda p: p.index)
+        scores = summarise(predictions, self.metrics)
         if any(example.response_ids is not None for example in self.data.examples):
             known = [e for e in share.examples if e.response_ids is not None]
-            own = loss_sums(reference_rollouts(known), student, None, self.micro_batch_tokens)
-            scores["cross_entropy"] = Score(mean=self._summed(own, student).mean_cross_entropy)
+            nats = cross_entropies(reference_rollouts(known), student, self.micro_batch_tokens)
+            sums = [sum(n.sum().item() for n in nats), float(sum(map(len, nats)))]
+            total, count = self.ranks.sums(sums, student.device)
+            scores["cross_entropy"] = Score(mean=total / count)
         return scores, predictions
 
-    def _summed(self, own: LossSums, student: LanguageModel) -> LossSums:
-        return LossSums(
-            *self.ranks.sums([own.cross_entropy, own.reverse_kl, own.count], student.device)
-        )
+
+def _with_distances(
+    predictions: Sequence[Prediction],
+    rollouts: Sequence[Rollout],
+    student: LanguageModel,
+    teacher: LanguageModel,
+    micro_batch_tokens: int,
+) -> list[Prediction]:
+    """With KL(student || teacher) on the student's own responses, in nats per token."""
+    nats = distances(rollouts, student, teacher, micro_batch_tokens)
+    return [
+        replace(p, scores=p.scores | {"reverse_kl_to_teacher": own.mean().item()})
+        for p, own in zip(predictions, nats, strict=True)
+    ]

@@ -8,7 +8,7 @@ import peft
 
 from promptkd.adapters import load_prefix
 from promptkd.config import load_recipe
-from promptkd.data import Encoder, Example
+from promptkd.data import Encoder, Example, date_of_run
 from promptkd.errors import UserError
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
@@ -64,7 +64,7 @@ def generate(
     responses = {}
     for author, name, adapter in voices:
         tokenizer = load_tokenizer(name)
-        encoder = Encoder.of_recipe(recipe, tokenizer)
+        encoder = Encoder.of_recipe(recipe, tokenizer, date=date_of_run(run))
         module: Any = load_model(name, dtype, device)
         kind = peft.PeftConfig.from_pretrained(str(adapter)).peft_type if adapter else None
         if kind == peft.PeftType.LORA:

@@ -21,7 +21,7 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
 
 
 def bootstrap_interval(
-    values: Sequence[float], counts: Sequence[int] | None = None
+    values: Sequence[float], counts: Sequence[float] | None = None
 ) -> tuple[float, float]:
     """Interval of the mean of ``values``, or with ``counts`` of sum(values) / sum(counts).
 
@@ -55,14 +55,26 @@ def resampled_counts(num_requests: int, seed: int = 0) -> np.ndarray:
 
 
 def paired_difference(
-    first: Sequence[float], second: Sequence[float]
+    first: Sequence[tuple[float, float]], second: Sequence[tuple[float, float]]
 ) -> tuple[float, float, float]:
-    """Mean of first - second over the same requests, with its interval.
+    """Mean of first - mean of second over the same requests, with its interval.
+
+    Args:
+        first: one (sum, count) per request; a mean is the sum of sums over the sum of counts.
+        second: likewise, in the same order.
 
     Raises:
         ValueError: if the lengths differ.
+
+    >>> paired_difference([(3.0, 1), (5.0, 1)], [(2.0, 1), (4.0, 1)])
+    (1.0, 1.0, 1.0)
     """
     if len(first) != len(second):
         raise ValueError(f"paired scores need the same requests: {len(first)} and {len(second)}")
-    differences = [own - other for own, other in zip(first, second, strict=True)]
-    return sum(differences) / len(differences), *bootstrap_interval(differences)
+    own, other = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    drawn = resampled_counts(len(own))
+    ours, theirs = drawn @ own, drawn @ other
+    gaps = ours[:, 0] / ours[:, 1] - theirs[:, 0] / theirs[:, 1]
+    low, high = np.quantile(gaps, TAILS)
+    mean = own[:, 0].sum() / own[:, 1].sum() - other[:, 0].sum() / other[:, 1].sum()
+    return float(mean), float(low), float(high)

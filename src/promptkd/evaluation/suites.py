@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from promptkd.config import read_keys
 from promptkd.errors import UserError
+from promptkd.keys import read_keys
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)
 """Decoding seeds of PromptKD's and MiniLLM's tables."""

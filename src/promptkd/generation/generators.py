@@ -106,14 +106,7 @@ class TeacherAuthor:
         self.cache = ResponseCache(f"{fingerprint(model.module)} {model.dtype} {stop}")
         self.authors = authors
         self._shares_tokens = same_tokenizer(authors.encoder.tokenizer, tokenizer)
-        ours = authors.encoder
-        self.encoder = Encoder(
-            tokenizer,
-            ours.template,
-            ours.max_request_tokens,
-            ours.max_response_tokens,
-            template_options=ours.template_options,
-        )
+        self.encoder = authors.encoder.with_tokenizer(tokenizer)
 
     def write(self, examples: Sequence[EncodedExample]) -> list[Rollout]:
         """From the cache, or written now and kept."""

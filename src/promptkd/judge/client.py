@@ -1,10 +1,11 @@
-"""Asking a language model behind an OpenAI-compatible server, and keeping what it replied."""
+"""The client of an OpenAI-compatible server, and the cache of its replies on disk."""
 
 import hashlib
 import json
 import os
 import sqlite3
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,54 +23,67 @@ class RequestFailed(Exception):
         self.hopeless = hopeless
 
 
+@dataclass(frozen=True)
+class JudgeSettings:
+    """Which model judges, and how it is asked.
+
+    Attributes:
+        base_url: of an OpenAI-compatible endpoint, up to and with ``/v1``.
+        model: the judge's name there.
+        protocol: "score" or "pairwise".
+        max_reasks: how often a malformed reply is asked for again, with another judge seed.
+        max_concurrency: questions at a time.
+        timeout: seconds for one answer.
+        max_retries: per question, after a timeout, a lost connection or status 408, 409, 429, 5xx.
+        api_key_variable: environment variable with the key; none is sent if it isn't set.
+    """
+
+    base_url: str
+    model: str
+    protocol: str = "score"
+    temperature: float = 0.7  # the paper's judge, Table 6
+    max_reply_tokens: int = 1024
+    max_reasks: int = 2
+    max_concurrency: int = 4
+    timeout: float = 60.0
+    max_retries: int = 4
+    api_key_variable: str = "OPENAI_API_KEY"
+
+    @property
+    def host(self) -> str:
+        return host_of(self.base_url)
+
+
 class Endpoint:
     """A model behind ``base_url``/chat/completions; retries with growing, jittered waits.
 
     Raises:
-        UserError: if the client library is missing, or the address or key can't be used.
+        UserError: if the address or key can't be used.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        model: str,
-        *,
-        temperature: float,
-        max_reply_tokens: int,
-        timeout: float,
-        max_retries: int,
-        api_key_variable: str,
-    ):
-        try:
-            import openai
-        except ImportError:
-            raise UserError(
-                "The judge needs the package openai, which is not installed: "
-                "pip install 'promptkd[judge]'."
-            ) from None
-        self.host = host_of(base_url)
-        self.model = model
-        self.temperature = temperature
-        self.max_reply_tokens = max_reply_tokens
-        self.api_key_variable = api_key_variable
-        self._timeout = timeout
-        self._key = os.environ.get(api_key_variable, "").strip()
+    def __init__(self, settings: JudgeSettings):
+        import openai  # takes half a second, which a mistyped command shouldn't
+
+        self.settings = settings
+        self.host = settings.host
+        self._key = os.environ.get(settings.api_key_variable, "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise UserError(
-                f"The environment variable {api_key_variable} holds characters that no API key "
-                "has. Set it to the key alone."
+                f"The environment variable {settings.api_key_variable} holds characters that no "
+                "API key has. Set it to the key alone."
             )
         # With no key of its own choice the client would take OPENAI_API_KEY for any host.
         self.client = openai.OpenAI(
-            base_url=base_url,
+            base_url=settings.base_url,
             api_key=self._key or "none",
-            timeout=timeout,
-            max_retries=max_retries,
+            timeout=settings.timeout,
+            max_retries=settings.max_retries,
         )
 
     def key(self, text: str, seed: int) -> str:
         """What a reply depends on, wherever the model is served."""
-        content = json.dumps([self.model, text, self.temperature, self.max_reply_tokens, seed])
+        own = self.settings
+        content = json.dumps([own.model, text, own.temperature, own.max_reply_tokens, seed])
         return hashlib.sha256(content.encode()).hexdigest()
 
     def ask(self, text: str, seed: int) -> str:
@@ -80,17 +94,18 @@ class Endpoint:
         """
         import openai
 
+        completions = self.client.chat.completions
         try:
-            response = self.client.chat.completions.with_raw_response.create(
-                model=self.model,
+            response = completions.with_raw_response.create(
+                model=self.settings.model,
                 messages=[{"role": "user", "content": text}],
-                temperature=self.temperature,
-                max_tokens=self.max_reply_tokens,
+                temperature=self.settings.temperature,
+                max_tokens=self.settings.max_reply_tokens,
                 seed=seed,
                 extra_headers={} if self._key else {"Authorization": openai.Omit()},
             )
         except openai.APITimeoutError:
-            raise RequestFailed(f"no answer within {self._timeout:g} seconds") from None
+            raise RequestFailed(f"no answer within {self.settings.timeout:g} seconds") from None
         except openai.APIConnectionError as error:
             raise RequestFailed(f"no connection ({type(error.__cause__).__name__})") from None
         except openai.APIStatusError as error:

@@ -1,14 +1,13 @@
-"""A language model judges the responses of a run, over any OpenAI-compatible endpoint. No torch.
+"""A language model judges a run's responses, behind any OpenAI-compatible endpoint. Resumable.
 
-Every reply is kept by content as it arrives, so a judge that was stopped goes on without asking
-twice, and every reply that can't be used is counted and shown.
+Every reply is kept by content as it arrives, so that no question is asked twice after a stop, and
+every reply that can't be used is counted and shown.
 """
 
-import json
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -20,8 +19,8 @@ from tqdm import tqdm
 from promptkd.errors import UserError
 from promptkd.evaluation.results import Prediction, read_predictions
 from promptkd.evaluation.suites import PAPER_SEEDS, name_of
-from promptkd.files import write_text
-from promptkd.judge.client import Endpoint, KeptReplies, RequestFailed, shortened
+from promptkd.files import write_json, write_json_lines
+from promptkd.judge.client import Endpoint, JudgeSettings, KeptReplies, RequestFailed, shortened
 from promptkd.judge.protocols import (
     INSTRUCTIONS,
     MODEL_FIRST,
@@ -33,6 +32,8 @@ from promptkd.judge.protocols import (
     summarise_preferences,
 )
 
+READERS = {"score": read_grades, "pairwise": read_preference}
+SUMMARIES = {"score": summarise_grades, "pairwise": summarise_preferences}
 MAX_FAILURES_IN_A_ROW = 5
 NUM_SHOWN = 5
 
@@ -66,45 +67,35 @@ class Judgement:
         return self.replies if self.verdict is None else self.replies[:-1]
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which responses are judged: of what data, which seeds (None: all), how many requests."""
+
+    data: str
+    seeds: Sequence[int] | None
+    num_examples: int | None
+
+
 def judge(
     run: str | Path,
     data: str,
     *,
-    base_url: str,
-    model: str,
-    protocol: str = "score",
     against: str | Path | None = None,
     seeds: Sequence[int] | None = None,
     num_examples: int | None = None,
-    temperature: float = 0.7,  # the paper's judge, Table 6
-    max_reply_tokens: int = 1024,
-    max_reasks: int = 2,
-    max_concurrency: int = 4,
-    timeout: float = 60.0,
-    max_retries: int = 4,
-    api_key_variable: str = "OPENAI_API_KEY",
     output: str | Path | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Let a language model judge a run's responses, and save its verdicts.
 
-    ``score``: 100 * sum of the model's grades / sum of the references' grades, from 1 to 10 each,
-    the model always shown first. ``pairwise``: every pair is shown in both orders; a win or loss
-    counts only if both orders agree, everything else is a tie; win rate = wins + ties / 2.
-
     Args:
-        run: a run's directory; responses that it lacks are written first.
+        run: a run's directory; responses that it lacks are generated first.
         data: the held-out requests, as given to ``evaluate``.
-        base_url: of an OpenAI-compatible endpoint, up to and with ``/v1``.
-        model: the judge's name there.
         against: another run to compare with pairwise; the references if not given.
         seeds: decoding seeds of the responses; all that were evaluated if not given.
         num_examples: only the first ones.
-        temperature: the judge's.
-        max_reasks: how often a malformed reply is asked for again, with another judge seed.
-        timeout: seconds for one answer.
-        max_retries: per question, after a timeout, a lost connection or status 408, 409, 429, 5xx.
-        api_key_variable: environment variable with the key; none is sent if it isn't set.
         output: directory; ``RUN/judge`` by default.
+        settings: the fields of ``JudgeSettings``; ``base_url`` and ``model`` are needed.
 
     Returns:
         What ``NAME.json`` holds (pairwise: ``NAME.against-OPPONENT.json``), NAME being the data's.
@@ -117,6 +108,26 @@ def judge(
 
     Source: PromptKD, arXiv:2402.12842, Appendix C, Table 6 (``score``; own wording).
     """
+    asked = JudgeSettings(**settings)
+    _check_protocol(asked.protocol, against)
+    endpoint, chosen = Endpoint(asked), Selection(data, seeds, num_examples)
+    rows = _predictions(Path(run), chosen)
+    questions = _questions(rows, _opponents(rows, run, against, chosen), asked.protocol)
+    directory = Path(output or Path(run) / "judge")
+    judgements = _judge_all(questions, endpoint, directory)
+    opponent = "references" if against is None else str(against)
+    result = {"model": str(run), "against": opponent, "data": data}
+    result |= _record(asked, questions, judgements)
+    name = name_of(data)
+    if asked.protocol == "pairwise":
+        name += f".against-{opponent if against is None else Path(against).resolve().name}"
+    lines = (_row(q, judgements[q.text]) for q in questions)
+    write_json_lines(directory / f"{name}.replies.jsonl", lines)
+    write_json(directory / f"{name}.json", result)
+    return result
+
+
+def _check_protocol(protocol: str, against: str | Path | None) -> None:
     if protocol not in INSTRUCTIONS:
         raise UserError(f"The protocol is '{protocol}'; known: {', '.join(INSTRUCTIONS)}.")
     if against is not None and protocol == "score":
@@ -124,45 +135,33 @@ def judge(
             "Protocol 'score' compares with the references only. "
             "To compare with another run, use the protocol 'pairwise'."
         )
-    endpoint = Endpoint(
-        base_url,
-        model,
-        temperature=temperature,
-        max_reply_tokens=max_reply_tokens,
-        timeout=timeout,
-        max_retries=max_retries,
-        api_key_variable=api_key_variable,
-    )
-    rows = _predictions(Path(run), data, seeds, num_examples)
-    opponents = _opponents(rows, run, against, data, seeds, num_examples)
-    questions = _questions(rows, opponents, protocol)
-    directory = Path(output or Path(run) / "judge")
-    judgements = _judge_all(questions, endpoint, protocol, directory, max_reasks, max_concurrency)
+
+
+def _record(
+    asked: JudgeSettings, questions: Sequence[Question], judgements: dict[str, Judgement]
+) -> dict[str, Any]:
+    """Who judged what, how it went, and what came of it."""
     verdicts = {(q.pair, q.order): judgements[q.text].verdict for q in questions}
-    summarise = {"score": summarise_grades, "pairwise": summarise_preferences}[protocol]
-    num_judged, scores = summarise(verdicts)
-    unique = list(judgements.values())
+    num_judged, scores = SUMMARIES[asked.protocol](verdicts)
+    pairs, unique = {q.pair for q in questions}, list(judgements.values())
     malformed = [
         {"seed": q.pair[0], "index": q.pair[1], "order": q.order, "reply": shortened(reply, 500)}
         for q in questions
         for reply in judgements[q.text].malformed
     ]
-    result = {
-        "protocol": protocol,
-        "model": str(run),
-        "against": "references" if against is None else str(against),
-        "data": data,
+    return {
+        "protocol": asked.protocol,
         "judge": {
-            "model": model,
-            "host": endpoint.host,
-            "temperature": temperature,
-            "max_reply_tokens": max_reply_tokens,
+            "model": asked.model,
+            "host": asked.host,
+            "temperature": asked.temperature,
+            "max_reply_tokens": asked.max_reply_tokens,
         },
-        "order": list(ORDERS[protocol]),
-        "seeds": sorted({seed for seed, _ in rows}),
-        "num_examples": len({index for _, index in rows}),
+        "order": list(ORDERS[asked.protocol]),
+        "seeds": sorted({seed for seed, _ in pairs}),
+        "num_examples": len({index for _, index in pairs}),
         "counts": {
-            "pairs": len(rows),
+            "pairs": len(pairs),
             "judged": num_judged,
             "asked": sum(j.num_asked for j in unique),
             "cached": sum(len(j.replies) - j.num_asked for j in unique),
@@ -172,24 +171,27 @@ def judge(
         "scores": scores,
         "failures": dict(Counter(str(j.failure) for j in unique if j.failure).most_common()),
         "malformed_examples": malformed[:NUM_SHOWN],
-        "instruction": INSTRUCTIONS[protocol],
+        "instruction": INSTRUCTIONS[asked.protocol],
     }
-    name = name_of(data)
-    if protocol == "pairwise":
-        name += f".against-{'references' if against is None else Path(against).resolve().name}"
-    lines = [json.dumps(_row(q, judgements[q.text]), ensure_ascii=False) + "\n" for q in questions]
-    write_text(directory / f"{name}.replies.jsonl", "".join(lines))
-    write_text(directory / f"{name}.json", json.dumps(result, indent=2, ensure_ascii=False))
-    return result
+
+
+class FailureWatch:
+    """When to give a server up: at a hopeless failure, or too many in a row."""
+
+    def __init__(self) -> None:
+        self.in_a_row: list[RequestFailed] = []
+        self.given_up = False
+
+    def note(self, failure: RequestFailed | None) -> None:
+        """In the order in which questions end."""
+        if not self.given_up:
+            self.in_a_row = [*self.in_a_row, failure] if failure else []
+            too_many = len(self.in_a_row) == MAX_FAILURES_IN_A_ROW
+            self.given_up = failure is not None and (failure.hopeless or too_many)
 
 
 def _judge_all(
-    questions: Sequence[Question],
-    endpoint: Endpoint,
-    protocol: str,
-    directory: Path,
-    max_reasks: int,
-    max_concurrency: int,
+    questions: Sequence[Question], endpoint: Endpoint, directory: Path
 ) -> dict[str, Judgement]:
     """Judgements by the question's text; equal texts are asked once.
 
@@ -197,30 +199,23 @@ def _judge_all(
         UserError: if the server can't be used at all; replies so far are kept.
     """
     texts = list(dict.fromkeys(question.text for question in questions))
-    read = {"score": read_grades, "pairwise": read_preference}[protocol]
-    path = directory / "replies.sqlite"
-    failures: list[RequestFailed] = []
-    gone, counting = threading.Event(), threading.Lock()
+    path, watch, noting = directory / "replies.sqlite", FailureWatch(), threading.Lock()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with (
             endpoint.client,
             closing(KeptReplies(path)) as kept,
             tqdm(total=len(texts), desc="judge", unit="question") as progress,
-            ThreadPoolExecutor(max_concurrency) as pool,
+            ThreadPoolExecutor(endpoint.settings.max_concurrency) as pool,
         ):
 
             def ask(text: str) -> Judgement | None:
-                """None if the server was given up; failures count in the order they happen."""
-                if gone.is_set():
+                """None if the server was given up."""
+                if watch.given_up:
                     return None
-                judgement = _ask(text, endpoint, kept, read, max_reasks)
-                with counting:
-                    failure = judgement.failure
-                    if not gone.is_set():
-                        failures[:] = [*failures, failure] if failure else []
-                        if failure and (failure.hopeless or len(failures) == MAX_FAILURES_IN_A_ROW):
-                            gone.set()
+                judgement = _ask(text, endpoint, kept)
+                with noting:
+                    watch.note(judgement.failure)
                     progress.update()
                 return judgement
 
@@ -232,58 +227,57 @@ def _judge_all(
         ) from None
     judgements = {text: judgement for text, judgement in asked.items() if judgement}
     num_replied = sum(j.failure is None for j in judgements.values())
-    if gone.is_set() or (failures and num_replied == 0):
-        remedy = (
-            f"Check the address, the model's name '{endpoint.model}' and the key in "
-            f"{endpoint.api_key_variable}"
-            if failures[-1].hopeless
-            else "Check the server"
-        )
-        raise UserError(
-            f"The judge at {endpoint.host} gave no reply ({failures[-1]}). {remedy}, then give "
-            f"the same command again: {num_replied} of {len(texts)} questions are done and kept "
-            f"in {directory}."
-        )
+    if watch.given_up or (watch.in_a_row and num_replied == 0):
+        done = f"{num_replied} of {len(texts)} questions are done and kept in {directory}"
+        raise _no_reply(endpoint, watch.in_a_row[-1], done)
     return judgements
 
 
-def _ask(
-    text: str,
-    endpoint: Endpoint,
-    kept: KeptReplies,
-    read: Callable[[str], tuple[float, float] | str | None],
-    max_reasks: int,
-) -> Judgement:
+def _no_reply(endpoint: Endpoint, failure: RequestFailed, done: str) -> UserError:
+    remedy = "Check the server"
+    if failure.hopeless:
+        settings = endpoint.settings
+        remedy = (
+            f"Check the address, the model's name '{settings.model}' and the key in "
+            f"{settings.api_key_variable}"
+        )
+    return UserError(
+        f"The judge at {endpoint.host} gave no reply ({failure}). {remedy}, then give the same "
+        f"command again: {done}."
+    )
+
+
+def _ask(text: str, endpoint: Endpoint, kept: KeptReplies) -> Judgement:
     """Ask until a reply can be read, each time with another judge seed."""
+    read = READERS[endpoint.settings.protocol]
     replies, num_asked, verdict = [], 0, None
-    for seed in range(1 + max_reasks):
+    for seed in range(1 + endpoint.settings.max_reasks):
         key = endpoint.key(text, seed)
         reply = kept.get(key)
         if reply is None:
             try:
                 reply = endpoint.ask(text, seed)
             except RequestFailed as failure:
-                return Judgement(tuple(replies), None, failure, num_asked)
+                return Judgement(tuple(replies), None, failure=failure, num_asked=num_asked)
             kept.put(key, reply)
             num_asked += 1
         replies.append(reply)
         verdict = read(reply)
         if verdict is not None:
             break
-    return Judgement(tuple(replies), verdict, None, num_asked)
+    return Judgement(tuple(replies), verdict, failure=None, num_asked=num_asked)
 
 
-def _predictions(
-    run: Path, data: str, seeds: Sequence[int] | None, num_examples: int | None
-) -> dict[Pair, Prediction]:
-    """The run's predictions by (seed, index), written now if there are none."""
+def _predictions(run: Path, chosen: Selection) -> dict[Pair, Prediction]:
+    """The run's predictions by (seed, index), generated now if there are none."""
+    data, seeds, num_examples = chosen.data, chosen.seeds, chosen.num_examples
     path = run / "evaluation" / f"{name_of(data)}.predictions.jsonl"
     if not path.is_file():
         if not (run / "recipe.yaml").is_file():
             raise UserError(
-                f"{run} is no run's directory and has no {path.relative_to(run)}. "
-                f"Give a run, or write its responses first: promptkd evaluate MODEL --data {data} "
-                f"--output {path.parent}."
+                f"{run} is no run's directory and has no {path.relative_to(run)}. Give a run, or "
+                f"generate its responses first: promptkd evaluate MODEL --data {data} --output "
+                f"{path.parent}."
             )
         from promptkd.evaluation.evaluate import evaluate
 
@@ -291,7 +285,7 @@ def _predictions(
     found, damaged = read_predictions(path)
     if damaged:
         raise UserError(
-            f"{path}:{damaged[0]}: not a prediction. Remove the file; it is written again."
+            f"{path}:{damaged[0]}: not a prediction. Remove the file; they are generated again."
         )
     rows = {(prediction.seed, prediction.index): prediction for prediction in found}
     missing = sorted(set(seeds or ()) - {seed for seed, _ in rows})
@@ -311,31 +305,29 @@ def _opponents(
     rows: dict[Pair, Prediction],
     run: str | Path,
     against: str | Path | None,
-    data: str,
-    seeds: Sequence[int] | None,
-    num_examples: int | None,
+    chosen: Selection,
 ) -> dict[Pair, str]:
     """What each response is compared with: its first reference, or the other run's response."""
     if against is None:
         without = sorted({index for (_, index), row in rows.items() if not row.references})
         if without:
             raise UserError(
-                f"{len(without)} requests of {data} have no reference (the first is row "
+                f"{len(without)} requests of {chosen.data} have no reference (the first is row "
                 f"{without[0]}). Bring references, or compare with another run: "
                 "--protocol pairwise --against RUN."
             )
         return {pair: row.references[0] for pair, row in rows.items()}
-    others = _predictions(Path(against), data, seeds, num_examples)
+    others = _predictions(Path(against), chosen)
     if others.keys() != rows.keys():
         raise UserError(
-            f"{run} and {against} were not evaluated alike on {data}: {len(rows)} and "
+            f"{run} and {against} were not evaluated alike on {chosen.data}: {len(rows)} and "
             f"{len(others)} responses, {len(rows.keys() & others.keys())} of the same request and "
             "seed. Give --seeds and --num-examples that both have, or evaluate both alike."
         )
     if any(others[pair].references != row.references for pair, row in rows.items()):
         raise UserError(
             f"{run} and {against} answered different requests under the name "
-            f"{name_of(data)}. Evaluate both on the same data."
+            f"{name_of(chosen.data)}. Evaluate both on the same data."
         )
     return {pair: other.response for pair, other in others.items()}
 

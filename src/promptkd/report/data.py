@@ -92,6 +92,9 @@ class DataSet:
     def of_role(self, role: str) -> list[Model]:
         return [model for model in self.models if model.role == role]
 
+    def of_run(self, run: Run) -> Model | None:
+        return next((m for m in self.of_role("run") if m.label == run.label), None)
+
 
 def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[Evaluation]]:
     """Read run directories, and directories that hold only evaluations (of a teacher, say).

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
 from promptkd.files import write_bytes, write_text
-from promptkd.report.findings import digits
+from promptkd.report.numbers import digits
 
 # Okabe and Ito's colours, safe for colour blindness; the page has a lighter set for dark ground.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#b0548a", "#a87900", "#5a6b7b")
@@ -81,6 +81,24 @@ class Series:
 
 
 @dataclass(frozen=True)
+class Curves:
+    """How lines are drawn.
+
+    Attributes:
+        unit: of the values.
+        smooth: draw a moving average over 1/20 of the points, the points themselves faintly.
+        from_zero: start the axis at zero.
+        zero_line: mark zero.
+    """
+
+    unit: str
+    x_label: str = "step"
+    smooth: bool = False
+    from_zero: bool = False
+    zero_line: bool = False
+
+
+@dataclass(frozen=True)
 class Figure:
     """A drawing with the words that go with it.
 
@@ -104,19 +122,9 @@ def lines(
     message: str,
     series: Sequence[Series],
     *,
-    unit: str,
-    x_label: str = "step",
-    smooth: bool = False,
-    from_zero: bool = False,
-    zero_line: bool = False,
+    style: Curves,
 ) -> Figure:
-    """Curves over steps or positions.
-
-    Args:
-        smooth: draw a moving average over 1/20 of the points, the points themselves faintly.
-        from_zero: start the axis at zero.
-        zero_line: mark zero.
-    """
+    """Curves over steps or positions."""
 
     def draw(axes: Axes) -> None:
         for one in series:
@@ -125,7 +133,7 @@ def lines(
             if one.low is not None and one.high is not None:
                 axes.fill_between(x, one.low, one.high, color=colour, alpha=0.18, linewidth=0)
             bx, by = _binned(x, y)
-            if smooth and len(x) >= 40:
+            if style.smooth and len(x) >= 40:
                 axes.plot(bx, by, color=colour, alpha=0.28, linewidth=0.7)
                 bx, by = _binned(x, _moving_average(y, max(3, len(y) // 20)))
             axes.plot(bx, by, color=colour, linestyle=dash, label=one.label)
@@ -133,15 +141,15 @@ def lines(
                 axes.plot(x, y, linestyle="", marker="o", markersize=2.8, color=colour)
             if len(series) == 1:
                 _mark(axes, x, y, one.marked)
-        if zero_line:
+        if style.zero_line:
             axes.axhline(0, color=MUTED, linewidth=0.9)
-        if from_zero or not any(any(one.y) for one in series):
+        if style.from_zero or not any(any(one.y) for one in series):
             axes.set_ylim(0, 1.08 * max(max(one.y) for one in series) or 1)
-        axes.set_xlabel(x_label)
+        axes.set_xlabel(style.x_label)
         if all(float(value).is_integer() for one in series for value in one.x):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
-    return _figure(directory, name, title, message, unit, draw, legend=len(series) > 1)
+    return _figure(directory, name, title, message, style.unit, draw, legend=len(series) > 1)
 
 
 def intervals(
@@ -275,7 +283,9 @@ def _figure(
     svg = drawn.getvalue()
     write_bytes(directory / f"{name}.png", picture.getvalue())
     write_text(directory / f"{name}.svg", svg)
-    return Figure(name, title, message, for_page(svg, name, f"{title}. {message}"))
+    return Figure(
+        name=name, title=title, message=message, svg=for_page(svg, name, f"{title}. {message}")
+    )
 
 
 def _literal(text: str) -> str:

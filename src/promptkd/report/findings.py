@@ -1,9 +1,9 @@
-"""What a report claims, as pure functions: comparisons, the answer, the large numbers, tables.
+"""What a report claims, as pure functions over what runs left behind.
 
-A difference is called one only where the paired bootstrap interval over requests excludes zero.
+Every claim is about one data set, which it names, and gives the teacher's value where it was
+measured there. A difference is called one only where its paired bootstrap interval excludes zero.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +11,17 @@ from typing import Any
 from promptkd.evaluation.comparison import difference
 from promptkd.evaluation.results import Evaluation
 from promptkd.report.data import DataSet, Model, Run
+from promptkd.report.numbers import digits, plain, signed
 
-RANKED = ("rouge_l", "exact_match")  # per request, and more is better
+RANKED = ("rouge_l", "rouge_l_unicode", "exact_match", "final_answer")
+"""More is better; the first that covers the most requests compares models in words."""
 ENDED_LESS = 20  # percentage points that are worth a warning
+VALIDATION = "the validation data (one response per request, no interval)"
 SCORE_NAMES = {
     "rouge_l": "ROUGE-L",
+    "rouge_l_unicode": "ROUGE-L (Unicode words)",
     "exact_match": "Exact match, %",
+    "final_answer": "Final answer, %",
     "reverse_kl_to_teacher": "KL to teacher, nats/token",
     "cross_entropy": "Cross-entropy, nats/token",
     "response_length": "Length, tokens",
@@ -42,47 +47,22 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Distance:
-    """KL(student || teacher) in nats per token, at the start and for the student that was kept."""
+    """KL(student || teacher) in nats per token, at the start and for the student that was kept.
+
+    Attributes:
+        where: on which data.
+        interval: of ``end``, 95 %.
+    """
 
     start: float
     end: float
     where: str
+    interval: tuple[float, float] | None = None
 
     @property
     def closer(self) -> float:
         """Percent of the starting distance that is gone; negative if it grew."""
         return 100 * (1 - self.end / self.start) if self.start else 0.0
-
-
-@dataclass(frozen=True)
-class TrainingCost:
-    """What training took, over the logged steps."""
-
-    steps: int
-    tokens: int
-    seconds_writing: float
-    seconds_learning: float
-    seconds_teacher: float
-    seconds_student: float
-    seconds_losses: float
-    flops: float
-    peak_memory: int
-
-    @property
-    def tokens_per_second(self) -> float:
-        seconds = self.seconds_writing + self.seconds_learning
-        return self.tokens / seconds if seconds else 0.0
-
-    @property
-    def seconds_rest(self) -> float:
-        """Of learning: optimizers, and all of it in runs that didn't write down its parts."""
-        return self.seconds_learning - (
-            self.seconds_teacher + self.seconds_student + self.seconds_losses
-        )
-
-    @property
-    def flop_rate(self) -> float:
-        return self.flops / self.seconds_learning if self.seconds_learning else 0.0
 
 
 def between(first: Model, second: Model, score: str) -> Comparison | None:
@@ -113,19 +93,37 @@ def best_model(models: Sequence[Model], score: str) -> str | None:
     return None
 
 
+def headline(data: DataSet) -> str | None:
+    """The score that compares models in words: ROUGE-L unless another covers more requests."""
+    scores = (data.of_role("run") or data.models)[0].evaluation.scores
+    known = [name for name in RANKED if name in scores]
+    return max(known, key=lambda name: scores[name].num_requests or 0, default=None)
+
+
+def score_name(score: str) -> str:
+    """As headings call it; a user's own metric by its own name."""
+    return SCORE_NAMES.get(score, score)
+
+
+def shown_scores(data: DataSet) -> list[str]:
+    """Every score that a model of the data set has, ours first."""
+    found = {name for model in data.models for name in model.evaluation.scores}
+    return [*(n for n in SCORE_NAMES if n in found), *sorted(found - SCORE_NAMES.keys())]
+
+
 def distance(run: Run, sets: Sequence[DataSet]) -> Distance | None:
     """From evaluations of the run and its start if both exist, else from the validations."""
     for data in sets:
-        own = [m for m in data.of_role("run") if m.label == run.label]
-        start = data.of_role("start")
+        own, start = data.of_run(run), data.of_role("start")
         if own and len(start) == 1:
-            values = [_mean(m, "reverse_kl_to_teacher") for m in (start[0], own[0])]
+            values = [_mean(m, "reverse_kl_to_teacher") for m in (start[0], own)]
             if None not in values:
-                return Distance(values[0], values[1], f"on {describe(data)}")
+                interval = own.evaluation.scores["reverse_kl_to_teacher"].interval_95
+                return Distance(*values, where=describe(data), interval=interval)
     change = validation_change(run, "reverse_kl_to_teacher")
     if change is None:
         return None
-    return Distance(*change, "on the validation data, one response per request, no interval")
+    return Distance(*change, where=VALIDATION)
 
 
 def validation_change(run: Run, score: str) -> tuple[float, float] | None:
@@ -141,35 +139,55 @@ def validation_change(run: Run, score: str) -> tuple[float, float] | None:
     return measured[min(measured)], measured[kept]
 
 
-def warnings(run: Run) -> list[str]:
-    """What a closer student may hide: it doesn't end any more, or its responses changed length."""
+def warnings(run: Run, sets: Sequence[DataSet]) -> list[str]:
+    """What a closer student may hide: it ends less often, or its responses changed length.
+
+    Where its teacher answered the same requests and does the same, it learnt what it was taught.
+    """
+    for data in sets:
+        own = data.of_run(run)
+        start, teacher = (next(iter(data.of_role(role)), None) for role in ("start", "teacher"))
+        if own and start:
+            models = [(m.evaluation if m else None) for m in (start, own, teacher)]
+            where = f"on {describe(data)}"
+            ended, length = (
+                [e.mean(score) if e else None for e in models]
+                for score in ("ended", "response_length")
+            )
+            return _warnings_of(ended, length, where)
+    ended, length = (
+        [*(validation_change(run, score) or (None, None)), None]
+        for score in ("ended", "response_length")
+    )
+    return _warnings_of(ended, length, f"on {VALIDATION}")
+
+
+def _warnings_of(
+    ended: Sequence[float | None], length: Sequence[float | None], where: str
+) -> list[str]:
+    """Of (start, student, teacher) each; None is not measured."""
     found = []
-    ended = validation_change(run, "ended")
-    if ended and ended[0] - ended[1] >= ENDED_LESS:
-        shares = f"{ended[0]:.0f}% before, {ended[1]:.0f}% now"
-        found.append(f"fewer of its responses end by themselves ({shares})")
-    length = validation_change(run, "response_length")
-    if length and length[0] and length[1] and not 0.5 < length[1] / length[0] < 2:
-        found.append(f"its responses went from {length[0]:.0f} to {length[1]:.0f} tokens")
+    for words, (before, now, teacher) in ((_ended_less, ended), (_other_length, length)):
+        said = None if before is None or now is None else words(before, now, teacher)
+        if said:
+            found.append(f"{where}, {said}")
     return found
 
 
-def cost(run: Run) -> TrainingCost | None:
-    """Sums over the logged steps; None if there are none."""
-    if not run.steps:
+def _ended_less(before: float, now: float, teacher: float | None) -> str | None:
+    if before - now < ENDED_LESS or (teacher is not None and teacher - now < ENDED_LESS):
         return None
-    summed = ("writing", "learning", "teacher", "student", "losses")
-    seconds = {
-        f"seconds_{part}": sum(row.get(f"seconds_{part}", 0.0) for row in run.steps)
-        for part in summed
-    }
-    return TrainingCost(
-        steps=len(run.steps),
-        tokens=int(sum(row.get("num_tokens", 0) for row in run.steps)),
-        **seconds,
-        flops=sum(row.get("flops", 0.0) for row in run.steps),
-        peak_memory=max(row.get("peak_memory", 0) for row in run.steps),
-    )
+    known = "not measured there" if teacher is None else f"{teacher:.0f}%"
+    shares = f"{before:.0f}% before, {now:.0f}% now; its teacher's: {known}"
+    return f"fewer of its responses end by themselves ({shares})"
+
+
+def _other_length(before: float, now: float, teacher: float | None) -> str | None:
+    if any(other is not None and other < 2 * now < 4 * other for other in (before, teacher)):
+        return None
+    known = "not measured there" if teacher is None else f"{teacher:.0f}"
+    tokens = f"{before:.0f} to {now:.0f} tokens (its teacher's: {known})"
+    return f"its responses went from {tokens}"
 
 
 def size_share(run: Run) -> float | None:
@@ -208,9 +226,10 @@ def decoding_words(evaluation: Evaluation) -> str:
 
 
 def leading_run(runs: Sequence[Run], sets: Sequence[DataSet]) -> Run:
-    """The run whose numbers open the page: highest ROUGE-L on the first data set, else closest."""
+    """The run whose numbers open the page: best on the first data set, else closest."""
     for data in sets:
-        scored = {m.label: _mean(m, "rouge_l") for m in data.of_role("run")}
+        score = headline(data)
+        scored = {m.label: _mean(m, score) for m in data.of_role("run") if score}
         candidates = [r for r in runs if scored.get(r.label) is not None]
         if candidates:
             return max(candidates, key=lambda run: scored[run.label])
@@ -219,13 +238,10 @@ def leading_run(runs: Sequence[Run], sets: Sequence[DataSet]) -> Run:
 
 
 def answer(runs: Sequence[Run], sets: Sequence[DataSet]) -> list[str]:
-    """What came of it, in one to three sentences."""
+    """What came of it, in a few sentences of one data set each."""
     if len(runs) == 1:
-        head = _closeness(runs[0], sets)
-        warned = warnings(runs[0])
-        if warned:
-            head = f"{head[:-1]}, but {_listed(warned)}."
-        return [head, *_score_sentences(runs[0], sets)]
+        warned = [f"But {warning}." for warning in warnings(runs[0], sets)]
+        return [_closeness(runs[0], sets), *warned, *_score_sentences(runs[0], sets)]
     ranking = _ranking(runs, sets)
     if ranking:
         return [*ranking, _closest(runs, sets)]
@@ -255,59 +271,65 @@ def _closeness(run: Run, sets: Sequence[DataSet]) -> str:
     if found is None:
         state = "was trained" if run.summary else "is being trained"
         return f"The student {state} with {run.method}{size}; its distance to a teacher is unknown."
-    values = f"from {digits(found.start)} to {digits(found.end)} nats per token"
+    interval = f", 95% interval {_between(found.interval)}" if found.interval else ""
+    values = f"from {digits(found.start)} to {digits(found.end)} nats per token{interval}"
+    head = f"On {found.where}, the student"
     if found.closer >= 0.5:
-        return f"The student came {found.closer:.0f}% closer to its teacher ({values}){size}."
+        return f"{head} came {found.closer:.0f}% closer to its teacher ({values}){size}."
     if found.closer <= -0.5:
-        return f"The student moved away from its teacher ({values}){size}."
-    return f"The student is as far from its teacher as it was ({values}){size}."
+        return f"{head} moved away from its teacher ({values}){size}."
+    return f"{head} is as far from its teacher as it was ({values}){size}."
+
+
+def _between(interval: tuple[float, float]) -> str:
+    return f"{digits(interval[0])} to {digits(interval[1])}"
 
 
 def _score_sentences(run: Run, sets: Sequence[DataSet]) -> list[str]:
     for data in sets:
-        own = next((m for m in data.of_role("run") if m.label == run.label), None)
-        if own is None or _mean(own, "rouge_l") is None:
+        own, score = data.of_run(run), headline(data)
+        if own is None or score is None or _mean(own, score) is None:
             continue
-        interval = own.evaluation.scores["rouge_l"].interval_95
+        interval = own.evaluation.scores[score].interval_95
         shown = f" (95% interval {plain(interval[0])} to {plain(interval[1])})" if interval else ""
-        sentence = f"On {describe(data)} it scores ROUGE-L {_mean(own, 'rouge_l'):.1f}{shown}"
+        value = f"{score_name(score)} {_mean(own, score):.1f}{shown}"
         against = [
-            f"against its {model.label}: {comparison_words(found)}"
+            f"against its {model.label} ({plain(_mean(model, score))}): {comparison_words(found)}"
             for role in ("start", "teacher")
             for model in data.of_role(role)
-            if (found := between(own, model, "rouge_l"))
+            if (found := between(own, model, score))
         ]
-        return ["; ".join([sentence, *against]) + "."]
+        return ["; ".join([f"On {describe(data)} it scores {value}", *against]) + "."]
     change = validation_change(run, "rouge_l")
     if change is None:
         return []
-    return [
-        f"On the validation data its ROUGE-L went from {change[0]:.1f} to {change[1]:.1f}, "
-        "measured once and without an interval."
-    ]
+    return [f"On {VALIDATION} its ROUGE-L went from {change[0]:.1f} to {change[1]:.1f}."]
 
 
 def _ranking(runs: Sequence[Run], sets: Sequence[DataSet]) -> list[str]:
     for data in sets:
-        models = [m for m in data.of_role("run") if _mean(m, "rouge_l") is not None]
-        if len(models) < 2:
+        score = headline(data)
+        models = [m for m in data.of_role("run") if score and _mean(m, score) is not None]
+        if score is None or len(models) < 2:
             continue
-        models.sort(key=lambda model: -_mean(model, "rouge_l"))
+        models.sort(key=lambda model: -_mean(model, score))
         leader, others = models[0], models[1:]
-        found = [c for other in others if (c := between(leader, other, "rouge_l"))]
+        found = [c for other in others if (c := between(leader, other, score))]
         where = f"on {describe(data)}"
         tied = [c.second for c in found if not c.shown]
         if len(tied) == len(others):
-            head = f"No difference shown between {_listed([m.label for m in models])}."
+            head = f"No difference shown between {_listed([m.label for m in models])}"
         elif tied:
             head = (
                 f"{leader.label} scores highest of {len(models)} runs, with no difference shown to "
-                f"{_listed(tied)}."
+                f"{_listed(tied)}"
             )
         else:
-            head = f"{leader.label} scores best of {len(models)} runs."
+            head = f"{leader.label} scores best of {len(models)} runs"
         gaps = "; ".join(f"against {c.second} {comparison_words(c)}" for c in found)
-        return [head, f"ROUGE-L {_mean(leader, 'rouge_l'):.1f} for {leader.label} {where}: {gaps}."]
+        teachers = [f" (the teacher: {plain(_mean(m, score))})" for m in data.of_role("teacher")]
+        value = f"{score_name(score)} {_mean(leader, score):.1f} for {leader.label}"
+        return [f"{head} {where}.", f"{value}{''.join(teachers[:1])}: {gaps}."]
     return []
 
 
@@ -316,9 +338,10 @@ def _closest(runs: Sequence[Run], sets: Sequence[DataSet]) -> str:
     if not found:
         return "How far the students are from their teacher is unknown."
     label = min(found, key=lambda name: found[name].end)
+    own = found[label]
     return (
-        f"Closest to its teacher ends {label}, at {digits(found[label].end)} nats per token "
-        f"(its start: {digits(found[label].start)})."
+        f"Closest to its teacher ends {label}: on {own.where}, {digits(own.end)} nats per token "
+        f"(its start: {digits(own.start)})."
     )
 
 
@@ -328,45 +351,3 @@ def _mean(model: Model, score: str) -> Any:
 
 def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def digits(value: float) -> str:
-    """Three significant digits, never an exponent.
-
-    >>> digits(0.0000123456), digits(1.2), digits(-12345.6)
-    ('0.0000123', '1.20', '−12346')
-    """
-    if not math.isfinite(value):
-        return "not finite"
-    if value == 0:
-        return "0"
-    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
-    return f"{value:.{decimals}f}".replace("-", "−")
-
-
-def plain(value: float) -> str:
-    """One decimal, with a minus sign."""
-    return f"{value:.1f}".replace("-0.0", "0.0").replace("-", "−")
-
-
-def signed(value: float) -> str:
-    """One decimal, always with its sign.
-
-    >>> signed(1.25), signed(-0.31), signed(0.0)
-    ('+1.2', '−0.3', '±0.0')
-    """
-    text = f"{value:+.1f}"
-    return "±0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
-
-
-def count(number: float) -> str:
-    """A large number for people: 31,456 or 134.5 M.
-
-    >>> count(31456), count(134_515_008), count(1_310_000_000)
-    ('31,456', '134.5 M', '1.31 B')
-    """
-    if number >= 1e9:
-        return f"{number / 1e9:.2f} B"
-    if number >= 1e6:
-        return f"{number / 1e6:.1f} M"
-    return f"{number:,.0f}"

@@ -13,31 +13,24 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from promptkd.report import plots
+from promptkd.report.cost import cost
 from promptkd.report.data import DataSet, Run
 from promptkd.report.figures import Figure
 from promptkd.report.findings import (
     answer,
-    cost,
-    count,
     decoding_words,
     describe,
-    digits,
     distance,
+    headline,
     leading_run,
-    plain,
+    score_name,
     size_share,
     warnings,
 )
+from promptkd.report.numbers import count, digits, duration, plain
 from promptkd.report.prompt import PromptFindings, prompt_findings
 from promptkd.report.responses import embedded, response_sets
-from promptkd.report.tables import (
-    Table,
-    cost_table,
-    duration,
-    judge_table,
-    overview_table,
-    score_table,
-)
+from promptkd.report.tables import Table, cost_table, judge_table, overview_table, score_table
 
 
 @dataclass(frozen=True)
@@ -69,7 +62,7 @@ class LargeNumber:
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A heading, a sentence that says what to look for, and what is there to see."""
 
     id: str
@@ -139,7 +132,7 @@ def _rests_on(runs: Sequence[Run], sets: Sequence[DataSet]) -> list[str]:
     if sets and sets[0].of_role("run"):
         said.append(f"Scores: {describe(sets[0])}; {decoding_words(sets[0].evaluation)}.")
     found = dict.fromkeys(d.where for run in runs if (d := distance(run, sets)))
-    said += [f"Distance: KL(student ‖ teacher), each on its own responses, {w}." for w in found]
+    said += [f"Distance: KL(student ‖ teacher), each on its own responses, on {w}." for w in found]
     return said
 
 
@@ -150,10 +143,10 @@ def _large_numbers(run: Run, sets: Sequence[DataSet]) -> list[LargeNumber]:
         top = max(found.start, found.end)
         numbers.append(
             LargeNumber(
-                "Distance to the teacher",
-                digits(found.end),
-                "nats per token",
-                f"{digits(found.start)} at the start",
+                label="Distance to the teacher",
+                value=digits(found.end),
+                unit="nats per token",
+                detail=f"{digits(found.start)} at the start",
                 fill=100 * found.end / top if top else 0.0,
                 marks=(Mark("start", 100 * found.start / top if top else 0.0, "start"),),
             )
@@ -168,10 +161,10 @@ def _large_numbers(run: Run, sets: Sequence[DataSet]) -> list[LargeNumber]:
         teacher = summary.get("teacher_parameters")
         numbers.append(
             LargeNumber(
-                "Size",
-                value,
-                units.get(unit, "parameters"),
-                f"{100 * share:.0f}% of the teacher's {count(teacher)}"
+                label="Size",
+                value=value,
+                unit=units.get(unit, "parameters"),
+                detail=f"{100 * share:.0f}% of the teacher's {count(teacher)}"
                 if share and teacher
                 else "no teacher to compare with",
                 fill=100 * share if share and share <= 1 else None,
@@ -182,11 +175,11 @@ def _large_numbers(run: Run, sets: Sequence[DataSet]) -> list[LargeNumber]:
         seconds = took.seconds_writing + took.seconds_learning
         numbers.append(
             LargeNumber(
-                "Speed of training",
-                count(took.tokens_per_second),
-                "tokens per second",
-                f"{took.steps:,} steps in {duration(seconds)}, "
-                f"{100 * took.seconds_writing / seconds:.0f}% of it writing responses",
+                label="Speed of training",
+                value=count(took.tokens_per_second),
+                unit="tokens per second",
+                detail=f"{took.steps:,} steps in {duration(seconds)}, "
+                f"{100 * took.seconds_writing / seconds:.0f}% of it generating responses",
                 fill=100 * took.seconds_writing / seconds,
             )
         )
@@ -195,7 +188,10 @@ def _large_numbers(run: Run, sets: Sequence[DataSet]) -> list[LargeNumber]:
 
 def _score_number(run: Run, sets: Sequence[DataSet]) -> LargeNumber | None:
     for data in sets:
-        scores = {(m.label, m.role): m.evaluation.scores.get("rouge_l") for m in data.models}
+        score = headline(data)
+        if score is None:
+            continue
+        scores = {(m.label, m.role): m.evaluation.scores.get(score) for m in data.models}
         own = scores.get((run.label, "run"))
         if not own or not own.interval_95:
             continue
@@ -207,10 +203,10 @@ def _score_number(run: Run, sets: Sequence[DataSet]) -> LargeNumber | None:
         known = [f"{label} {mean:.1f}" for (label, _), mean in others.items()]
         detail = f"95% interval {plain(low)} to {plain(high)}"
         return LargeNumber(
-            f"ROUGE-L on {data.name}",
-            f"{own.mean:.1f}",
-            "percent",
-            "; ".join([detail, *known]),
+            label=f"{score_name(score)} on {data.name}",
+            value=f"{own.mean:.1f}",
+            unit="percent",
+            detail="; ".join([detail, *known]),
             fill=0.0,
             band=(100 * low / top, 100 * high / top),
             marks=tuple(marks),
@@ -236,9 +232,11 @@ def _notes(runs: Sequence[Run], sets: Sequence[DataSet]) -> list[str]:
             )
         empty = sum(row.get("num_empty", 0) for row in run.steps)
         if empty:
-            notes.append(f"{run.label}: the student wrote {empty:,} empty responses in training.")
+            notes.append(
+                f"{run.label}: the student generated {empty:,} empty responses in training."
+            )
     if len(runs) > 1:
-        notes += [f"{run.label}: {warning}." for run in runs for warning in warnings(run)]
+        notes += [f"{run.label}: {w}." for run in runs for w in warnings(run, sets)]
         notes += _starts(runs)
     if any(len(data.evaluation.seeds) == 1 for data in sets):
         notes.append("Some scores come from a single decoding seed.")
@@ -257,47 +255,48 @@ def _starts(runs: Sequence[Run]) -> list[str]:
     return notes or ["The runs start with different students."] * (len(set(starts.values())) > 1)
 
 
-def _sections(runs: Sequence[Run], sets: Sequence[DataSet], figures: Path) -> list[Section]:
+def _sections(runs: Sequence[Run], sets: Sequence[DataSet], figures: Path) -> list[PageSection]:
     judged, took = judge_table(runs), cost_table(runs)
     scored = tuple(score_table(data, number) for number, data in enumerate(sets, start=1))
     return [
-        Section(
-            "scores",
-            "Scores",
-            "Held-out requests, one response per request and seed. The start and the teacher stand "
-            "beside the students where they were evaluated alike.",
-            (
+        PageSection(
+            id="scores",
+            title="Scores",
+            lead="Held-out requests, one response per request and seed. The start and the teacher "
+            "stand beside the students where they were evaluated alike.",
+            figures=(
                 *plots.score_figures(runs, sets, figures),
                 *plots.length_figures(runs, sets, figures),
             ),
-            (*scored, *([judged] if judged else [])),
+            tables=(*scored, *([judged] if judged else [])),
         ),
-        Section(
-            "training",
-            "Training",
-            "Step by step; thick lines are moving averages where there are many points.",
-            tuple(plots.training_figures(runs, figures)),
+        PageSection(
+            id="training",
+            title="Training",
+            lead="Step by step; thick lines are moving averages where there are many points.",
+            figures=tuple(plots.training_figures(runs, figures)),
         ),
-        Section(
-            "exposure",
-            "Exposure bias",
-            "Does the student err more after its own words than after the teacher's? Errors are "
-            "KL(teacher ‖ student), summed from the first token of the response.",
-            tuple(plots.exposure_figures(runs, figures)),
+        PageSection(
+            id="exposure",
+            title="Exposure bias",
+            lead="Does the student err more after its own text than after the teacher's? Errors "
+            "are KL(teacher ‖ student), summed from the first token of the response.",
+            figures=tuple(plots.exposure_figures(runs, figures)),
         ),
-        Section(
-            "prompt",
-            "What the prompt did",
-            "The soft prompt in front of the frozen teacher is all that PromptKD trains there.",
-            tuple(plots.prompt_figures(runs, figures)),
+        PageSection(
+            id="prompt",
+            title="What the prompt did",
+            lead="The soft prompt in front of the frozen teacher is all that PromptKD "
+            "trains there.",
+            figures=tuple(plots.prompt_figures(runs, figures)),
             prompts=tuple(prompt_findings(runs)),
         ),
-        Section(
-            "cost",
-            "Cost",
-            "Writing responses, then learning from them.",
-            tuple(plots.cost_figure(runs, figures)),
-            (took,) if took else (),
+        PageSection(
+            id="cost",
+            title="Cost",
+            lead="Generating responses, then learning from them.",
+            figures=tuple(plots.cost_figure(runs, figures)),
+            tables=(took,) if took else (),
         ),
     ]
 

@@ -5,9 +5,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from promptkd.report.data import DataSet, Model, Run
-from promptkd.report.figures import Figure, Series, histograms, intervals, lines, stacked_bars
-from promptkd.report.findings import cost, digits
+from promptkd.report.cost import cost
+from promptkd.report.data import DataSet, Model, Row, Run
+from promptkd.report.figures import (
+    Curves,
+    Figure,
+    Series,
+    histograms,
+    intervals,
+    lines,
+    stacked_bars,
+)
+from promptkd.report.findings import headline, score_name
+from promptkd.report.numbers import digits
 
 STEP_CURVES = (
     ("loss", "Training loss", "nats per token", "What the method minimises."),
@@ -40,6 +50,7 @@ VALIDATION_CURVES = (
     ),
 )
 PERCENT = {"share_ended": 100.0}
+EXCESS = "percent above the error on the teacher's text"
 PROMPT_CURVES = (
     (
         "kl_teacher_student",
@@ -54,10 +65,6 @@ PROMPT_CURVES = (
         "What the regulariser holds back, measured while it is on.",
     ),
 )
-GAPS = (
-    ("student_gap", "after the student's words"),
-    ("teacher_gap", "after the teacher's words"),
-)
 OTHERS_SLOT = {"start": 5, "other": 4, "teacher": -1}
 
 
@@ -69,7 +76,7 @@ def training_figures(runs: Sequence[Run], directory: Path) -> list[Figure]:
         if series:
             message = f"{_kept_change(series)} {note}"
             name = f"validation-{key.replace('_', '-')}"
-            made.append(lines(directory, name, title, message, series, unit=unit))
+            made.append(lines(directory, name, title, message, series, style=Curves(unit)))
     return made + _step_figures(runs, directory, STEP_CURVES)
 
 
@@ -79,19 +86,19 @@ def prompt_figures(runs: Sequence[Run], directory: Path) -> list[Figure]:
 
 
 def score_figures(runs: Sequence[Run], sets: Sequence[DataSet], directory: Path) -> list[Figure]:
-    """ROUGE-L with intervals, one figure per data set."""
+    """The score that compares models, with intervals: one figure per data set."""
     made = []
     for number, data in enumerate(sets, start=1):
-        rows = []
+        rows, compared = [], headline(data) or ""
         for model in data.models:
-            score = model.evaluation.scores.get("rouge_l")
+            score = model.evaluation.scores.get(compared)
             if score and score.interval_95:
                 rows.append((model.label, score.mean, *score.interval_95, _slot(runs, model)))
         if len(rows) > 1:
             said = "; ".join(f"{label} {mean:.1f}" for label, mean, *_ in rows)
-            title = f"ROUGE-L on {data.name}"
+            title = f"{score_name(compared)} on {data.name}"
             message = f"{said}. Bars: 95% intervals over requests, each model by itself."
-            name = f"scores-{number}-rouge-l"
+            name = f"scores-{number}-{compared.replace('_', '-')}"
             made.append(intervals(directory, name, title, message, rows, unit="percent"))
     return made
 
@@ -124,7 +131,7 @@ def length_figures(runs: Sequence[Run], sets: Sequence[DataSet], directory: Path
 
 
 def exposure_figures(runs: Sequence[Run], directory: Path) -> list[Figure]:
-    """The excess in both versions, the gaps behind it token by token, and who still runs."""
+    """The excess in both versions, its gaps by token, and how many responses still run."""
     made = _exposure_in_training(runs, directory)
     measured = [(slot, run) for slot, run in enumerate(runs) if run.exposure_bias]
     for name, title, pick, note in (
@@ -150,9 +157,7 @@ def exposure_figures(runs: Sequence[Run], directory: Path) -> list[Figure]:
                 title,
                 f"{said.replace('-', '−')}. {note} Zero is no exposure bias; bands: 95%.",
                 series,
-                unit="percent above the error on the teacher's text",
-                x_label="response token",
-                zero_line=True,
+                style=Curves(unit=EXCESS, x_label="response token", zero_line=True),
             )
             made.append(figure)
     for slot, run in measured:
@@ -168,7 +173,7 @@ def _exposure_in_training(runs: Sequence[Run], directory: Path) -> list[Figure]:
         known = [(step, excess) for step, excess in points if excess is not None]
         if known:
             x, y = zip(*known, strict=True)
-            series.append(Series(run.label, x, y, slot))
+            series.append(Series(label=run.label, x=x, y=y, slot=slot))
     if not series:
         return []
     figure = lines(
@@ -178,19 +183,18 @@ def _exposure_in_training(runs: Sequence[Run], directory: Path) -> list[Figure]:
         f"{_change(series)} Over whole responses to the validation requests, as in the paper's "
         "Figure 3(b). Zero is no exposure bias.",
         series,
-        unit="percent above the error on the teacher's text",
-        zero_line=True,
+        style=Curves(unit=EXCESS, zero_line=True),
     )
     return [figure]
 
 
 def cost_figure(runs: Sequence[Run], directory: Path) -> list[Figure]:
-    """Seconds a step: writing, the teacher's passes, the student's, heads and losses."""
+    """Seconds a step: generation, the teacher's passes, the student's, heads and losses."""
     known = [(run, c) for run in runs if (c := cost(run))]
     if not known:
         return []
     parts = {
-        "writing responses": [c.seconds_writing / c.steps for _, c in known],
+        "generating responses": [c.seconds_writing / c.steps for _, c in known],
         "teacher": [c.seconds_teacher / c.steps for _, c in known],
         "student": [c.seconds_student / c.steps for _, c in known],
         "output layers and losses": [c.seconds_losses / c.steps for _, c in known],
@@ -199,7 +203,7 @@ def cost_figure(runs: Sequence[Run], directory: Path) -> list[Figure]:
     said = []
     for (run, _), *took in zip(known, *parts.values(), strict=True):
         share = 100 * took[0] / sum(took) if sum(took) else 0.0
-        said.append(f"{run.label}: {digits(sum(took))} s a step, {share:.0f}% of it writing")
+        said.append(f"{run.label}: {digits(sum(took))} s a step, {share:.0f}% of it generation")
     return [
         stacked_bars(
             directory,
@@ -226,9 +230,11 @@ def _step_figures(
                 title,
                 f"{_change(series)} {note}",
                 series,
-                unit=unit,
-                smooth=True,
-                from_zero=key in ("response_length", "share_ended"),
+                style=Curves(
+                    unit=unit,
+                    smooth=True,
+                    from_zero=key in ("response_length", "share_ended"),
+                ),
             )
             made.append(figure)
     return made
@@ -252,7 +258,7 @@ def _series(
             x, y = zip(*found, strict=True)
             kept = x.index(run.kept_step) if run.kept_step in x else len(x) - 1
             marked = tuple(dict.fromkeys((0, kept))) if mark else ()
-            made.append(Series(run.label, x, y, slot, marked=marked))
+            made.append(Series(label=run.label, x=x, y=y, slot=slot, marked=marked))
     return made
 
 
@@ -315,45 +321,32 @@ def _excess(run: Run, slot: int, pick: Callable[[Any], Any]) -> Series | None:
         return None
     x, y, low, high = (list(column) for column in zip(*rows, strict=True))
     banded = None not in low and None not in high
-    return Series(run.label, x, y, slot, low if banded else None, high if banded else None)
+    return Series(
+        label=run.label,
+        x=x,
+        y=y,
+        slot=slot,
+        low=low if banded else None,
+        high=high if banded else None,
+    )
 
 
 def _gaps(run: Run, slot: int, directory: Path, several: bool) -> list[Figure]:
-    """KL by position after either author's words, and the share of responses still running."""
+    """KL by position after either model's text, and the share of responses still running."""
     bias = run.exposure_bias or {}
     whose = f" ({run.label})" if several else ""
     made = []
-    curve = bias.get("per_token")
+    curve, survival = bias.get("per_token"), bias.get("survival")
     if curve and curve["steps"]:
-        x = curve["steps"]
-        series = [
-            Series(label, x, _increments(curve[key]), number)
-            for number, (key, label) in enumerate(
-                (
-                    ("student_gap", "after the student's words"),
-                    ("teacher_gap", "after the teacher's words"),
-                )
-            )
-        ]
-        tail = "; ".join(
-            f"{s.label}: {digits(sum(s.y) / len(s.y))} nats on average" for s in series
-        )
-        figure = lines(
-            directory,
-            f"kl-by-position-{slot + 1}",
-            f"KL by position{whose}",
-            f"{tail.capitalize()}. KL(teacher ‖ student) over the responses still running.",
-            series,
-            unit="nats at this token",
-            x_label="response token",
-            smooth=True,
-            from_zero=True,
-        )
-        made.append(figure)
-    survival = bias.get("survival")
+        made.append(_kl_by_position(curve, f"kl-by-position-{slot + 1}", whose, directory))
     if survival:
         series = [
-            Series(author, range(1, len(shares) + 1), [100 * share for share in shares], number)
+            Series(
+                label=author,
+                x=range(1, len(shares) + 1),
+                y=[100 * share for share in shares],
+                slot=number,
+            )
             for number, (author, shares) in enumerate(survival.items())
         ]
         lengths = bias.get("mean_length") or {}
@@ -362,14 +355,35 @@ def _gaps(run: Run, slot: int, directory: Path, several: bool) -> list[Figure]:
             directory,
             f"survival-{slot + 1}",
             f"Responses still running{whose}",
-            f"Mean length: {said}." if said else "Who writes longer.",
+            f"Mean length: {said}." if said else "Whose responses are longer.",
             series,
-            unit="percent",
-            x_label="response token",
-            from_zero=True,
+            style=Curves(unit="percent", x_label="response token", from_zero=True),
         )
         made.append(figure)
     return made
+
+
+def _kl_by_position(curve: Row, name: str, whose: str, directory: Path) -> Figure:
+    series = [
+        Series(
+            label=f"after the {author}'s text",
+            x=curve["steps"],
+            y=_increments(curve[f"{author}_gap"]),
+            slot=number,
+        )
+        for number, author in enumerate(("student", "teacher"))
+    ]
+    tail = "; ".join(f"{s.label}: {digits(sum(s.y) / len(s.y))} nats on average" for s in series)
+    return lines(
+        directory,
+        name,
+        f"KL by position{whose}",
+        f"{tail.capitalize()}. KL(teacher ‖ student) over the responses still running.",
+        series,
+        style=Curves(
+            unit="nats at this token", x_label="response token", smooth=True, from_zero=True
+        ),
+    )
 
 
 def _increments(sums: Sequence[float]) -> list[float]:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from promptkd.report.data import Row, Run
-from promptkd.report.findings import Comparison, comparison_words, digits, signed
+from promptkd.report.findings import Comparison, comparison_words
+from promptkd.report.numbers import digits, signed
 from promptkd.report.tables import Cell, Table
 
 SPACE_MARKS = {"Ġ": "␣", "▁": "␣", "Ċ": "↵"}
@@ -59,10 +60,10 @@ def prompt_findings(runs: Sequence[Run]) -> list[PromptFindings]:
         ]
         found.append(
             PromptFindings(
-                run.label if len(runs) > 1 else "",
-                tuple(_sentences(analysis)),
-                tuple(table for table in tables if table),
-                tuple(pairs),
+                heading=run.label if len(runs) > 1 else "",
+                sentences=tuple(_sentences(analysis)),
+                tables=tuple(table for table in tables if table),
+                pairs=tuple(pairs),
             )
         )
     return found
@@ -113,7 +114,9 @@ def _on_student(rows: Sequence[Row]) -> Row | None:
 
 def _comparison(value: Row) -> Comparison:
     low, high = value["interval_95"]
-    return Comparison("with prompt", "without", value["mean"], low, high)
+    return Comparison(
+        first="with prompt", second="without", difference=value["mean"], low=low, high=high
+    )
 
 
 def _nats(comparison: Comparison) -> str:
@@ -147,7 +150,11 @@ def _kl_table(analysis: Row, number: int) -> Table | None:
     )
     headings = ("Where", *(KL_HEADINGS[key] for key in shown), "ROUGE-L", "Length", "Ended, %")
     return Table(
-        f"prompt-kl-{number}", "Teacher without and with its prompt", caption, headings, tuple(rows)
+        name=f"prompt-kl-{number}",
+        title="Teacher without and with its prompt",
+        caption=caption,
+        headings=headings,
+        rows=tuple(rows),
     )
 
 
@@ -179,12 +186,19 @@ def _vector_table(analysis: Row, number: int) -> Table | None:
         for vector in vectors
     )
     return Table(
-        f"prompt-vectors-{number}",
-        "The vectors of the prompt",
-        "Nearest tokens by cosine, nearest first; ␣ is a space. Moved: Euclidean distance from the "
-        "start, and as a share of the starting length.",
-        ("Vector", "Started at", "Nearest tokens now", "Moved", "Share", "Cosine to start"),
-        rows,
+        name=f"prompt-vectors-{number}",
+        title="The vectors of the prompt",
+        caption="Nearest tokens by cosine, nearest first; ␣ is a space. Moved: Euclidean "
+        "distance from the start, and as a share of the starting length.",
+        headings=(
+            "Vector",
+            "Started at",
+            "Nearest tokens now",
+            "Moved",
+            "Share",
+            "Cosine to start",
+        ),
+        rows=rows,
     )
 
 

@@ -4,12 +4,13 @@ Reads only what runs left in their directories, so it works for a run that is st
 stopped, or was made on another machine.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 from promptkd.errors import UserError
 from promptkd.files import write_text
+from promptkd.report.data import data_sets, read_runs
+from promptkd.report.page import render
 
 
 def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:
@@ -24,17 +25,9 @@ def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = 
         The page.
 
     Raises:
-        UserError: if a path is no run, several runs have no output, or matplotlib is missing.
+        UserError: if a path is no run, or several runs have no output.
     """
     paths = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
-    if importlib.util.find_spec("matplotlib") is None:
-        raise UserError(
-            "The report draws with matplotlib, which is not installed. "
-            "Run: pip install 'promptkd[report]'"
-        )
-    from promptkd.report.data import data_sets, read_runs
-    from promptkd.report.page import render
-
     read, loose = read_runs(paths)
     if output is None and len(read) > 1:
         raise UserError(f"{len(read)} runs make one report: say where, with --output DIR.")

@@ -6,7 +6,7 @@ from typing import Any
 
 from promptkd.evaluation.results import Prediction
 from promptkd.report.data import DataSet, Row, Run
-from promptkd.report.findings import describe
+from promptkd.report.findings import RANKED, describe
 
 MAX_BYTES = 1_800_000
 SHORTEST_AFFIX = 24
@@ -97,7 +97,7 @@ def _prediction(sample: Row) -> Prediction:
 
 
 def _response(prediction: Prediction) -> Row:
-    score = prediction.rouge_l
+    score = next((prediction.scores[n] for n in RANKED if n in prediction.scores), None)
     return {
         "seed": prediction.seed,
         "text": prediction.response,

@@ -6,23 +6,22 @@ from pathlib import Path
 
 from promptkd.evaluation.results import Score
 from promptkd.files import write_text
+from promptkd.report.cost import cost
 from promptkd.report.data import DataSet, Model, Run
 from promptkd.report.findings import (
     RANKED,
-    SCORE_NAMES,
     Comparison,
     best_model,
     between,
-    cost,
-    count,
     decoding_words,
     describe,
-    digits,
     distance,
-    plain,
-    signed,
+    headline,
+    score_name,
+    shown_scores,
     size_share,
 )
+from promptkd.report.numbers import count, digits, duration, plain, signed
 
 LATEX = {
     "\\": r"\textbackslash{}",
@@ -40,6 +39,23 @@ LATEX = {
     "‖": r"$\Vert$",
     "→": r"$\to$",
 }
+
+
+COST_HEADINGS = (
+    "Run",
+    "Steps",
+    "Tokens",
+    "Time",
+    "Generating a step",
+    "Teacher a step",
+    "Student a step",
+    "Losses a step",
+    "Tokens/s",
+    "FLOP/s",
+    "Peak memory",
+    "By student",
+    "Padding",
+)
 
 
 @dataclass(frozen=True)
@@ -125,25 +141,24 @@ class Table:
 def score_table(data: DataSet, number: int) -> Table:
     """All models on one data set, with paired differences to what they should be compared with.
 
-    With several runs the difference is to the run with the highest ROUGE-L, else to the start.
+    With several runs the difference is to the best of them by that score, else to the start.
     """
-    runs = data.of_role("run")
-    shown = [s for s in SCORE_NAMES if any(s in m.evaluation.scores for m in data.models)]
+    runs, shown, compared = data.of_role("run"), shown_scores(data), headline(data)
     best = {score: best_model(runs, score) for score in RANKED if score in shown}
-    baseline = _baseline(data) if "rouge_l" in shown else None
-    teacher = next(iter(data.of_role("teacher")), None) if "rouge_l" in shown else None
-    headings, rows = ["Model", *(SCORE_NAMES[score] for score in shown)], []
-    against = [m for m in (baseline, teacher) if m is not None and len(data.models) > 1]
-    headings[2:2] = [f"ROUGE-L − {model.label}" for model in against]
+    others = [_baseline(data, compared), *data.of_role("teacher")[:1]] if compared else []
+    against = [m for m in others if m is not None and len(data.models) > 1]
+    place = 2 + shown.index(compared) if compared else 0
+    headings, rows = ["Model", *map(score_name, shown)], []
+    headings[place:place] = [f"{score_name(compared or '')} − {m.label}" for m in against]
     for model in data.models:
         scores = model.evaluation.scores
         cells = [
             _score_cell(s, scores[s], best.get(s) == model.label) if s in scores else Cell("–")
             for s in shown
         ]
-        cells[1:1] = [
-            Cell("–") if model is other else comparison_cell(between(model, other, "rouge_l"))
-            for other in against
+        cells[place - 1 : place - 1] = [
+            Cell("–") if model is m else comparison_cell(between(model, m, compared or ""))
+            for m in against
         ]
         rows.append((Cell(model.label), *cells))
     caption = (
@@ -158,7 +173,11 @@ def score_table(data: DataSet, number: int) -> Table:
             "intervals are not corrected for the number of comparisons."
         )
     return Table(
-        f"scores-{number}-{_safe(data.name)}", data.name, caption, tuple(headings), tuple(rows)
+        name=f"scores-{number}-{_safe(data.name)}",
+        title=data.name,
+        caption=caption,
+        headings=tuple(headings),
+        rows=tuple(rows),
     )
 
 
@@ -190,12 +209,12 @@ def overview_table(runs: Sequence[Run], sets: Sequence[DataSet]) -> Table:
             )
         )
     return Table(
-        "overview",
-        "The runs",
-        "KL(student ‖ teacher), start → kept student; size and its share of the teacher's; "
+        name="overview",
+        title="The runs",
+        caption="KL(student ‖ teacher), start → kept student; size and its share of the teacher's; "
         "response tokens a second in training.",
-        ("Run", "KL to teacher, nats/token", "Parameters", "Kept step", "Tokens/s"),
-        tuple(rows),
+        headings=("Run", "KL to teacher, nats/token", "Parameters", "Kept step", "Tokens/s"),
+        rows=tuple(rows),
     )
 
 
@@ -229,27 +248,14 @@ def cost_table(runs: Sequence[Run]) -> Table | None:
     if not rows:
         return None
     return Table(
-        "cost",
-        "What training took",
-        "Time of the steps alone: loading, validation and checkpoints are not counted. Tokens are "
-        "response tokens. Teacher and student: their passes forward and backward; losses: output "
-        "layers and all between them; FLOP/s: products with weights, over the time spent learning.",
-        (
-            "Run",
-            "Steps",
-            "Tokens",
-            "Time",
-            "Writing a step",
-            "Teacher a step",
-            "Student a step",
-            "Losses a step",
-            "Tokens/s",
-            "FLOP/s",
-            "Peak memory",
-            "By student",
-            "Padding",
-        ),
-        tuple(rows),
+        name="cost",
+        title="What training took",
+        caption="Time of the steps alone: loading, validation and checkpoints are not counted. "
+        "Tokens are response tokens. Teacher and student: their passes forward and backward; "
+        "losses: output layers and all between them; FLOP/s: matmuls with weights, over the time "
+        "spent learning.",
+        headings=COST_HEADINGS,
+        rows=tuple(rows),
     )
 
 
@@ -284,33 +290,21 @@ def judge_table(runs: Sequence[Run]) -> Table | None:
     if not rows:
         return None
     return Table(
-        "judge",
-        "What the judge said",
-        "Score: the model's grades as a percentage of the references'. Pairwise: percent of "
-        "comparisons won in both orders, ties half. Brackets: 95% interval over requests.",
-        ("Run", "Data", "Judge", "Protocol", "Result", "Judged", "Orders agree"),
-        tuple(rows),
+        name="judge",
+        title="What the judge said",
+        caption="Score: the model's grades as a percentage of the references'. "
+        "Pairwise: percent of comparisons won in both orders, ties half. Brackets: 95% interval "
+        "over requests.",
+        headings=("Run", "Data", "Judge", "Protocol", "Result", "Judged", "Orders agree"),
+        rows=tuple(rows),
     )
 
 
-def duration(seconds: float) -> str:
-    """``1 h 04 min``, ``12 min 30 s`` or ``8.1 s``.
-
-    >>> duration(3840), duration(750), duration(8.12)
-    ('1 h 04 min', '12 min 30 s', '8.1 s')
-    """
-    if seconds >= 3600:
-        return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
-    if seconds >= 60:
-        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
-    return f"{seconds:.1f} s"
-
-
-def _baseline(data: DataSet) -> Model | None:
+def _baseline(data: DataSet, score: str) -> Model | None:
     runs = data.of_role("run")
     if len(runs) > 1:
-        known = [m for m in runs if "rouge_l" in m.evaluation.scores]
-        return max(known, key=lambda m: m.evaluation.scores["rouge_l"].mean, default=None)
+        known = [m for m in runs if score in m.evaluation.scores]
+        return max(known, key=lambda m: m.evaluation.scores[score].mean, default=None)
     return next(iter(data.of_role("start")), None)
 
 
@@ -319,10 +313,11 @@ def _score_cell(name: str, score: Score, best: bool) -> Cell:
     text = digits(score.mean) if nats else f"{score.mean:.1f}"
     interval, detail = score.interval_95, ""
     if interval:
-        detail = f"[{interval[0]:.1f}, {interval[1]:.1f}]"
+        low, high = (digits(end) if nats else f"{end:.1f}" for end in interval)
+        detail = f"[{low}, {high}]"
     elif score.deviation_over_seeds:
         detail = f"± {digits(score.deviation_over_seeds)}"
-    if name == "rouge_l" and score.deviation_over_seeds:
+    if name in RANKED and score.deviation_over_seeds:
         detail += f" ± {score.deviation_over_seeds:.1f}"
     return Cell(text, detail, best)
 

@@ -55,7 +55,7 @@ def run_study(study: Study) -> Path:
     for number, (role, model) in enumerate(models.items(), start=1):
         typer.echo(f"{number} of {total}: scores of the {role}, {model}")
         scores = scorer.score(model, output / role, teacher=role == "start")
-        others.append(Line(role, role, (), (scores,)))
+        others.append(Line(label=role, role=role, seeds=(), scores=(scores,)))
     finished: dict[str, dict[int, Scores]] = {label: {} for label in study.methods}
     failed = []
     for number, run in enumerate(runs, start=len(models) + 1):
@@ -67,19 +67,16 @@ def run_study(study: Study) -> Path:
         except UserError as error:
             typer.echo(f"{run.name} failed, the study goes on: {error}", err=True)
             failed.append(Failure(run.label, run.seed, str(error)))
-    lines = [Line(label, "run", tuple(own), tuple(own.values())) for label, own in finished.items()]
+    lines = [
+        Line(label=label, role="run", seeds=tuple(own), scores=tuple(own.values()))
+        for label, own in finished.items()
+    ]
     _conclude(study, [*lines, *others], failed)
     begun = [path for run in runs if ((path := Path(run.recipe.output)) / "recipe.yaml").is_file()]
     if begun:
         page = report([*begun, *(output / role for role in models)], output)
         typer.echo(f"\nreport: {page}")
-    if failed:
-        names = ", ".join(f"{failure.label} seed {failure.seed}" for failure in failed)
-        raise UserError(
-            f"{len(failed)} of {len(runs)} runs failed: {names}. Their reasons stand below the "
-            f"table, in {output}. The same command tries them again; to change a method, remove "
-            "its directory first, or give it another label."
-        )
+    _refuse_failures(failed, len(runs), output)
     return output
 
 
@@ -94,7 +91,7 @@ class StudyScorer:
         self._asked = study.evaluation
         self._base = base = study.base_recipe
         self._rows: dict[str, Sequence[Example]] = {
-            name: read_examples(sources)[: self._asked.num_examples]
+            name: read_examples(sources, base.data.columns)[: self._asked.num_examples]
             for name, sources in self._asked.suite.items()
         }
         self._teacher = ""
@@ -187,6 +184,16 @@ def _checked_methods(runs: Sequence[PlannedRun]) -> dict[str, Method]:
                 "stand in the table."
             ) from None
     return methods
+
+
+def _refuse_failures(failed: Sequence[Failure], num_runs: int, output: Path) -> None:
+    if failed:
+        names = ", ".join(f"{failure.label} seed {failure.seed}" for failure in failed)
+        raise UserError(
+            f"{len(failed)} of {num_runs} runs failed: {names}. Their reasons stand below the "
+            f"table, in {output}. The same command tries them again; to change a method, remove "
+            "its directory first, or give it another label."
+        )
 
 
 def _refuse_several_processes(study: Study) -> None:

@@ -10,21 +10,23 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from promptkd.evaluation.comparison import Difference, differences
-from promptkd.evaluation.results import SCORED, Evaluation, Score
+from promptkd.evaluation.results import Evaluation, Score, totals
 from promptkd.evaluation.statistics import bootstrap_interval, mean_and_deviation
 from promptkd.report.data import DataSet, Model
 from promptkd.report.findings import (
-    SCORE_NAMES,
     Comparison,
     best_model,
     decoding_words,
     describe,
-    digits,
-    plain,
+    headline,
+    score_name,
+    shown_scores,
 )
+from promptkd.report.numbers import digits, plain
 from promptkd.report.tables import Cell, Table, comparison_cell
 
-SHOWN = ("rouge_l", "reverse_kl_to_teacher", "response_length", "ended")
+HIDDEN = ("exact_match", "cross_entropy")
+"""Left out of the table; study.json has them."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Line:
         pooled = replace(evaluations[0], predictions=predictions)
         scores = {
             score: _over_seeds(score, evaluations, pooled)
-            for score in SCORE_NAMES
+            for score in evaluations[0].scores
             if all(score in evaluation.scores for evaluation in evaluations)
         }
         return Model(self.label, self.role, replace(pooled, scores=scores))
@@ -69,11 +71,11 @@ class Line:
 def _over_seeds(name: str, evaluations: Sequence[Evaluation], pooled: Evaluation) -> Score:
     by_seed = [evaluation.scores[name].mean for evaluation in evaluations]
     mean, deviation = mean_and_deviation(by_seed)
-    by_example = pooled.by_example(name) if name in SCORED else {}
+    of_requests = totals(pooled.predictions, name).values()
     return Score(
         mean=mean,
-        num_requests=len(by_example) or None,
-        interval_95=bootstrap_interval(list(by_example.values())) if by_example else None,
+        num_requests=len(of_requests) or None,
+        interval_95=bootstrap_interval(*zip(*of_requests, strict=True)) if of_requests else None,
         by_seed=tuple(by_seed),
         deviation_over_seeds=deviation if len(by_seed) > 1 else None,
     )
@@ -136,19 +138,22 @@ class Findings:
 def study_table(findings: Findings, num_seeds: int, failed: Sequence[Failure]) -> Table:
     """Methods, start and teacher on one data set, each against the baseline."""
     data, baseline = findings.data, findings.baseline
-    shown = [s for s in SHOWN if any(s in m.evaluation.scores for m in data.models)]
-    compared, runs = "rouge_l" in shown, data.of_role("run")
-    best = best_model(runs, "rouge_l") if compared else None
-    headings, rows = ["Model", "Seeds", *(SCORE_NAMES[score] for score in shown)], []
-    headings[3:3] = [f"ROUGE-L − {baseline}"] * compared
+    runs, compared = data.of_role("run"), headline(data) if data.models else None
+    shown = [s for s in shown_scores(data) if s == compared or s not in HIDDEN]
+    best = best_model(runs, compared) if compared else None
+    headings, rows = ["Model", "Seeds", *map(score_name, shown)], []
+    place = 1 + shown.index(compared) if compared else 0
+    if compared:
+        headings.insert(2 + place, f"{score_name(compared)} − {baseline}")
     for line in findings.lines:
         model = findings.models[line.label]
         scores = model.evaluation.scores if model else {}
         cells = [
-            _cell(s, scores[s], s == "rouge_l" and best == line.label) if s in scores else Cell("–")
+            _cell(s, scores[s], s == compared and best == line.label) if s in scores else Cell("–")
             for s in shown
         ]
-        cells[1:1] = [_gain(findings, line.label)] * compared
+        if compared:
+            cells.insert(place, _gain(findings, line.label, compared))
         rows.append((Cell(line.label), Cell(_seeds(line, num_seeds)), *cells))
     caption = (
         f"{describe(data)}; {decoding_words(data.evaluation)}. ±: standard deviation over training "
@@ -164,7 +169,9 @@ def study_table(findings: Findings, num_seeds: int, failed: Sequence[Failure]) -
         )
     for failure in failed:
         caption += f" Failed: {failure.label}, seed {failure.seed}: {failure.reason}"
-    return Table("table", data.name, caption, tuple(headings), tuple(rows))
+    return Table(
+        name="table", title=data.name, caption=caption, headings=tuple(headings), rows=tuple(rows)
+    )
 
 
 def _seeds(line: Line, num_planned: int) -> str:
@@ -176,11 +183,11 @@ def _seeds(line: Line, num_planned: int) -> str:
     return f"{done} of {num_planned}" if done else "failed"
 
 
-def _gain(findings: Findings, label: str) -> Cell:
+def _gain(findings: Findings, label: str, score: str) -> Cell:
     if label == findings.baseline or findings.models[label] is None:
         return Cell("–")
     for row in findings.gains.get(label, ()):
-        if row.score == "rouge_l":
+        if row.score == score:
             return comparison_cell(
                 Comparison(
                     first=label,
@@ -194,9 +201,10 @@ def _gain(findings: Findings, label: str) -> Cell:
 
 
 def _cell(name: str, score: Score, best: bool) -> Cell:
-    mean = digits(score.mean) if name == "reverse_kl_to_teacher" else plain(score.mean)
+    number = digits if name == "reverse_kl_to_teacher" else plain
+    mean = number(score.mean)
     decimals = len(mean.partition(".")[2])
     deviation, interval = score.deviation_over_seeds, score.interval_95
     spread = "" if deviation is None else f" ± {deviation:.{decimals}f}"
-    detail = f"[{plain(interval[0])}, {plain(interval[1])}]" if interval else ""
+    detail = f"[{number(interval[0])}, {number(interval[1])}]" if interval else ""
     return Cell(mean + spread, detail, best)

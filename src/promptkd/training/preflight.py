@@ -8,7 +8,7 @@ import torch
 from promptkd.composition import Method
 from promptkd.data import Dataset, Encoder
 from promptkd.errors import UserError
-from promptkd.evaluation.metrics import rouge_reads
+from promptkd.evaluation.metrics import NEED_REFERENCES, check_criterion
 from promptkd.micro_batches import pad
 from promptkd.models.language_model import LanguageModel, select_responses
 from promptkd.models.loading import check_context, embedding_rows
@@ -43,21 +43,14 @@ def check_data(
         )
     if metric == "reverse_kl_to_teacher" and validation and not has_teacher:
         raise UserError("evaluation.metric reverse_kl_to_teacher needs a teacher in the recipe.")
-    if metric == "rouge_l" and validation:
-        given = [example.references for example in validation.examples if example.references]
-        unread = sum(not any(map(rouge_reads, references)) for references in given)
-        if unread:
+    if validation:
+        references = [example.references for example in validation.examples]
+        if metric in NEED_REFERENCES and not any(references):
             raise UserError(
-                f"evaluation.metric rouge_l can't read {unread} of {len(given)} references of "
-                "data.validation: its tokenisation knows the letters a to z and digits alone, so "
-                "a perfect answer scores 0. Use exact_match, cross_entropy or "
-                "reverse_kl_to_teacher."
+                f"evaluation.metric {metric} compares with references, but data.validation has "
+                "none. Add them, or use evaluation.metric=reverse_kl_to_teacher."
             )
-    if metric != "reverse_kl_to_teacher" and validation and not validation.has_references:
-        raise UserError(
-            f"evaluation.metric {metric} compares with references, but data.validation has rows "
-            "without one. Add them, or use evaluation.metric=reverse_kl_to_teacher."
-        )
+        check_criterion(metric, references)
 
 
 def check_exposure_bias(validation: Dataset | None, comparable: bool, num_ranks: int) -> None:

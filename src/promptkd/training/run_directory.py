@@ -1,6 +1,7 @@
 """The directory of a run: whose it is, what is written there, and when."""
 
 import copy
+import datetime
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -63,11 +64,12 @@ class RunDirectory:
                 f"{self.path} exists and is not a run of promptkd. Choose another output."
             )
 
-    def claim(self, contents: dict[str, str]) -> None:
+    def claim(self, contents: dict[str, str], date: datetime.date) -> None:
         """Write down what runs here; the last thing before the first step.
 
         Args:
             contents: digests of data and weights.
+            date: what the chat template is told is today, whenever the run goes on.
 
         Raises:
             UserError: if a run that goes on finds other contents than it began with.
@@ -83,11 +85,11 @@ class RunDirectory:
             if changed:
                 raise UserError(
                     f"{self.path} began with other {' and other '.join(changed)} than there are "
-                    "now: a file, the tokenizer or the template has changed (a template with "
-                    "today's date changes every day). Bring them back, or choose another output."
+                    "now: a file, the tokenizer or the template has changed. Bring them back, or "
+                    "choose another output."
                 )
         else:
-            record = {"identity": self.identity, "contents": contents}
+            record = {"identity": self.identity, "contents": contents, "date": date.isoformat()}
             write_json(self._record, record | {"environment": environment()})
         if not (self.path / "recipe.yaml").exists():
             write_text(self.path / "recipe.yaml", self.recipe.to_yaml())

@@ -1,5 +1,6 @@
 """From a recipe to everything a run works with, checked on the way."""
 
+import datetime
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,10 +17,14 @@ from promptkd.data import (
     Dataset,
     Encoder,
     Example,
+    adopt_chat_template,
+    date_of_run,
     evaluation_set,
-    num_in_both,
+    overlap,
     read_noted,
     steps_of_epochs,
+    template_difference,
+    template_findings,
     training_set,
 )
 from promptkd.errors import UserError
@@ -41,8 +46,9 @@ from promptkd.models.loading import (
 from promptkd.models.vocabularies import same_tokenizer, same_weights, shared_vocabulary
 from promptkd.ranks import Ranks
 from promptkd.teachers import Teacher
-from promptkd.training import preflight, token_budget
+from promptkd.training import preflight
 from promptkd.training.step import Learner, Step, StepSettings
+from promptkd.training.token_budget import measured_budget
 
 Say = Callable[[str], None]
 
@@ -121,6 +127,11 @@ class Setup:
     def comparable(self) -> bool:
         return self.models.comparable
 
+    @property
+    def date(self) -> datetime.date:
+        """What the chat template is told is today."""
+        return self.requests.encoder.date
+
     def contents(self) -> dict[str, str]:
         """Digests of what a run learns from: a resumed one must find them as they were."""
         digests = {"training requests": self.data.digest()}
@@ -180,7 +191,8 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
         authors.add_teacher(models.plain_teacher, models.teacher_tokenizer, requests.examples)
     step = _bind_step(recipe, method, models, ranks)
     if recipe.optimization.micro_batch_tokens is None:
-        budget = _token_budget(models, requests.encoder, ranks.number, say)
+        limits = requests.encoder.max_request_tokens, requests.encoder.max_response_tokens
+        budget = measured_budget(models.student, models.teacher, sum(limits), ranks.number, say)
         step.settings = replace(step.settings, micro_batch_tokens=budget)
     say(f"training data: {requests.data.summary()}")
     if requests.validation:
@@ -218,12 +230,6 @@ def _stop_set(requests: Requests, models: Models, say: Say) -> tuple[int, ...]:
     own = {*stop_ids(tokenizer, models.student.module), requests.encoder.eos_token_id}
     if teacher is None or not models.comparable:
         return tuple(sorted(own))
-    templates = tokenizer.chat_template, models.teacher_tokenizer.chat_template
-    if requests.encoder.template == "chat" and templates[0] != templates[1]:
-        say(
-            "warning: the chat templates of student and teacher differ; both read the student's, "
-            "which may be new to the teacher"
-        )
     others = {*stop_ids(models.teacher_tokenizer, teacher.module)}
     others = {token for token in others if token < models.student.vocabulary}
     if others - own:
@@ -234,7 +240,7 @@ def _stop_set(requests: Requests, models: Models, say: Say) -> tuple[int, ...]:
 
 def _read_requests(recipe: Recipe, method: Method, say: Say) -> Requests:
     tokenizer = load_tokenizer(recipe.student.model)
-    encoder = Encoder.of_recipe(recipe, tokenizer)
+    encoder = _encoder(recipe, tokenizer, say)
     columns = recipe.data.columns
     examples, notes = read_noted(recipe.data.train, columns)
     data = training_set(examples, encoder)
@@ -244,11 +250,11 @@ def _read_requests(recipe: Recipe, method: Method, say: Say) -> Requests:
         held_out = held_out[: recipe.evaluation.num_examples]
         validation = evaluation_set(held_out, encoder)
         notes += [note for note in more if note not in notes]
-        shared = num_in_both(examples, held_out)
-        if shared:
-            notes.append(
-                f"warning: {shared} of {len(held_out)} validation requests are in the training data"
-            )
+        if sentence := overlap(examples, held_out).sentence():
+            notes.append(f"warning: {sentence}")
+    answered = [example for example in examples if example.responses]
+    for finding in template_findings(encoder, answered[0]) if answered else ():
+        notes.append(f"warning: {finding.sentence}")
     for note in notes:
         say(note)
     has_teacher = recipe.teacher is not None
@@ -256,6 +262,21 @@ def _read_requests(recipe: Recipe, method: Method, say: Say) -> Requests:
     return Requests(
         tokenizer=tokenizer, encoder=encoder, examples=examples, data=data, validation=validation
     )
+
+
+def _encoder(recipe: Recipe, tokenizer: Any, say: Say) -> Encoder:
+    """The student's encoder, with its teacher's chat template where it has none of its own."""
+    teacher = load_tokenizer(recipe.teacher.model) if recipe.teacher else None
+    shared = teacher is not None and same_tokenizer(tokenizer, teacher)
+    if shared and recipe.data.template == "auto" and adopt_chat_template(tokenizer, teacher):
+        say(
+            "the student's tokenizer has no chat template and takes the teacher's, which is saved "
+            "with it (data.template: alpaca or none does without)"
+        )
+    encoder = Encoder.of_recipe(recipe, tokenizer, date=date_of_run(recipe.output))
+    if shared and (difference := template_difference(encoder, teacher)):
+        say(f"warning: {difference}")
+    return encoder
 
 
 def _load_models(
@@ -327,29 +348,6 @@ def _bind_step(recipe: Recipe, method: Method, models: Models, ranks: Ranks) -> 
         ),
         ranks=ranks,
     )
-
-
-def _token_budget(models: Models, encoder: Encoder, num_ranks: int, say: Say) -> int:
-    """Measured: what a token keeps in the models that learn, and what is free."""
-    student, teacher = models.student, models.teacher
-    device = student.device
-    learners: list[tuple[token_budget.Speak, LanguageModel]] = [(student.hidden_states, student)]
-    if teacher and teacher.parameters():
-        learners.append((teacher.hidden_states, teacher.model))
-    per_token = sum(
-        token_budget.bytes_per_token(speak, list(model.module.parameters()), device)
-        for speak, model in learners
-    )
-    trained = sum(p.nbytes for p in student.module.parameters() if p.requires_grad)
-    free = token_budget.free_memory(device) // (num_ranks if device.type == "cpu" else 1)
-    longest = encoder.max_request_tokens + encoder.max_response_tokens
-    longest += teacher.front_length if teacher else 0
-    budget = token_budget.token_budget(per_token, 3 * trained, free, longest, device)
-    say(
-        f"micro_batch_tokens: {budget} ({free / 1e9:.1f} GB free, {per_token / 1e6:.2f} MB kept "
-        "per token)"
-    )
-    return budget
 
 
 def _count_steps(recipe: Recipe, data: Dataset, num_ranks: int) -> int:

@@ -8,6 +8,8 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from promptkd.errors import UserError
+from promptkd.models.language_model import LanguageModel
+from promptkd.teachers import Teacher
 
 CEILINGS = {"cpu": 4096, "cuda": 32768}
 """Tokens beyond which matmuls don't get faster."""
@@ -75,3 +77,34 @@ def token_budget(
             "LoRA student, or set micro_batch_tokens yourself to try it."
         )
     return max(longest, min(fitting, CEILINGS[device.type]))
+
+
+def measured_budget(
+    student: LanguageModel,
+    teacher: Teacher | None,
+    longest: int,
+    num_ranks: int,
+    say: Callable[[str], None],
+) -> int:
+    """The same, from what a token keeps in the models that learn, and what is free here.
+
+    Args:
+        longest: tokens of a request and its response, what stands in front of the teacher's aside.
+        num_ranks: processes, which share a machine's memory on the CPU.
+    """
+    device = student.device
+    learners: list[tuple[Speak, LanguageModel]] = [(student.hidden_states, student)]
+    if teacher and teacher.parameters():
+        learners.append((teacher.hidden_states, teacher.model))
+    per_token = sum(
+        bytes_per_token(speak, list(model.module.parameters()), device) for speak, model in learners
+    )
+    trained = sum(p.nbytes for p in student.module.parameters() if p.requires_grad)
+    free = free_memory(device) // (num_ranks if device.type == "cpu" else 1)
+    longest += teacher.front_length if teacher else 0
+    budget = token_budget(per_token, 3 * trained, free, longest, device)
+    say(
+        f"micro_batch_tokens: {budget} ({free / 1e9:.1f} GB free, {per_token / 1e6:.2f} MB kept "
+        "per token)"
+    )
+    return budget

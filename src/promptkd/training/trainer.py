@@ -5,7 +5,6 @@ run that was killed and started again is the run that was not.
 """
 
 import time
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -56,7 +55,10 @@ class Trainer:
         self.step_number = 0
         if not self.directory.finished:
             self.parts = set_up(recipe, method, self.accelerator.device, self.ranks, self.say)
-            self.validator = Validator(self.parts, self.ranks) if self.parts.validation else None
+            metric = recipe.evaluation.metric
+            self.validator = (
+                Validator(self.parts, self.ranks, metric) if self.parts.validation else None
+            )
             self.state = RunState(self.parts, self.best, self.sources)
 
     def say(self, sentence: str) -> None:
@@ -73,7 +75,7 @@ class Trainer:
             self.say(f"{self.directory.path} is finished; nothing to do.")
             return
         if self.is_main:
-            self.directory.claim(self.parts.contents())
+            self.directory.claim(self.parts.contents(), self.parts.date)
         self._resume()
         if self.recipe.tracking:
             self.accelerator.init_trackers("promptkd")
@@ -159,7 +161,7 @@ class Trainer:
         self.say(f"step {found.step}: {said}")
         if self.is_main:
             shown = found.predictions[:NUM_SAMPLES]
-            self.directory.samples.append({"step": found.step, **asdict(p)} for p in shown)
+            self.directory.samples.append({"step": found.step, **p.to_row()} for p in shown)
         if self.best.offer(found):
             self._save_student(found.scores)
 

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from promptkd.config import Recipe
+from promptkd.config import SMALLER_IS_BETTER, Recipe
 from promptkd.data import Dataset
+from promptkd.errors import UserError
 from promptkd.evaluation.exposure_bias import curve_in_training, generate_responses
 from promptkd.evaluation.exposure_curves import Curve
+from promptkd.evaluation.metrics import is_text_metric
 from promptkd.evaluation.results import Prediction
 from promptkd.evaluation.scorer import Scorer
 from promptkd.generation.transformers_engine import TransformersEngine
@@ -16,7 +18,6 @@ from promptkd.training.setup import Setup
 
 SEED = 1
 """Of the decoding: the same at every evaluation."""
-SMALLER_IS_BETTER = {"reverse_kl_to_teacher", "cross_entropy"}
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,12 @@ class Validation:
 
 
 class Validator:
-    """Scores the student on the validation data, by the protocol of ``evaluate``."""
+    """Scores the student on the validation data, by the protocol of ``evaluate``.
 
-    def __init__(self, setup: Setup, ranks: Ranks):
+    ``metric`` is the one that chooses the student.
+    """
+
+    def __init__(self, setup: Setup, ranks: Ranks, metric: str):
         assert setup.validation is not None, "the trainer makes one only where there is data"
         self._setup = setup
         self._scorer = Scorer(
@@ -45,6 +49,7 @@ class Validator:
             decoding=setup.decoding,
             micro_batch_tokens=setup.step.settings.micro_batch_tokens,
             ranks=ranks,
+            metrics=(metric,) if is_text_metric(metric) else (),
         )
         self._teacher_responses: list[list[Rollout]] = []
 
@@ -91,6 +96,11 @@ class Best:
         """Whether this is the best so far; then it is remembered."""
         if validation.step == 0:
             return False
+        if self._metric not in validation.scores:
+            raise UserError(
+                f"evaluation.metric {self._metric} gave no number for any validation response, so "
+                "it can't choose a student. Mend the function, or set another metric."
+            )
         if self.found and self._rank(validation.scores) < self._rank(self.found["scores"]):
             return False
         value = validation.scores[self._metric]

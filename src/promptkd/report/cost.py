@@ -1,0 +1,54 @@
+"""What training took: sums over the logged steps of a run."""
+
+from dataclasses import dataclass
+
+from promptkd.report.data import Run
+
+
+@dataclass(frozen=True)
+class TrainingCost:
+    """What training took, over the logged steps."""
+
+    steps: int
+    tokens: int
+    seconds_writing: float
+    seconds_learning: float
+    seconds_teacher: float
+    seconds_student: float
+    seconds_losses: float
+    flops: float
+    peak_memory: int
+
+    @property
+    def tokens_per_second(self) -> float:
+        seconds = self.seconds_writing + self.seconds_learning
+        return self.tokens / seconds if seconds else 0.0
+
+    @property
+    def seconds_rest(self) -> float:
+        """Of learning: optimizers, and all of it in runs that didn't write down its parts."""
+        return self.seconds_learning - (
+            self.seconds_teacher + self.seconds_student + self.seconds_losses
+        )
+
+    @property
+    def flop_rate(self) -> float:
+        return self.flops / self.seconds_learning if self.seconds_learning else 0.0
+
+
+def cost(run: Run) -> TrainingCost | None:
+    """Sums over the logged steps; None if there are none."""
+    if not run.steps:
+        return None
+    summed = ("writing", "learning", "teacher", "student", "losses")
+    seconds = {
+        f"seconds_{part}": sum(row.get(f"seconds_{part}", 0.0) for row in run.steps)
+        for part in summed
+    }
+    return TrainingCost(
+        steps=len(run.steps),
+        tokens=int(sum(row.get("num_tokens", 0) for row in run.steps)),
+        **seconds,
+        flops=sum(row.get("flops", 0.0) for row in run.steps),
+        peak_memory=max(row.get("peak_memory", 0) for row in run.steps),
+    )

@@ -1,0 +1,58 @@
+"""Numbers as people read them."""
+
+import math
+
+
+def digits(value: float) -> str:
+    """Three significant digits, never an exponent.
+
+    >>> digits(0.0000123456), digits(1.2), digits(-12345.6)
+    ('0.0000123', '1.20', '−12346')
+    """
+    if not math.isfinite(value):
+        return "not finite"
+    if value == 0:
+        return "0"
+    decimals = max(0, 2 - math.floor(math.log10(abs(value))))
+    return f"{value:.{decimals}f}".replace("-", "−")
+
+
+def plain(value: float) -> str:
+    """One decimal, with a minus sign."""
+    return f"{value:.1f}".replace("-0.0", "0.0").replace("-", "−")
+
+
+def signed(value: float) -> str:
+    """One decimal, always with its sign.
+
+    >>> signed(1.25), signed(-0.31), signed(0.0)
+    ('+1.2', '−0.3', '±0.0')
+    """
+    text = f"{value:+.1f}"
+    return "±0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+
+
+def count(number: float) -> str:
+    """A large number for people: 31,456 or 134.5 M.
+
+    >>> count(31456), count(134_515_008), count(1_310_000_000)
+    ('31,456', '134.5 M', '1.31 B')
+    """
+    if number >= 1e9:
+        return f"{number / 1e9:.2f} B"
+    if number >= 1e6:
+        return f"{number / 1e6:.1f} M"
+    return f"{number:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """``1 h 04 min``, ``12 min 30 s`` or ``8.1 s``.
+
+    >>> duration(3840), duration(750), duration(8.12)
+    ('1 h 04 min', '12 min 30 s', '8.1 s')
+    """
+    if seconds >= 3600:
+        return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min"
+    if seconds >= 60:
+        return f"{seconds // 60:.0f} min {seconds % 60:02.0f} s"
+    return f"{seconds:.1f} s"
