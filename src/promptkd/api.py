@@ -22,13 +22,15 @@ def train(recipe: Recipe, method: Method | None = None) -> Path:
 
 
 def check(recipe: Recipe, method: Method | None = None) -> dict[str, Any]:
-    """Prove that a recipe works before it runs: all that ``train`` checks, and one step.
+    """Prove that a recipe works before it runs: all that ``train`` checks, and its first steps.
 
-    The step is the first of the run, on real rollouts; nothing is saved.
+    The steps are the run's own, on real rollouts; nothing is kept.
 
     Returns:
-        ``steps`` of the whole run, ``first``: the step's line as in metrics.jsonl, ``preflight``:
-        what was found about the pair.
+        ``steps`` and ``epochs`` of the whole run, ``first``: the first step's line as in
+        metrics.jsonl, ``preflight``: what was found about the pair, ``example``: the first row as
+        the models see it, ``measured`` and ``forecast``: see ``training.forecast``,
+        ``peak_memory`` and ``bytes_free`` on the disk.
 
     Raises:
         UserError: for everything that can be known to be wrong before the first step.

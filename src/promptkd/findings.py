@@ -124,6 +124,12 @@ CHECKS = (
         "bf16 on a CPU that emulates it, about ten times slower than fp32.",
         "Set `precision: auto`.",
     ),
+    Check(
+        "PK208",
+        "warning",
+        "Checkpoints and students need more disk than is free.",
+        "Lower `checkpoints.keep`, or free some space.",
+    ),
     # 3xx: while training
     Check(
         "PK301",

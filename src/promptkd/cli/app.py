@@ -4,13 +4,17 @@ import os
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
 
+from promptkd.config import Recipe
 from promptkd.errors import UserError, sentence_of
 from promptkd.files import out_of_space, write_text
+from promptkd.findings import Finding
+from promptkd.training.forecast import duration
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,6 +40,34 @@ def show_scores(results: dict[str, Any]) -> None:
                 low, high = values["interval_95"]
                 shown += f", 95% [{low:.2f}, {high:.2f}]"
             typer.echo(shown)
+
+
+def check_lines(found: dict[str, Any], recipe: Recipe) -> Iterator[str]:
+    """What ``check`` says of ``api.check``'s findings."""
+    first, expected, measured = found["first"], found["forecast"], found["measured"]
+    example = found["example"]
+    tokens = example["response_tokens"]
+    response = "generated while training" if tokens is None else f"|{'|'.join(tokens)}|"
+    yield f"the first request: {example['request']!r}; its response, by tokens: {response!r}"
+    yield (
+        f"one step: loss {first['loss']:.3f} nats per token, {first['response_length']:.0f} tokens "
+        f"per response, {100 * first['share_ended']:.0f} % ended; the first took "
+        f"{measured['seconds_start']:.1f} s, later ones {measured['seconds_step']:.1f} s"
+    )
+    yield f"memory: {found['peak_memory'] / 1e9:.1f} GB at most so far"
+    yield (
+        f"disk: checkpoints and students take {expected['bytes_disk'] / 1e9:.2f} GB, "
+        f"{found['bytes_free'] / 1e9:.1f} GB are free"
+    )
+    if expected["bytes_disk"] > found["bytes_free"]:
+        yield str(Finding("PK208", "the run needs more disk than is free."))
+    yield (
+        f"the run: {found['steps']} steps of {recipe.optimization.global_batch_size} requests "
+        f"({found['epochs']:.2g} epochs), about {duration(expected['seconds'])} (steps "
+        f"{duration(expected['seconds_steps'])}, evaluations "
+        f"{duration(expected['seconds_evaluations'])}, saving "
+        f"{duration(expected['seconds_saving'])}), into {recipe.output}"
+    )
 
 
 def keep_freed_memory() -> None:

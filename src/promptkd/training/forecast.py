@@ -1,4 +1,4 @@
-"""How long a run takes and what it leaves on disk, from a few measurements. Arithmetic, no torch."""
+"""How long a run takes and what it leaves on disk, from a few measurements. No torch."""
 
 from dataclasses import dataclass
 
@@ -50,7 +50,7 @@ class Forecast:
     seconds: float
     seconds_steps: float
     seconds_evaluations: float
-    seconds_checkpoints: float
+    seconds_saving: float
     bytes_disk: int
 
 
@@ -72,7 +72,7 @@ def forecast(measured: Measured, schedule: Schedule) -> Forecast:
         seconds=steps + evaluations + saving,
         seconds_steps=steps,
         seconds_evaluations=evaluations,
-        seconds_checkpoints=saving,
+        seconds_saving=saving,
         bytes_disk=kept * measured.bytes_checkpoint + 2 * measured.bytes_student,
     )
 
