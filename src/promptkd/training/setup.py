@@ -215,13 +215,12 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
 def _works_on(recipe: Recipe, requests: Requests, device: torch.device, ranks: Ranks) -> str:
     """The first line of a run: what it works on, and how."""
     gpu = device.type == "cuda"
-    place = torch.cuda.get_device_name(device) if gpu else f"CPU, {torch.get_num_threads()} threads"
+    place = torch.cuda.get_device_name(device) if gpu else f"CPU threads: {torch.get_num_threads()}"
     dtype = str(compute_dtype(recipe.precision, device)).removeprefix("torch.")
     encoder = requests.encoder
     return (
-        f"{ranks.number} {'process' if ranks.number == 1 else 'processes'} ({place}), {dtype}, "
-        f"template {encoder.template}, at most {encoder.max_request_tokens} + "
-        f"{encoder.max_response_tokens} tokens"
+        f"processes: {ranks.number}, {place}; {dtype}, template {encoder.template}, at most "
+        f"{encoder.max_request_tokens} + {encoder.max_response_tokens} tokens"
     )
 
 

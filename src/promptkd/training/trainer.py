@@ -205,7 +205,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.is_main:
             self.directory.rewind(saved.step if saved else -1)
-            self.watch = Watch(self.directory.metrics.read())
+            self.watch = Watch(self.directory.metrics.read() if saved else ())
 
     def _finish(self) -> None:
         if not self.best.found:
