@@ -218,6 +218,12 @@ def test_every_public_name_has_a_docstring():
         assert inspect.getdoc(method), name
 
 
+def test_dir_shows_every_public_name_and_the_version():
+    assert {*pk.__all__, "__version__"} <= set(dir(pk))
+    assert re.fullmatch(r"\d+\.\d+\.\d+", pk.__version__)
+    assert all(callable(getattr(pk, name)) for name in pk.__all__ if name in pk._HOMES)
+
+
 def test_every_module_says_what_it_is():
     for path in PACKAGE.rglob("*.py"):
         if path.name != "__main__.py":
