@@ -1,4 +1,4 @@
-"""The rules of CONTRIBUTING that can be counted: sizes, parameters, names, how files are written."""
+"""The rules of CONTRIBUTING that can be counted: sizes, parameters, names, written files."""
 
 import ast
 from collections import defaultdict

@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 from promptkd.adapters import LoRA, Prefix
 from promptkd.keys import option_faults, refuse_look_alikes, suggest
 from promptkd.objectives import Objective
-from promptkd.rollouts import Mixture, Reference, Source, Student, Teacher
+from promptkd.rollouts import Mixture, OfflineTeacher, Reference, Source, Student
 from promptkd.teachers import (
     Adaptation,
     Frozen,
@@ -112,7 +112,7 @@ def source(name: str, student_share: float | None = None) -> Source:
     """Who writes, by name: reference, student, teacher, or mixture (with its student_share)."""
     if name == "mixture":
         return Mixture(0.5 if student_share is None else student_share)
-    sources = {"reference": Reference(), "student": Student(), "teacher": Teacher()}
+    sources = {"reference": Reference(), "student": Student(), "teacher": OfflineTeacher()}
     if name not in sources:
         raise ValueError(f"rollouts is '{name}'{suggest(name, [*sources, 'mixture'])}")
     return sources[name]

@@ -40,7 +40,7 @@ from promptkd.objectives import (
     options_of,
 )
 from promptkd.replay import AdaptiveReplay, Repeated
-from promptkd.rollouts import Corpus, Mixture, Reference, Student, Teacher, TeacherMixed
+from promptkd.rollouts import Corpus, Mixture, OfflineTeacher, Reference, Student, TeacherMixed
 from promptkd.teachers import Adaptation, Frozen, Interpolated
 
 METHODS: dict[str, Callable[..., Method]] = {}
@@ -84,7 +84,7 @@ def seqkd(kl_share: float = 0.0) -> Method:
 
     Source: Kim and Rush 2016, arXiv:1606.07947.
     """
-    return Method("seqkd", (Term(Teacher(), _cross_entropy_and_kl(kl_share)),), Frozen())
+    return Method("seqkd", (Term(OfflineTeacher(), _cross_entropy_and_kl(kl_share)),), Frozen())
 
 
 @_method
@@ -183,7 +183,7 @@ def distillm2(skew: float = 0.1, beta: float = 1.0) -> Method:
         raise ValueError(f"beta is {beta}: the weights (2 - beta)/2 and beta/2 ask for [0, 2].")
     options = options_of(skew=skew)
     terms = (
-        Term(Teacher(), Divergence("skew_forward_kl", options), 1 - beta / 2),
+        Term(OfflineTeacher(), Divergence("skew_forward_kl", options), 1 - beta / 2),
         Term(Student(), Divergence("skew_reverse_kl", options), beta / 2),
     )
     return Method("distillm2", terms, Frozen())
@@ -213,7 +213,7 @@ def taid(
 
     Source: Shing et al. 2025, arXiv:2501.16937; see ``teachers.Interpolated`` for the rule.
     """
-    specification = Interpolated(start, end, step_size, momentum)
+    specification = Interpolated(start, end, step_size=step_size, momentum=momentum)
     return Method("taid", (Term(source(rollouts), Divergence("forward_kl")),), specification)
 
 
@@ -258,8 +258,8 @@ def promptkd(
     return Method(
         "promptkd",
         (Term(source(rollouts, student_share), objective),),
-        teacher_specification(teacher, {**given, **(teacher_options or {})}),
-        Adaptation(
+        teacher=teacher_specification(teacher, {**given, **(teacher_options or {})}),
+        adaptation=Adaptation(
             Divergence(adaptation_divergence), Divergence(regularizer_divergence), regularizer
         ),
     )

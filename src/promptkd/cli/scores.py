@@ -41,7 +41,6 @@ def evaluate(
     from promptkd.evaluation.evaluate import evaluate as run
 
     keep_freed_memory()
-
     results = run(
         model,
         asked,
@@ -130,7 +129,6 @@ def exposure_bias(
     from promptkd.evaluation.exposure_bias import exposure_bias as measure
 
     keep_freed_memory()
-
     result = measure(
         run,
         data,
@@ -166,7 +164,6 @@ def analyse_prompt(
     from promptkd.evaluation.prompt_analysis import prompt_analysis
 
     keep_freed_memory()
-
     result = prompt_analysis(run, data, num_examples=num_examples, seed=seed, precision=precision)
     for row in result["vectors"]:
         nearest = row["nearest_by_cosine"][0]

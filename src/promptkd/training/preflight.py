@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from promptkd.composition import Method
 from promptkd.data import Dataset, Encoder
@@ -169,11 +170,14 @@ def check_models(
     )
     if front:
         adapted = select_responses(teacher.hidden_states(batch.tokens), batch.response_mask)
-        change = (adapted.float() - states.float()).abs().max().item()
-        if change == 0:
-            raise UserError(
-                "What is put in front of the teacher doesn't change what it says: its hidden "
-                "states are equal with and without it. This architecture ignores it; report it.",
-                "PK202",
-            )
+        _check_front(adapted, states)
     return found
+
+
+def _check_front(adapted: Tensor, plain: Tensor) -> None:
+    if (adapted.float() - plain.float()).abs().max().item() == 0:
+        raise UserError(
+            "What is put in front of the teacher doesn't change what it says: its hidden states "
+            "are equal with and without it. This architecture ignores it; please report it.",
+            "PK202",
+        )

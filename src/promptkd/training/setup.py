@@ -167,20 +167,10 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     say(_works_on(recipe, requests, device, ranks))
     preflight.check_batch(recipe.optimization.global_batch_size, len(requests.data), ranks.number)
     models = _load_models(recipe, method, requests, device)
-    sets = [dataset for dataset in (requests.data, requests.validation) if dataset]
-    preflight.check_token_ids(sets, requests.tokenizer, models.student.vocabulary)
     if recipe.evaluation.exposure_bias_every_steps:
         preflight.check_exposure_bias(requests.validation, models.comparable, ranks.number)
     stop = _stop_set(requests, models, say)
-    found = preflight.check_models(
-        models.student,
-        models.teacher if models.comparable else None,  # else it reads only texts
-        requests.encoder,
-        requests.data,
-        stop=stop,
-        names=(recipe.student.model, recipe.teacher.model if recipe.teacher else ""),
-        say=say,
-    )
+    found = _check_pair(recipe, requests, models, stop, say)
     engine: Engine = TransformersEngine(models.student, stop)
     if recipe.sampling.engine == "vllm":
         limits = requests.encoder.max_request_tokens, requests.encoder.max_response_tokens
@@ -209,6 +199,22 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
         step=step,
         max_steps=_count_steps(recipe, requests.data),
         found=found,
+    )
+
+
+def _check_pair(
+    recipe: Recipe, requests: Requests, models: Models, stop: tuple[int, ...], say: Say
+) -> dict[str, Any]:
+    sets = [dataset for dataset in (requests.data, requests.validation) if dataset]
+    preflight.check_token_ids(sets, requests.tokenizer, models.student.vocabulary)
+    return preflight.check_models(
+        models.student,
+        models.teacher if models.comparable else None,  # else it reads only texts
+        requests.encoder,
+        requests.data,
+        stop=stop,
+        names=(recipe.student.model, recipe.teacher.model if recipe.teacher else ""),
+        say=say,
     )
 
 
