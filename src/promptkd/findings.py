@@ -40,7 +40,7 @@ CHECKS = (
     Check(
         "PK102",
         "refused",
-        meaning="The method is steered by the validation loss, and there are no references to measure it.",
+        meaning="The method is steered by the validation loss, which needs references.",
         remedy="Set `data.validation` to held-out rows with references.",
     ),
     Check(
@@ -58,8 +58,7 @@ CHECKS = (
     Check(
         "PK105",
         "refused",
-        meaning="Exposure bias can't be measured: no teacher of the student's tokenizer, or too little "
-        "validation data.",
+        meaning="Exposure bias needs a teacher with the student's tokenizer, and validation data.",
         remedy="Set `evaluation.exposure_bias_every_steps: 0`, or bring what is missing.",
     ),
     Check(
@@ -145,14 +144,14 @@ CHECKS = (
     Check(
         "PK302",
         "warning",
-        meaning="The student's responses stop ending: far fewer end by themselves than at their best.",
+        meaning="The student's responses stop ending: far fewer end than at their best.",
         remedy="Lower the learning rates; for `promptkd` raise `method.regularizer`.",
     ),
     Check(
         "PK303",
         "warning",
-        meaning="The teacher runs after its student: KL(p_P‖p) grows while KL(q‖p), the distance to the "
-        "teacher as it came, no longer falls. A falling loss is no success then.",
+        meaning="The teacher runs after its student: KL(p_P‖p) grows while KL(q‖p), the distance "
+        "to the teacher as it came, no longer falls. A falling loss is no success then.",
         remedy="Lower `optimization.teacher_learning_rate`, or raise `method.regularizer`.",
     ),
     Check(
