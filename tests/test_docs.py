@@ -127,7 +127,7 @@ def test_the_readmes_quickstart_runs(tmp_path, monkeypatch):
     (block,) = blocks(ROOT / "README.md", "python")
     longer = {"max_position_embeddings": 600}
     _, teacher = save_pair(tmp_path, "llama", student_options=longer, teacher_options=longer)
-    write_data(tmp_path / "train.jsonl", 3)
+    write_data(tmp_path / "train.jsonl", 32)
     write_data(tmp_path / "test.jsonl", 2)
     monkeypatch.chdir(tmp_path)
     written = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(teacher))
