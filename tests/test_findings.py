@@ -1,13 +1,18 @@
 """What goes wrong while training is found in the metrics, said once, and has a documented code."""
 
 import re
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import tiny
+from promptkd.config import recipe_from_dict
 from promptkd.findings import CHECKS
+from promptkd.methods import build_method
 from promptkd.training.forecast import Measured, Schedule, forecast
+from promptkd.training.trainer import Trainer
 from promptkd.training.warnings import Watch, training_warnings
 
 PACKAGE = Path(__file__).parents[1] / "src" / "promptkd"
@@ -116,3 +121,21 @@ def test_a_forecast_adds_up_steps_evaluations_and_saving():
     assert expected.seconds_saving == 2 * 4 + 3 * 0.25 * 4
     assert expected.seconds == 208 + 120 + 11
     assert expected.bytes_disk == 2 * 1000 + 2 * 250
+
+
+def test_the_forecast_of_a_rehearsal_is_of_the_order_of_what_the_run_takes(tmp_path):
+    tiny.save_pair(tmp_path)
+    tiny.write_data(tmp_path / "train.jsonl", 12)
+    tiny.write_data(tmp_path / "valid.jsonl", 8)
+    raw = tiny.recipe(tmp_path, optimization={"max_steps": 12}, evaluation={"every_steps": 6})
+    raw["data"] |= {"validation": str(tmp_path / "valid.jsonl")}
+    recipe, method = recipe_from_dict(raw), build_method("promptkd")
+    expected = Trainer(recipe, method).rehearse()["forecast"]
+    trainer = Trainer(recipe, method)
+    started = time.perf_counter()
+    trainer.run()
+    took = time.perf_counter() - started
+    written = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.pt"))
+
+    assert took / 5 < expected["seconds"] < 5 * took
+    assert written / 2 < expected["bytes_disk"] < 3 * written

@@ -10,6 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -122,7 +123,9 @@ class Divergence:
             if option not in known:
                 takes = f"takes {', '.join(known)}" if known else "takes no options"
                 raise ValueError(f"divergence '{self.name}' {takes}, but '{option}' is given.")
-        _try(self.name, self.between)  # what is wrong fails here, not in the first step
+        _try(
+            self.name, partial(function, **dict(self.options))
+        )  # what is wrong fails here, not in the first step
 
     def between(self, learner: LogProbs, target: LogProbs) -> PerToken:
         return divergence_function(self.name)(learner, target, **dict(self.options))
