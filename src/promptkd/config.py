@@ -200,7 +200,7 @@ class Recipe(Section):
     sampling: SamplingSection = SamplingSection()
     optimization: OptimizationSection
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        default="auto", description="auto: bf16 where the processor multiplies it natively"
+        default="auto", description="auto: bf16 where the hardware multiplies it natively"
     )
     evaluation: EvaluationSection = EvaluationSection()
     checkpoints: CheckpointSection = CheckpointSection()

@@ -1,10 +1,10 @@
-"""Every method, as a composition: who writes x what is minimised x what happens to the teacher.
+"""Every method: who generates the responses x what is minimised x what happens to the teacher.
 
 p is the teacher, q the student. The parameters of each function are the options of a recipe;
 ``teacher_options`` are the fields of the teacher's class in ``composition.TEACHERS``. Where a paper
 and its code disagree, the docstring says which one is followed.
 
-    method     who writes                      minimised at each token        teacher
+    method     responses from                  minimised at each token        teacher
     sft        the data                        -log q                         none
     kd         the data                        1/2 -log q + 1/2 KL(p || q)    frozen
     seqkd      the teacher, once               -log q                         frozen
@@ -174,7 +174,7 @@ def distillm2(skew: float = 0.1, beta: float = 1.0) -> Method:
 
     The paper's weights are (1 - beta)/2 and beta/2 with a beta that grows; the released code has
     2 - beta and beta with beta 1 fixed and skew 0.1 fixed, which is followed here, halved as in the
-    paper. The student writes afresh at each step instead of once per epoch, and the mixture of the
+    paper. The student generates anew at each step instead of once per epoch, and the mixture of the
     reverse part carries gradient, as the formula has it; the code detaches it.
 
     Source: Ko et al. 2025, arXiv:2503.07067, Eq. 5 and section 3.

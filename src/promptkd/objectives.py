@@ -123,9 +123,8 @@ class Divergence:
             if option not in known:
                 takes = f"takes {', '.join(known)}" if known else "takes no options"
                 raise ValueError(f"divergence '{self.name}' {takes}, but '{option}' is given.")
-        _try(
-            self.name, partial(function, **dict(self.options))
-        )  # what is wrong fails here, not in the first step
+        # What is wrong fails here, not in the first step.
+        _try(self.name, partial(function, **dict(self.options)))
 
     def between(self, learner: LogProbs, target: LogProbs) -> PerToken:
         return divergence_function(self.name)(learner, target, **dict(self.options))

@@ -1,6 +1,6 @@
-"""Who writes the responses a step learns from.
+"""Where the responses that a step learns from come from: the data, the student, the teacher.
 
-A rollout is one request with one response. A source writes the rollouts of one optimizer step,
+A rollout is one request with one response. A source makes the rollouts of one optimizer step,
 once. Sources are frozen; what they must remember lives in a ``state`` dictionary that belongs to
 the trainer and is saved with every checkpoint.
 """
@@ -81,7 +81,7 @@ class Source(Protocol):
 
     Attributes:
         needs_references: whether every row must have a reference response.
-        asks_teacher: whether the teacher writes (it then needs an engine).
+        asks_teacher: whether the teacher generates (it then needs an engine).
         needs_validation: whether ``observe`` steers it, so that validation data must be there.
     """
 

@@ -1,7 +1,7 @@
-"""What a teacher is: frozen, spoken to by a fixed text, or adapted to this student.
+"""What a teacher is: frozen, prompted by a fixed text, or adapted to this student.
 
 A specification (frozen dataclass, part of a method) builds the teacher of a run. Every teacher has
-a plain voice, p(.|x), and an adapted one, p(.|P, x); for those that adapt nothing they are one.
+a plain distribution, p(.|x), and an adapted one, p(.|P, x); without adaptation they are equal.
 The soft prompt is ours (PEFT's forward prepends before left pads and drops positions); its files
 are PEFT's. LoRA and prefix tuning: ``adapters``.
 """
@@ -300,7 +300,7 @@ class SoftPrompt(FromTokens):
 
 @dataclass(frozen=True)
 class TextPrompt:
-    """A fixed written text in front of the teacher's input: nothing is learned."""
+    """A fixed text in front of the teacher's input: nothing is learned."""
 
     text: str = "Suppose you are a student."
 
@@ -351,7 +351,7 @@ class Interpolated:
 
 
 class InterpolatedTeacher(PlainTeacher):
-    """A frozen teacher that is heard in part."""
+    """A frozen teacher whose share of the target grows; see ``Interpolated``."""
 
     def __init__(self, model: LanguageModel, rule: Interpolated):
         self.model = model

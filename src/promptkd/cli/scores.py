@@ -224,16 +224,10 @@ def judge(
         max_retries=max_retries,
         api_key_variable=api_key_variable,
     )
-    _show_judgements(result)
-    typer.echo(f"judgements: {output or run / 'judge'}")
-    if result["scores"] is None:
-        raise UserError(
-            f"None of the judge's {result['counts']['malformed']} replies was in the form asked "
-            "for, so there is no score. Use a stronger judge, or raise --max-reply-tokens."
-        )
+    _show_judgements(result, output or run / "judge")
 
 
-def _show_judgements(result: dict[str, Any]) -> None:
+def _show_judgements(result: dict[str, Any], place: Path) -> None:
     typer.echo(", ".join(f"{name} {count}" for name, count in result["counts"].items()))
     for reason, count in result["failures"].items():
         typer.echo(f"  failed {count}: {reason}")
@@ -246,6 +240,12 @@ def _show_judgements(result: dict[str, Any]) -> None:
         shown = f", 95% [{low:.2f}, {high:.2f}]" if low is not None else ""
         value = "–" if score["mean"] is None else f"{score['mean']:8.3f}"
         typer.echo(f"  {name:24} {value}{shown}")
+    typer.echo(f"judgements: {place}")
+    if result["scores"] is None:
+        raise UserError(
+            f"None of the judge's {result['counts']['malformed']} replies was in the form asked "
+            "for, so there is no score. Use a stronger judge, or raise --max-reply-tokens."
+        )
 
 
 @app.command()
