@@ -18,7 +18,9 @@ import typer
 from typer.main import get_command
 
 from promptkd.cli import app
-from promptkd.composition import Method
+from promptkd.composition import TEACHERS, Method
+from promptkd.divergences import DIVERGENCES
+from promptkd.findings import CHECKS
 from promptkd.methods import METHODS
 from promptkd.objectives import Divergence, Weighted
 
@@ -30,6 +32,7 @@ PAGES = (
     "docs/cli.md",
     "docs/architecture.md",
     "docs/benchmarks.md",
+    "docs/findings.md",
 )
 
 
@@ -60,6 +63,27 @@ def method_pages() -> str:
         text = as_markdown(inspect.getdoc(function) or "")
         parts.append(f"### {name}\n\n```\n{code}\n```\n\n{text}")
     return "\n\n".join(parts)
+
+
+def option_table() -> str:
+    """What ``teacher_options`` takes for each teacher, and the options of each divergence."""
+    rows = ["| | name | options |", "|---|---|---|"]
+    for name, teacher in TEACHERS.items():
+        fields: Any = dataclasses.fields(teacher)  # pyright: ignore
+        shown = [f"`{field.name}` ({field.default!r})" for field in fields]
+        rows.append(f"| teacher | `{name}` | {', '.join(shown) or '–'} |")
+    for name, function in DIVERGENCES.items():
+        options = list(inspect.signature(function).parameters.values())[2:]
+        shown = [f"`{option.name}` ({option.default!r})" for option in options]
+        rows.append(f"| divergence | `{name}` | {', '.join(shown) or '–'} |")
+    return "\n".join(rows)
+
+
+def findings() -> str:
+    """Every check with its code, its meaning and its remedy."""
+    rows = ["| code | | found | what to do |", "|---|---|---|---|"]
+    rows += [f"| {c.code} | {c.outcome} | {c.meaning} | {c.remedy} |" for c in CHECKS]
+    return "\n".join(rows)
 
 
 def as_markdown(docstring: str) -> str:
@@ -210,6 +234,8 @@ def leaves(tree: dict[str, Any], keys: tuple[str, ...] = ()) -> Iterable[tuple[A
 PARTS: dict[str, Callable[[], str]] = {
     "methods table": methods_table,
     "methods": method_pages,
+    "options": option_table,
+    "findings": findings,
     "commands": commands,
     "command line": command_pages,
     "rooms": rooms,

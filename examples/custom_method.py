@@ -36,4 +36,4 @@ def confident(length: int = 7, anchor: float = 0.1) -> Method:
         Term(Reference(), CrossEntropy(), anchor),
     )
     adaptation = Adaptation(Divergence("reverse_kl"), Divergence("reverse_kl"), regularizer=1.0)
-    return Method("confident", terms, SoftPrompt(length), adaptation)
+    return Method("confident", terms, teacher=SoftPrompt(length), adaptation=adaptation)

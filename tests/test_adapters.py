@@ -140,7 +140,7 @@ def test_lora_stays_fp32_beside_a_bf16_teacher():
 
 def test_lora_has_the_papers_number_of_parameters_on_gpt2():
     """Table 9: 1.229 M at rank 4 on GPT-2 XL, 48 joint projections of width 1600 to 4800."""
-    teacher = LoRA(rank=4).build(frozen("gpt2"), tiny.tokenizer())
+    teacher = LoRA(r=4).build(frozen("gpt2"), tiny.tokenizer())
     per_layer = 4 * (tiny.WIDTH + 3 * tiny.WIDTH)
     assert sum(p.numel() for p in teacher.parameters()) == 3 * per_layer
     assert 48 * 4 * (1600 + 4800) == 1_228_800

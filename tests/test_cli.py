@@ -1,8 +1,10 @@
 """Every command says what it did and where, or what is wrong, in one sentence."""
 
+import errno
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 import runs
 import tiny
 from promptkd.cli import app, main
+from promptkd.errors import UserError
 
 COMMANDS = (
     "init-student",
@@ -134,18 +137,26 @@ def test_evaluate_takes_several_seeds_and_files_after_one_flag(command, finished
         assert scores["seeds"] == [1, 2]
 
 
-def test_check_takes_the_first_step_of_the_run_and_leaves_nothing(command, tmp_path):
+def test_check_takes_the_first_steps_of_the_run_and_leaves_nothing(command, tmp_path):
     tiny.save_pair(tmp_path)
     tiny.write_data(tmp_path / "train.jsonl", 6)
+    tiny.write_data(tmp_path / "valid.jsonl", 3)
     raw = tiny.recipe(tmp_path, optimization={"max_steps": 2})
+    raw["data"] |= {"validation": str(tmp_path / "valid.jsonl")}
     (tmp_path / "recipe.yaml").write_text(json.dumps(raw))
+    before = runs.everything(tmp_path)
     text = command("check", tmp_path / "recipe.yaml")
-    assert not (tmp_path / "run").exists()
+    assert runs.everything(tmp_path) == before
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"student", "teacher"}
+    assert "processes: 1, CPU threads: 1; float32, template none, at most 24 + 24 tokens" in text
+    assert "the first request: 'say 0'; its response, by tokens: '|i|t| |i|s| |0|!|<eos>|'" in text
+    assert "of 3 held-out requests 3 are in the training data (PK109)" in text
 
     command("train", tmp_path / "recipe.yaml")
-    first = runs.json_lines(tmp_path / "run" / "metrics.jsonl")[0]
+    first = runs.json_lines(tmp_path / "run" / "metrics.jsonl")[1]
     assert f"one step: loss {first['loss']:.3f} nats per token" in text
-    assert f"the run: 2 steps, some 0 min, into {raw['output']}" in text
+    assert "the run: 2 steps of 4 requests (1.3 epochs), about " in text
+    assert text.splitlines()[-1].endswith(f"into {raw['output']}")
     assert "is finished" in command("check", tmp_path / "recipe.yaml", status=1)
 
 
@@ -184,6 +195,52 @@ def test_init_student_says_what_it_dropped_and_where_the_student_is(command, tmp
     assert f"layers dropped: {record['dropped']} (single)" in text
     assert f"teacher {record['loss_whole']:.3f}, student {record['loss_pruned']:.3f}" in text
     assert text.splitlines()[-1] == f"student: {tmp_path / 's'}"
+
+
+@pytest.fixture
+def failing():
+    """Adds a command that raises what it is given, for as long as the test lasts."""
+
+    def add(error: BaseException) -> None:
+        @app.command("fail")
+        def fail() -> None:
+            """Fail."""
+            raise error
+
+    yield add
+    app.registered_commands = [c for c in app.registered_commands if c.name != "fail"]
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.EROFS, "Read-only file system", "/a/b"), "/a/b: Read-only file system. Na"),
+        (OSError(errno.ENAMETOOLONG, "File name too long", "/a"), "/a: File name too long. Name a"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device. Free some"),
+        (OSError("nobody/x is not cached,\nsays the hub"), "nobody/x is not cached, says the hub"),
+        (MemoryError(), "The memory is used up. Use a smaller optimization.micro_batch_tokens"),
+        (RuntimeError("[enforce fail] PytorchStreamWriter failed"), "No space left on a disk. Fre"),
+        (UserError("The row is empty.", "PK999"), "The row is empty. (PK999)"),
+    ],
+)
+def test_an_error_of_the_system_is_a_sentence(command, failing, error, sentence):
+    failing(error)
+    assert command("fail", status=1).startswith(f"promptkd: {sentence}")
+
+
+def test_ctrl_c_ends_with_130_and_a_sentence(command, failing):
+    failing(KeyboardInterrupt())
+    assert "promptkd: interrupted. What was saved is intact" in command("fail", status=130)
+
+
+def test_a_defect_is_one_line_and_its_traceback_a_file(command, failing, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    failing(KeyError("lost"))
+    text = command("fail", status=70)
+    (file,) = tmp_path.iterdir()
+    assert text.count("\n") == 1
+    assert f"(KeyError: 'lost'). Please report it with {file}" in text
+    assert "in fail" in file.read_text()
 
 
 def test_the_module_can_be_run_as_a_program():

@@ -1,5 +1,6 @@
 """A recipe is checked when read: an unknown key gets a suggestion, a wrong value a reason."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -237,3 +238,67 @@ def test_reading_a_recipe_and_the_command_line_imports_no_torch():
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
 
     assert (result.stdout.strip(), result.stderr) == ("[]", "")
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("seed=-1", "'seed' is -1: Input should be greater than or equal to 0"),
+        ("seed=true", "'seed' is True: a number is expected, not true or false"),
+        ("optimization.max_grad_norm=.inf", "is inf: Input should be a finite number"),
+        ("optimization.learning_rate=.nan", "is nan: Input should be a finite number"),
+        ("sampling.temperature=.inf", "is inf: Input should be a finite number"),
+        ("output=''", "'output' is '': String should have at least 1 character"),
+        ('output="a\\0b"', "a text without NUL characters is expected"),
+        ("data.train=[]", "'data.train' is []: Tuple should have at least 1 item"),
+        ("optimization.epochs=1", "'optimization': max_steps is 3 and epochs is 1.0: give exactly"),
+        ("seed=2024-13-45", "not valid YAML: month must be in 1..12"),
+    ],
+)
+def test_a_value_out_of_any_sane_range_is_refused_by_name(tmp_path, override, said):
+    with pytest.raises(UserError) as refused:
+        load_recipe(write(tmp_path), [override])
+    assert said in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (b"seed: 1\nseed: 2\n", "the key 'seed' is given twice"),
+        (b"data: {train: a, train: b}\n", "the key 'train' is given twice"),
+        (b"[" * 5000, "is nested too deeply"),
+        (b"\xff\xfe\x00", "is not text"),
+        (b"1: 2\n", "the key 1 is no text"),
+        (b"- a\n", "holds no keys"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused_with_the_reason(tmp_path, text, said):
+    (tmp_path / "recipe.yaml").write_bytes(text)
+    with pytest.raises(UserError, match=re.escape(said)):
+        load_recipe(tmp_path / "recipe.yaml")
+
+
+def test_a_directory_is_no_recipe(tmp_path):
+    with pytest.raises(UserError, match="Is a directory"):
+        load_recipe(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        (":", {}, "method ':' has not the form module:function"),
+        ("promptkd", {"regularizer": -1}, "regularizer is -1.0: finite and not negative"),
+        ("promptkd", {"length": True}, "'method.length' is True: a number is expected"),
+        ("taid", {"momentum": 2}, "momentum is 2.0"),
+        ("taid", {"step_size": float("nan")}, "'method.step_size' is nan"),
+        ("gkd", {"beta": 0.5}, "divergence 'reverse_kl' takes no options, but 'beta' is given"),
+        ("distillm", {"skew": 1}, "skew is 1.0: it lies in [0, 1)"),
+        ("akl", {"head_mass": 3}, "head_mass is 3.0"),
+        ("promptkd", {"teacher": "lora", "teacher_options": {"r": 0}}, "r is 0 and alpha 32"),
+        ("gkd", {"divergence": "m:"}, "divergence 'm:' has not the form module:function"),
+    ],
+)
+def test_an_option_out_of_range_is_refused_with_its_value(name, options, said):
+    with pytest.raises(UserError) as refused:
+        build_method(name, **options)
+    assert said in str(refused.value)

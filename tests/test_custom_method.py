@@ -99,3 +99,67 @@ def test_a_module_is_found_in_the_current_directory(tmp_path, monkeypatch):
 def test_what_is_not_a_method_is_refused_with_the_reason(there, name, said):
     with pytest.raises(UserError, match=said):
         build_method(name)
+
+
+DIVERGENCES = """
+import torch
+
+def squared(learner, target):
+    return (learner.exp() - target.exp()).pow(2).sum(-1)
+
+def of_the_step(learner, target):
+    return squared(learner, target).mean()
+
+def cross_entropy(learner, target):
+    return -(target.exp() * learner).sum(-1)
+
+def detached(learner, target):
+    return squared(learner.detach(), target)
+
+def failing(learner, target):
+    return learner @ target
+
+def needing(learner, target, power):
+    return squared(learner, target)
+"""
+
+
+@pytest.fixture
+def divergences(tmp_path, monkeypatch):
+    (tmp_path / "own_divergences.py").write_text(DIVERGENCES)
+    monkeypatch.setattr("sys.path", [str(tmp_path), *importlib.sys.path])
+    yield "own_divergences"
+    importlib.sys.modules.pop("own_divergences", None)
+
+
+def test_a_divergence_of_ones_own_is_named_in_a_recipe_and_trains(divergences, tmp_path):
+    tiny.save_pair(tmp_path)
+    tiny.write_data(tmp_path / "train.jsonl")
+    method = {"name": "gkd", "divergence": f"{divergences}:squared"}
+    raw = tiny.recipe(tmp_path, method=method, optimization={"max_steps": 2})
+    run = pk.train(recipe_from_dict(raw))
+    assert all(0 < row["loss"] < 2 for row in rows(run))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("of_the_step", r"gives \[\] for 3 tokens. It must give one number per token"),
+        ("cross_entropy", "between equal distributions. It must be finite, and 0 there"),
+        ("detached", "has no gradient"),
+        ("failing", "fails on"),
+        ("needing", "fails on .*power"),
+        ("absent", "has no attribute 'absent'"),
+    ],
+)
+def test_what_is_no_divergence_is_refused_when_the_recipe_is_read(divergences, name, said):
+    with pytest.raises(UserError, match=said):
+        build_method("gkd", divergence=f"{divergences}:{name}")
+
+
+def test_a_method_is_named_from_python_too(tmp_path):
+    tiny.save_pair(tmp_path)
+    tiny.write_data(tmp_path / "train.jsonl")
+    raw = tiny.recipe(tmp_path, optimization={"max_steps": 1})
+    run = pk.train(recipe_from_dict(raw), "sft")
+    assert "name: sft" in (run / "recipe.yaml").read_text()

@@ -128,7 +128,7 @@ def test_the_readmes_quickstart_runs(tmp_path, monkeypatch):
     (block,) = blocks(ROOT / "README.md", "python")
     longer = {"max_position_embeddings": 600}
     _, teacher = save_pair(tmp_path, "llama", student_options=longer, teacher_options=longer)
-    write_data(tmp_path / "train.jsonl", 3)
+    write_data(tmp_path / "train.jsonl", 32)
     write_data(tmp_path / "test.jsonl", 2)
     monkeypatch.chdir(tmp_path)
     written = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(teacher))
@@ -217,6 +217,12 @@ def test_every_public_name_has_a_docstring():
         assert inspect.getdoc(getattr(pk, name)), name
     for name, method in METHODS.items():
         assert inspect.getdoc(method), name
+
+
+def test_dir_shows_every_public_name_and_the_version():
+    assert {*pk.__all__, "__version__"} <= set(dir(pk))
+    assert re.fullmatch(r"\d+\.\d+\.\d+", pk.__version__)
+    assert all(callable(getattr(pk, name)) for name in pk.__all__ if name in pk._HOMES)
 
 
 def test_every_module_says_what_it_is():

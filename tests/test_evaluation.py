@@ -161,7 +161,7 @@ def test_a_bare_model_is_asked_with_the_defaults_and_needs_a_place(finished, tmp
     assert (result["template"], result["max_request_tokens"]) == ("alpaca", 256)
     assert result["teacher"] is None
     assert "reverse_kl_to_teacher" not in result["scores"]
-    with pytest.raises(UserError, match="give --output DIR"):
+    with pytest.raises(UserError, match="say where its scores go: --output DIR"):
         evaluate(model, data, seeds=(1,), num_examples=1, max_response_tokens=4)
 
 
@@ -293,7 +293,7 @@ def test_a_suite_scores_each_data_set_as_if_alone(finished, evaluated, tmp_path)
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("", "holds no data sets"),
+        ("", "holds no keys"),
         ("a: 3", "'a' is 3, which is no data"),
         ("a: []", r"'a' is \[\], which is no data"),
         ("a: [", "not valid YAML"),
@@ -343,7 +343,7 @@ def test_a_comparison_pairs_requests_and_refuses_unlike_evaluations(finished, ev
         )
     with pytest.raises(UserError, match="Nothing to compare"):
         compare(tmp_path / "one", tmp_path / "other")
-    with pytest.raises(UserError, match="holds no evaluation"):
+    with pytest.raises(UserError, match="is no directory"):
         compare(output, hotter)
     rows = {row.score: row for row in compare(output, tmp_path / "one")}
     assert rows["rouge_l"].num_requests == 7

@@ -37,12 +37,12 @@ def test_a_teacher_with_nothing_to_adapt_is_refused_by_promptkd():
 
 
 def test_teacher_options_reach_the_teacher_and_unknown_ones_name_their_neighbour():
-    method = build_method("promptkd", teacher="lora", teacher_options={"rank": 8})
-    assert method.teacher.rank == 8
-    with pytest.raises(UserError, match=r"teacher_options\.rnk.*did you mean 'rank'"):
-        build_method("promptkd", teacher="lora", teacher_options={"rnk": 8})
+    method = build_method("promptkd", teacher="lora", teacher_options={"r": 8})
+    assert method.teacher.r == 8
+    with pytest.raises(UserError, match=r"teacher_options\.alhpa.*did you mean 'alpha'"):
+        build_method("promptkd", teacher="lora", teacher_options={"alhpa": 8})
     with pytest.raises(UserError, match="'frozen' has no options"):
-        build_method("gkd", teacher_options={"rank": 8})
+        build_method("gkd", teacher_options={"r": 8})
 
 
 def test_the_soft_prompts_options_reach_a_prefix_too():

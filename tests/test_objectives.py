@@ -293,9 +293,9 @@ def test_divergence_passes_its_options_on():
 
 
 def test_unknown_divergence_or_wrong_option_is_refused_when_built():
-    with pytest.raises(ValueError, match="'backward_kl' is unknown; known: forward_kl"):
+    with pytest.raises(ValueError, match="'backward_kl'; did you mean 'forward_kl'"):
         Divergence("backward_kl")
     with pytest.raises(ValueError, match="beta is 1"):
         Divergence("generalized_jsd", (("beta", 1.0),))
-    with pytest.raises(TypeError, match="beta"):
+    with pytest.raises(ValueError, match="takes no options, but 'beta' is given"):
         Divergence("reverse_kl", (("beta", 0.5),))

@@ -15,10 +15,10 @@ from promptkd.replay import AdaptiveReplay, Repeated, from_json, to_json
 from promptkd.rollouts import (
     Corpus,
     Mixture,
+    OfflineTeacher,
     Reference,
     Rollout,
     Student,
-    Teacher,
     TeacherMixed,
     Writers,
     length_normalized_returns,
@@ -72,7 +72,7 @@ def test_the_data_the_student_and_the_teacher_answer_every_request_in_order():
     for source, author in (
         (Reference(), "reference"),
         (Student(), "student"),
-        (Teacher(), "teacher"),
+        (OfflineTeacher(), "teacher"),
     ):
         rollouts = source.write(batch(), writers(), {})
         assert [(r.index, r.author) for r in rollouts] == [(i, author) for i in range(4)]

@@ -6,10 +6,13 @@
                      method=pk.methods.promptkd(length=7), output="runs/promptkd")
     scores = pk.evaluate(run, data="self_instruct.jsonl", seeds=(10, 20, 30, 40, 50))
 
+Every command is a function here; three have a verb in front, since the folders ``report``,
+``judge`` and ``study`` have their names: ``write_report``, ``judge_responses``, ``run_study``.
 Names are imported when used, so that ``import promptkd`` and the command line answer at once.
 """
 
 import importlib
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from promptkd.errors import UserError
@@ -18,17 +21,38 @@ if TYPE_CHECKING:
     from promptkd import divergences, methods, objectives, rollouts, teachers
     from promptkd.api import check, distill, train
     from promptkd.composition import Method, Term
+    from promptkd.config import load_recipe, recipe_from_dict
+    from promptkd.evaluation.comparison import compare
     from promptkd.evaluation.evaluate import evaluate
+    from promptkd.evaluation.exposure_bias import exposure_bias
+    from promptkd.evaluation.prompt_analysis import prompt_analysis
+    from promptkd.evaluation.results import rescore
+    from promptkd.evaluation.side_by_side import generate
+    from promptkd.judge.judge import judge as judge_responses
     from promptkd.pruning import init_student
+    from promptkd.report.report import report as write_report
+    from promptkd.study.file import load_study
+    from promptkd.study.run import run_study
 
 _HOMES = {
-    "check": "promptkd.api",
-    "distill": "promptkd.api",
-    "train": "promptkd.api",
-    "evaluate": "promptkd.evaluation.evaluate",
-    "init_student": "promptkd.pruning",
-    "Method": "promptkd.composition",
-    "Term": "promptkd.composition",
+    "check": "promptkd.api:check",
+    "compare": "promptkd.evaluation.comparison:compare",
+    "distill": "promptkd.api:distill",
+    "evaluate": "promptkd.evaluation.evaluate:evaluate",
+    "exposure_bias": "promptkd.evaluation.exposure_bias:exposure_bias",
+    "generate": "promptkd.evaluation.side_by_side:generate",
+    "init_student": "promptkd.pruning:init_student",
+    "judge_responses": "promptkd.judge.judge:judge",
+    "load_recipe": "promptkd.config:load_recipe",
+    "load_study": "promptkd.study.file:load_study",
+    "Method": "promptkd.composition:Method",
+    "prompt_analysis": "promptkd.evaluation.prompt_analysis:prompt_analysis",
+    "recipe_from_dict": "promptkd.config:recipe_from_dict",
+    "rescore": "promptkd.evaluation.results:rescore",
+    "run_study": "promptkd.study.run:run_study",
+    "Term": "promptkd.composition:Term",
+    "train": "promptkd.api:train",
+    "write_report": "promptkd.report.report:report",
 }
 _MODULES = ("methods", "divergences", "objectives", "rollouts", "teachers")
 
@@ -37,21 +61,39 @@ __all__ = [
     "Term",
     "UserError",
     "check",
+    "compare",
     "distill",
     "divergences",
     "evaluate",
+    "exposure_bias",
+    "generate",
     "init_student",
+    "judge_responses",
+    "load_recipe",
+    "load_study",
     "methods",
     "objectives",
+    "prompt_analysis",
+    "recipe_from_dict",
+    "rescore",
     "rollouts",
+    "run_study",
     "teachers",
     "train",
+    "write_report",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
-        return getattr(importlib.import_module(_HOMES[name]), name)
+        module, _, attribute = _HOMES[name].partition(":")
+        return getattr(importlib.import_module(module), attribute)
     if name in _MODULES:
         return importlib.import_module(f"promptkd.{name}")
+    if name == "__version__":
+        return metadata.version("promptkd")
     raise AttributeError(f"module 'promptkd' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})

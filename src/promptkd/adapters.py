@@ -25,9 +25,11 @@ from promptkd.teachers import FromTokens, PlainTeacher, Teacher
 
 @dataclass(frozen=True)
 class LoRA:
-    """W + alpha / rank B A in the teacher's projections, B = 0 at first.
+    """W + alpha / r B A in the teacher's projections, B = 0 at first.
 
     Args:
+        r: the rank of B A.
+        alpha: the update is scaled by alpha / r.
         target_modules: names of the layers; empty for PEFT's choice for the architecture
             (GPT-2: the attention's joint projection; OPT and Llama: queries and values).
         seed: of A.
@@ -35,7 +37,7 @@ class LoRA:
     Source: Hu et al. 2021, arXiv:2106.09685; rank and alpha: PromptKD, arXiv:2402.12842, Table 9.
     """
 
-    rank: int = 4
+    r: int = 4
     alpha: int = 32
     target_modules: Sequence[str] = ()
     seed: int = 0
@@ -43,11 +45,11 @@ class LoRA:
     learns = True
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"the rank of LoRA is {self.rank}: it is at least 1.")
+        if self.r < 1 or self.alpha < 1:
+            raise ValueError(f"r is {self.r} and alpha {self.alpha}: both are at least 1.")
 
     def build(self, model: LanguageModel, tokenizer: Any) -> Teacher:
-        config = add_lora(model.module, self.rank, self.alpha, self.target_modules, self.seed)
+        config = add_lora(model.module, self.r, self.alpha, self.target_modules, self.seed)
         return LoRATeacher(model, config)
 
 

@@ -5,13 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from promptkd.composition import Method
-from promptkd.config import Recipe, recipe_from_dict
+from promptkd.config import MethodSection, Recipe, recipe_from_dict
 from promptkd.methods import build_method
 from promptkd.training.trainer import Trainer
 
 
-def train(recipe: Recipe, method: Method | None = None) -> Path:
+def train(recipe: Recipe, method: Method | str | None = None) -> Path:
     """Run a recipe to its end, or go on with it; returns the run directory.
+
+    Args:
+        method: in place of the recipe's; a name stands for the method with its defaults.
 
     Raises:
         UserError: for bad input, in one sentence; nothing that was saved is lost.
@@ -21,14 +24,16 @@ def train(recipe: Recipe, method: Method | None = None) -> Path:
     return trainer.directory.path
 
 
-def check(recipe: Recipe, method: Method | None = None) -> dict[str, Any]:
-    """Prove that a recipe works before it runs: all that ``train`` checks, and one step.
+def check(recipe: Recipe, method: Method | str | None = None) -> dict[str, Any]:
+    """Prove that a recipe works before it runs: all that ``train`` checks, and its first steps.
 
-    The step is the first of the run, on real rollouts; nothing is saved.
+    The steps are the run's own, on real rollouts; nothing is kept.
 
     Returns:
-        ``steps`` of the whole run, ``first``: the step's line as in metrics.jsonl, ``preflight``:
-        what was found about the pair.
+        ``steps`` and ``epochs`` of the whole run, ``first``: the first step's line as in
+        metrics.jsonl, ``preflight``: what was found about the pair, ``example``: the first row as
+        the models see it, ``measured`` and ``forecast``: see ``training.forecast``,
+        ``peak_memory`` and ``bytes_free`` on the disk.
 
     Raises:
         UserError: for everything that can be known to be wrong before the first step.
@@ -41,7 +46,7 @@ def distill(
     teacher: str | Path | None,
     data: str | Sequence[str] | dict[str, Any],
     *,
-    method: Method,
+    method: Method | str,
     output: str | Path,
     **options: Any,
 ) -> Path:
@@ -52,7 +57,7 @@ def distill(
         teacher: the same for the teacher; None for methods without one.
         data: training data: path, glob or hub id, or several; or the recipe's whole section, as in
             ``{"train": "dolly.jsonl", "template": "chat"}``.
-        method: from ``promptkd.methods``, or your own composition.
+        method: from ``promptkd.methods``, or your own composition; or a name, as in a recipe.
         output: the run directory; a stopped run in it goes on.
         options: the recipe's other keys, as nested dictionaries (``optimization={"epochs": 1}``).
 
@@ -67,10 +72,14 @@ def distill(
     if teacher is not None:
         raw["teacher"] = {"model": str(teacher)}
     raw["data"] = data if isinstance(data, dict) else {"train": data}
+    method = build_method(method) if isinstance(method, str) else method
     raw["method"] = {"name": method.name, **method.options}
     raw["output"] = str(output)
     return train(recipe_from_dict(raw), method)
 
 
-def _trainer(recipe: Recipe, method: Method | None) -> Trainer:
+def _trainer(recipe: Recipe, method: Method | str | None) -> Trainer:
+    if isinstance(method, str):
+        recipe = recipe.model_copy(update={"method": MethodSection(name=method)})
+        method = None
     return Trainer(recipe, method or build_method(recipe.method.name, **recipe.method.options))

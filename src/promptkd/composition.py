@@ -4,10 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from promptkd.adapters import LoRA, Prefix
-from promptkd.config import suggest
+from promptkd.keys import option_faults, refuse_look_alikes, suggest
 from promptkd.objectives import Objective
-from promptkd.rollouts import Mixture, Reference, Source, Student, Teacher
+from promptkd.rollouts import Mixture, OfflineTeacher, Reference, Source, Student
 from promptkd.teachers import (
     Adaptation,
     Frozen,
@@ -91,19 +93,26 @@ def teacher_specification(
     if name not in TEACHERS:
         raise ValueError(f"teacher is '{name}'{suggest(name, list(TEACHERS))}")
     specification: Any = TEACHERS[name]
-    known = [field.name for field in fields(specification)]
-    for option in options or {}:
+    known = {field.name: field.type for field in fields(specification)}
+    for option, value in (options or {}).items():
         if option not in known:
-            nearest = suggest(option, known) if known else f"; '{name}' has no options"
+            nearest = suggest(option, list(known)) if known else f"; '{name}' has no options"
             raise ValueError(f"unknown key 'teacher_options.{option}'{nearest}")
-    return specification(**(options or {}))
+        try:
+            refuse_look_alikes(value, known[option])
+        except ValueError as error:
+            raise ValueError(f"'teacher_options.{option}' is {value!r}: {error}.") from None
+    try:
+        return TypeAdapter(specification).validate_python(dict(options or {}))
+    except ValidationError as error:
+        raise ValueError(option_faults(error, "teacher_options.")) from None
 
 
 def source(name: str, student_share: float | None = None) -> Source:
     """Who writes, by name: reference, student, teacher, or mixture (with its student_share)."""
     if name == "mixture":
         return Mixture(0.5 if student_share is None else student_share)
-    sources = {"reference": Reference(), "student": Student(), "teacher": Teacher()}
+    sources = {"reference": Reference(), "student": Student(), "teacher": OfflineTeacher()}
     if name not in sources:
         raise ValueError(f"rollouts is '{name}'{suggest(name, [*sources, 'mixture'])}")
     return sources[name]

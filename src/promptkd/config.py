@@ -4,43 +4,15 @@ Keys follow Hugging Face's names where one exists. Defaults are those of PromptK
 (arXiv:2402.12842, appendix A and the authors' script) unless a field says otherwise.
 """
 
-import difflib
-import importlib
-import inspect
-import os
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from promptkd.errors import UserError
-
-FAMILIAR_NAMES = {
-    "lmbda": "student_share",
-    "lambda": "student_share",
-    "model": "student",
-    "teacher_model": "teacher",
-    "train_dataset": "data.train",
-    "eval_dataset": "data.validation",
-    "per_device_train_batch_size": "micro_batch_tokens",
-    "gradient_accumulation_steps": "global_batch_size",
-    "batch_size": "global_batch_size",
-    "max_new_tokens": "max_response_tokens",
-    "max_prompt_length": "max_request_tokens",
-    "num_train_epochs": "epochs",
-    "bf16": "precision",
-    "save_steps": "checkpoints.every_steps",
-    "eval_steps": "evaluation.every_steps",
-    "report_to": "tracking",
-    "output_dir": "output",
-    "lr": "learning_rate",
-    "validation_loss": "cross_entropy",
-}
-
+from promptkd.keys import Name, Section, read_keys, read_yaml, shown, suggest, validate
 
 Tracker = Literal[
     "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
@@ -60,34 +32,31 @@ CRITERIA = (
 SMALLER_IS_BETTER = frozenset({"repeated_4_grams", "reverse_kl_to_teacher", "cross_entropy"})
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-Keys = TypeVar("Keys", bound=Section)
-
-
 class LoRASection(Section):
-    r: int = Field(default=16, ge=1, description="rank")
+    r: int = Field(default=16, ge=1, le=4096, description="rank of the adapters")
     alpha: int = Field(default=32, ge=1, description="the update is scaled by alpha / r")
     target_modules: tuple[str, ...] = Field(default=(), description="empty: PEFT's choice")
     merge: bool = Field(default=False, description="save whole weights instead of an adapter")
 
 
 class StudentSection(Section):
-    model: str = Field(description="hub id, directory, a .gguf file, or a finished run's directory")
+    model: Name = Field(
+        description="hub id, directory, a .gguf file, or a finished run's directory"
+    )
     lora: LoRASection | None = Field(default=None, description="train adapters, not the weights")
 
 
 class TeacherSection(Section):
-    model: str = Field(description="hub id, directory, a .gguf file, or a finished run's directory")
+    model: Name = Field(
+        description="hub id, directory, a .gguf file, or a finished run's directory"
+    )
 
 
 class MethodSection(Section):
     """A name of ``promptkd.methods.METHODS`` or ``module:function``; the rest are its options."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
-    name: str = "promptkd"
+    name: Name = "promptkd"
 
     @property
     def options(self) -> dict[str, Any]:
@@ -132,9 +101,11 @@ RESERVED_OPTIONS = {
 
 
 class DataSection(Section):
-    train: tuple[str, ...] = Field(description="path, glob or hub id, or a list of them")
-    validation: tuple[str, ...] = Field(default=(), description="held-out data, same formats")
-    template: str = Field(
+    train: tuple[Name, ...] = Field(
+        min_length=1, description="path, glob or hub id, or a list of them"
+    )
+    validation: tuple[Name, ...] = Field(default=(), description="held-out data, same formats")
+    template: Name = Field(
         default="auto",
         description="auto | chat | alpaca | none | a Jinja file; auto: the tokenizer's chat "
         "template where it has one, else alpaca",
@@ -162,7 +133,7 @@ class DataSection(Section):
 
 class SamplingSection(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
-    temperature: float = Field(default=1.0, ge=0, description="0 is greedy decoding")
+    temperature: float = Field(default=1.0, ge=0, le=100, description="0 is greedy decoding")
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0, description="0 keeps every token")
 
@@ -174,8 +145,10 @@ class OptimizationSection(Section):
     micro_batch_tokens: int | None = Field(
         default=None, ge=1, description="padded tokens per forward; not given: what fits in memory"
     )
-    max_steps: int | None = Field(default=None, ge=1, description="optimizer steps")
-    epochs: float | None = Field(default=None, gt=0, description="used when max_steps is not given")
+    max_steps: int | None = Field(default=None, ge=1, le=10**9, description="optimizer steps")
+    epochs: float | None = Field(
+        default=None, gt=0, le=10**6, description="used when max_steps is not given"
+    )
     warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: float = Field(default=0.01, ge=0)
@@ -227,13 +200,13 @@ class Recipe(Section):
     sampling: SamplingSection = SamplingSection()
     optimization: OptimizationSection
     precision: Literal["auto", "bf16", "fp32"] = Field(
-        default="auto", description="auto: bf16 where the processor multiplies it natively"
+        default="auto", description="auto: bf16 where the hardware multiplies it natively"
     )
     evaluation: EvaluationSection = EvaluationSection()
     checkpoints: CheckpointSection = CheckpointSection()
     tracking: tuple[Tracker, ...] = Field(default=(), description="accelerate's trackers")
-    seed: int = 0
-    output: str
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    output: Name
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_none=True)
@@ -263,78 +236,6 @@ def recipe_from_dict(raw: dict[str, Any]) -> Recipe:
     return validate(Recipe, raw)
 
 
-def read_keys(path: str | Path, what: str) -> dict[str, Any]:
-    """The keys of a YAML file, not yet validated; ``what`` it is stands in complaints.
-
-    Raises:
-        UserError: if the file is missing, not YAML, or no mapping.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{what} {path}: {error.strerror}. Name an existing YAML file.") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{what} {path} is not text. Name a YAML file.") from None
-    raw = _read_yaml(text, f"{what} {path}")
-    if not isinstance(raw, dict):
-        raise UserError(f"{what} {path} holds no keys. Write a mapping, as in docs/ and recipes/.")
-    return cast(dict[str, Any], raw)
-
-
-def validate(
-    model: type[Keys], raw: dict[str, Any], what: str = "recipe", prefix: str = ""
-) -> Keys:
-    """Check nested dictionaries; every fault is named, with ``prefix`` before its dotted key.
-
-    Raises:
-        UserError: for an unknown key (with the nearest known one) or a value out of range.
-    """
-    try:
-        return model.model_validate(raw)
-    except ValidationError as error:
-        faults = [_explain(item, model, what, prefix) for item in error.errors()]
-        raise UserError("\n".join(faults)) from None
-
-
-def suggest(word: str, known: list[str]) -> str:
-    """``; did you mean 'x'?`` for the nearest known word, or the list of known ones."""
-    familiar = FAMILIAR_NAMES.get(word)
-    if familiar and any(familiar.rpartition(".")[2] == name.rpartition(".")[2] for name in known):
-        return f"; did you mean '{familiar}'?"
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean '{near[0]}'?"
-    return f"; did you mean '{familiar}'?" if familiar else f"; known: {', '.join(known)}"
-
-
-def function_named(name: str, what: str, purpose: str) -> Callable[..., Any]:
-    """What ``module:function`` names, from the current directory or the Python path.
-
-    Args:
-        what: it is, for complaints: "method", "metric".
-        purpose: what the function is for: "that returns a promptkd Method".
-
-    Raises:
-        UserError: if it can't be imported, or is no function.
-    """
-    module, _, attribute = name.partition(":")
-    if os.getcwd() not in sys.path:  # the installed command doesn't look there, python -m does
-        sys.path.insert(0, os.getcwd())
-    try:
-        function = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"{what} '{name}' cannot be imported: {error}. Write module:function, "
-            "with the module in the current directory or on the Python path."
-        ) from None
-    if not inspect.isfunction(function):
-        raise UserError(
-            f"{what} '{name}' is a {type(function).__name__}, not a function. Name a Python "
-            f"function {purpose}."
-        )
-    return function
-
-
 def _apply_override(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals:
@@ -346,34 +247,4 @@ def _apply_override(raw: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise UserError(f"Override '{override}': '{part}' is a value, not a section.")
         node = cast(Any, child)
-    node[parts[-1]] = _read_yaml(value, f"Override '{override}'")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: 5e-5 is one, which YAML 1.1 reads as a text."""
-
-
-_Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
-)
-
-
-def _read_yaml(text: str, what: str) -> Any:
-    try:
-        return yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise UserError(f"{what} is not valid YAML: {error}") from None
-
-
-def _explain(item: Any, model: Any, what: str, prefix: str) -> str:
-    location = [str(part) for part in item["loc"]]
-    key = prefix + ".".join(location)
-    if item["type"] == "extra_forbidden":
-        for part in location[:-1]:
-            annotation = model.model_fields[part].annotation
-            options = getattr(annotation, "__args__", (annotation,))
-            model = next(option for option in options if hasattr(option, "model_fields"))
-        return f"unknown key '{key}'{suggest(location[-1], list(model.model_fields))}"
-    if item["type"] == "missing":
-        return f"'{key}' is missing from the {what}."
-    return f"'{key}' is {item['input']!r}: {item['msg'].removeprefix('Value error, ')}."
+    node[parts[-1]] = read_yaml(value, f"Override {shown(override)}")

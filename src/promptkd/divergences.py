@@ -103,6 +103,7 @@ def skew_forward_kl(learner: LogProbs, target: LogProbs, skew: float = 0.1) -> P
 
     Source: DistiLLM, arXiv:2402.03898, Eq. 3.
     """
+    _check_skew(skew)
     return kl(target, _mix(target, learner, skew))
 
 
@@ -111,6 +112,7 @@ def skew_reverse_kl(learner: LogProbs, target: LogProbs, skew: float = 0.1) -> P
 
     Source: DistiLLM, arXiv:2402.03898, section 3.1.
     """
+    _check_skew(skew)
     return kl(learner, _mix(learner, target, skew))
 
 
@@ -131,6 +133,8 @@ def adaptive_kl(learner: LogProbs, target: LogProbs, head_mass: float = 0.5) -> 
 
     Source: AKL, arXiv:2404.02657.
     """
+    if not 0 <= head_mass <= 1:
+        raise ValueError(f"head_mass is {head_mass}: a probability lies in [0, 1].")
     with torch.no_grad():
         p, order = target.exp().sort(-1, descending=True)
         gap = (p - learner.exp().gather(-1, order)).abs()
@@ -138,6 +142,11 @@ def adaptive_kl(learner: LogProbs, target: LogProbs, head_mass: float = 0.5) -> 
         head_gap, whole_gap = (gap * head).sum(-1), gap.sum(-1)
         weight = torch.where(whole_gap > 0, head_gap / whole_gap, 0.5)
     return weight * kl(target, learner) + (1 - weight) * kl(learner, target)
+
+
+def _check_skew(skew: float) -> None:
+    if not 0 <= skew < 1:
+        raise ValueError(f"skew is {skew}: it lies in [0, 1); at 1 the divergence is always zero.")
 
 
 def _mix(first: LogProbs, second: LogProbs, share: float) -> LogProbs:

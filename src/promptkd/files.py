@@ -1,6 +1,5 @@
 """Writing files so that they are whole or not there, and JSON lines. No torch."""
 
-import errno
 import json
 import os
 import shutil
@@ -9,9 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from promptkd.errors import UserError
+from promptkd.errors import NO_SPACE, UserError
 
-NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 WORDS_FOR_NO_SPACE = ("No space left", "Disk quota", "File too large", "PytorchStreamWriter")
 """How torch's and safetensors' writers hand on what the system said, in errors of their own."""
 

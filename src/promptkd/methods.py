@@ -1,10 +1,10 @@
-"""Every method, as a composition: who writes x what is minimised x what happens to the teacher.
+"""Every method: who generates the responses x what is minimised x what happens to the teacher.
 
 p is the teacher, q the student. The parameters of each function are the options of a recipe;
 ``teacher_options`` are the fields of the teacher's class in ``composition.TEACHERS``. Where a paper
 and its code disagree, the docstring says which one is followed.
 
-    method     who writes                      minimised at each token        teacher
+    method     responses from                  minimised at each token        teacher
     sft        the data                        -log q                         none
     kd         the data                        1/2 -log q + 1/2 KL(p || q)    frozen
     seqkd      the teacher, once               -log q                         frozen
@@ -25,11 +25,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, ParamSpec
 
-from pydantic import ValidationError, validate_call
+from pydantic import ConfigDict, ValidationError, validate_call
 
 from promptkd.composition import Method, Term, source, teacher_specification
-from promptkd.config import function_named, suggest
 from promptkd.errors import UserError
+from promptkd.keys import function_named, option_faults, refuse_look_alikes, suggest
 from promptkd.objectives import (
     CrossEntropy,
     Divergence,
@@ -40,7 +40,7 @@ from promptkd.objectives import (
     options_of,
 )
 from promptkd.replay import AdaptiveReplay, Repeated
-from promptkd.rollouts import Corpus, Mixture, Reference, Student, Teacher, TeacherMixed
+from promptkd.rollouts import Corpus, Mixture, OfflineTeacher, Reference, Student, TeacherMixed
 from promptkd.teachers import Adaptation, Frozen, Interpolated
 
 METHODS: dict[str, Callable[..., Method]] = {}
@@ -84,7 +84,7 @@ def seqkd(kl_share: float = 0.0) -> Method:
 
     Source: Kim and Rush 2016, arXiv:1606.07947.
     """
-    return Method("seqkd", (Term(Teacher(), _cross_entropy_and_kl(kl_share)),), Frozen())
+    return Method("seqkd", (Term(OfflineTeacher(), _cross_entropy_and_kl(kl_share)),), Frozen())
 
 
 @_method
@@ -174,7 +174,7 @@ def distillm2(skew: float = 0.1, beta: float = 1.0) -> Method:
 
     The paper's weights are (1 - beta)/2 and beta/2 with a beta that grows; the released code has
     2 - beta and beta with beta 1 fixed and skew 0.1 fixed, which is followed here, halved as in the
-    paper. The student writes afresh at each step instead of once per epoch, and the mixture of the
+    paper. The student generates anew at each step instead of once per epoch, and the mixture of the
     reverse part carries gradient, as the formula has it; the code detaches it.
 
     Source: Ko et al. 2025, arXiv:2503.07067, Eq. 5 and section 3.
@@ -183,7 +183,7 @@ def distillm2(skew: float = 0.1, beta: float = 1.0) -> Method:
         raise ValueError(f"beta is {beta}: the weights (2 - beta)/2 and beta/2 ask for [0, 2].")
     options = options_of(skew=skew)
     terms = (
-        Term(Teacher(), Divergence("skew_forward_kl", options), 1 - beta / 2),
+        Term(OfflineTeacher(), Divergence("skew_forward_kl", options), 1 - beta / 2),
         Term(Student(), Divergence("skew_reverse_kl", options), beta / 2),
     )
     return Method("distillm2", terms, Frozen())
@@ -213,7 +213,7 @@ def taid(
 
     Source: Shing et al. 2025, arXiv:2501.16937; see ``teachers.Interpolated`` for the rule.
     """
-    specification = Interpolated(start, end, step_size, momentum)
+    specification = Interpolated(start, end, step_size=step_size, momentum=momentum)
     return Method("taid", (Term(source(rollouts), Divergence("forward_kl")),), specification)
 
 
@@ -258,8 +258,8 @@ def promptkd(
     return Method(
         "promptkd",
         (Term(source(rollouts, student_share), objective),),
-        teacher_specification(teacher, {**given, **(teacher_options or {})}),
-        Adaptation(
+        teacher=teacher_specification(teacher, {**given, **(teacher_options or {})}),
+        adaptation=Adaptation(
             Divergence(adaptation_divergence), Divergence(regularizer_divergence), regularizer
         ),
     )
@@ -283,15 +283,19 @@ def build_method(name: str, **options: Any) -> Method:
     """
     function = _method_function(name)
     known = inspect.signature(function).parameters
-    for option in options:
+    for option, value in options.items():
         if option not in known:
-            raise UserError(f"unknown key 'method.{option}'{suggest(option, list(known))}")
+            nearest = suggest(option, list(known)) if known else f"; '{name}' has no options"
+            raise UserError(f"unknown key 'method.{option}'{nearest}")
+        try:
+            refuse_look_alikes(value, known[option].annotation)
+        except ValueError as error:
+            raise UserError(f"'method.{option}' is {value!r}: {error}.") from None
+    checked = validate_call(config=ConfigDict(allow_inf_nan=False))(function)
     try:
-        method = validate_call(function)(**options)
+        method = checked(**options)
     except ValidationError as error:
-        wrong = error.errors()[0]
-        key = ".".join(str(part) for part in wrong["loc"])
-        raise UserError(f"'method.{key}' is {wrong['input']!r}: {wrong['msg']}.") from None
+        raise UserError(option_faults(error, "method.")) from None
     except (ValueError, TypeError) as error:
         raise UserError(f"method '{name}': {error}") from None
     if not isinstance(method, Method):

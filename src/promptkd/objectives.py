@@ -6,16 +6,20 @@ tile, evaluates every loss of the pass on the same log-probabilities, and leaves
 nothing of size tokens x vocabulary ever exists.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from promptkd.divergences import DIVERGENCES, LogProbs, PerToken
+from promptkd.divergences import DIVERGENCES, DivergenceFunction, LogProbs, PerToken
+from promptkd.errors import UserError
+from promptkd.keys import function_named, suggest
 from promptkd.models.language_model import Head
 
 
@@ -101,7 +105,8 @@ class Divergence:
     """A divergence between student and target over the whole vocabulary.
 
     Attributes:
-        name: a key of ``divergences.DIVERGENCES``.
+        name: a key of ``divergences.DIVERGENCES``, or ``module:function``: one's own, with the
+            same arguments, from log-probabilities to nats per token.
         options: its parameters (beta, skew), as pairs.
     """
 
@@ -112,18 +117,62 @@ class Divergence:
     annotations = ()
 
     def __post_init__(self) -> None:
-        if self.name not in DIVERGENCES:
-            raise ValueError(
-                f"divergence '{self.name}' is unknown; known: {', '.join(DIVERGENCES)}"
-            )
-        uniform = torch.full((1, 2), 0.5).log()
-        self.between(uniform, uniform)  # a wrong option fails here, not in the first step
+        function = divergence_function(self.name)
+        known = list(inspect.signature(function).parameters)[2:]
+        for option, _ in self.options:
+            if option not in known:
+                takes = f"takes {', '.join(known)}" if known else "takes no options"
+                raise ValueError(f"divergence '{self.name}' {takes}, but '{option}' is given.")
+        # What is wrong fails here, not in the first step.
+        _try(self.name, partial(function, **dict(self.options)))
 
     def between(self, learner: LogProbs, target: LogProbs) -> PerToken:
-        return DIVERGENCES[self.name](learner, target, **dict(self.options))
+        return divergence_function(self.name)(learner, target, **dict(self.options))
 
     def __call__(self, view: TokenView) -> PerToken:
         return self.between(view.student, view.target)
+
+
+def divergence_function(name: str) -> DivergenceFunction:
+    """A divergence by its name in ``DIVERGENCES``, or a user's own by ``module:function``."""
+    if ":" in name:
+        return function_named(name, "divergence", "of two log-probabilities")
+    if name not in DIVERGENCES:
+        raise ValueError(f"divergence is '{name}'{suggest(name, list(DIVERGENCES))}")
+    return DIVERGENCES[name]
+
+
+def _try(name: str, between: Callable[[LogProbs, LogProbs], PerToken]) -> None:
+    """Refuse a function that is no divergence, on distributions of three tokens over five.
+
+    Raises:
+        UserError: if it fails, or its values have another shape, are not 0 between equals, or
+            have no finite gradient.
+    """
+    learner, target = (
+        torch.sin(torch.arange(15.0) * rate).view(3, 5).log_softmax(-1) for rate in (1.0, 2.0)
+    )
+    learner.requires_grad_()
+    try:
+        apart, alike = between(learner, target), between(target, target)
+    except ValueError:
+        raise
+    except Exception as error:  # a user's function can raise anything
+        raise UserError(f"divergence '{name}' fails on (3 tokens, 5 words): {error}") from None
+    wrong = None
+    if not isinstance(apart, Tensor) or apart.shape != (3,):
+        got = list(apart.shape) if isinstance(apart, Tensor) else type(apart).__name__
+        wrong = f"gives {got} for 3 tokens. It must give one number per token"
+    elif not (apart.isfinite().all() and alike.abs().max() < 1e-4):
+        wrong = f"is {alike.tolist()} between equal distributions. It must be finite, and 0 there"
+    elif not apart.requires_grad:
+        wrong = "has no gradient. It must be computed from the learner's log-probabilities"
+    else:
+        (gradient,) = torch.autograd.grad(apart.sum(), learner)
+        if not gradient.isfinite().all():
+            wrong = "has a gradient that is not finite"
+    if wrong:
+        raise UserError(f"divergence '{name}' {wrong}.")
 
 
 @dataclass(frozen=True)
@@ -211,7 +260,7 @@ Timed = Callable[[str], AbstractContextManager[Any]]
 
 
 def untimed(phase: str) -> AbstractContextManager[Any]:
-    """Nobody looks at the clock."""
+    """A timer that measures nothing."""
     return nullcontext()
 
 

@@ -122,4 +122,5 @@ def from_json(item: Sequence[Any]) -> Rollout:
     """The rollout that ``to_json`` was given."""
     index, request_ids, response_ids, author, notes = item
     annotations = {name: tuple(values) for name, values in notes.items()}
-    return Rollout(index, tuple(request_ids), tuple(response_ids), author, annotations)
+    ids = tuple(request_ids), tuple(response_ids)
+    return Rollout(index, *ids, author=author, annotations=annotations)

@@ -1,6 +1,6 @@
-"""Who writes the responses a step learns from.
+"""Where the responses that a step learns from come from: the data, the student, the teacher.
 
-A rollout is one request with one response. A source writes the rollouts of one optimizer step,
+A rollout is one request with one response. A source makes the rollouts of one optimizer step,
 once. Sources are frozen; what they must remember lives in a ``state`` dictionary that belongs to
 the trainer and is saved with every checkpoint.
 """
@@ -81,7 +81,7 @@ class Source(Protocol):
 
     Attributes:
         needs_references: whether every row must have a reference response.
-        asks_teacher: whether the teacher writes (it then needs an engine).
+        asks_teacher: whether the teacher generates (it then needs an engine).
         needs_validation: whether ``observe`` steers it, so that validation data must be there.
     """
 
@@ -131,7 +131,7 @@ class Student(Stateless):
 
 
 @dataclass(frozen=True)
-class Teacher(Stateless):
+class OfflineTeacher(Stateless):
     """The plain teacher, off-line: each request is answered once and the answer is kept."""
 
     asks_teacher = True
@@ -249,7 +249,7 @@ class Corpus(Stateless):
         for example in batch.examples:
             text = passages[writers.pick("corpus", len(passages), example.index)]
             tokens = writers.encode(text)[: self.max_tokens]
-            rollouts.append(Rollout(example.index, tokens[:1], tokens[1:], "corpus"))
+            rollouts.append(Rollout(example.index, tokens[:1], tokens[1:], author="corpus"))
         return rollouts
 
 
@@ -268,6 +268,6 @@ def reference_rollouts(examples: Iterable[EncodedExample]) -> list[Rollout]:
     for example in examples:
         assert example.response_ids is not None, "refused when the recipe was read"
         rollouts.append(
-            Rollout(example.index, example.request_ids, example.response_ids, "reference")
+            Rollout(example.index, example.request_ids, example.response_ids, author="reference")
         )
     return rollouts

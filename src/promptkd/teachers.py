@@ -1,7 +1,7 @@
-"""What a teacher is: frozen, spoken to by a fixed text, or adapted to this student.
+"""What a teacher is: frozen, prompted by a fixed text, or adapted to this student.
 
 A specification (frozen dataclass, part of a method) builds the teacher of a run. Every teacher has
-a plain voice, p(.|x), and an adapted one, p(.|P, x); for those that adapt nothing they are one.
+a plain distribution, p(.|x), and an adapted one, p(.|P, x); without adaptation they are equal.
 The soft prompt is ours (PEFT's forward prepends before left pads and drops positions); its files
 are PEFT's. LoRA and prefix tuning: ``adapters``.
 """
@@ -18,9 +18,9 @@ from jaxtyping import Float, Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from promptkd.config import suggest
 from promptkd.divergences import LogProbs
 from promptkd.errors import UserError
+from promptkd.keys import suggest
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import context_length
 from promptkd.objectives import Divergence
@@ -38,6 +38,13 @@ class Adaptation:
     towards_student: Divergence = Divergence("reverse_kl")
     towards_itself: Divergence = Divergence("reverse_kl")
     regularizer: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.regularizer < math.inf:
+            raise ValueError(
+                f"regularizer is {self.regularizer}: finite and not negative, which would drive "
+                "the teacher away from itself. Use 0 to leave it out."
+            )
 
     def coefficient(self, step: int, max_steps: int) -> float:
         """c_k of ``step`` counted from 0: 1 - 1/K in the first, exactly 0 in the last."""
@@ -293,7 +300,7 @@ class SoftPrompt(FromTokens):
 
 @dataclass(frozen=True)
 class TextPrompt:
-    """A fixed written text in front of the teacher's input: nothing is learned."""
+    """A fixed text in front of the teacher's input: nothing is learned."""
 
     text: str = "Suppose you are a student."
 
@@ -334,13 +341,17 @@ class Interpolated:
                 f"the teacher's share goes from {self.start} to {self.end}: "
                 "give 0 <= start <= end <= 1."
             )
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}: an average's share lies in [0, 1).")
+        if not 0 <= self.step_size <= 1:
+            raise ValueError(f"step_size is {self.step_size}: it lies in [0, 1].")
 
     def build(self, model: LanguageModel, tokenizer: Any) -> Teacher:
         return InterpolatedTeacher(model, self)
 
 
 class InterpolatedTeacher(PlainTeacher):
-    """A frozen teacher that is heard in part."""
+    """A frozen teacher whose share of the target grows; see ``Interpolated``."""
 
     def __init__(self, model: LanguageModel, rule: Interpolated):
         self.model = model

@@ -1,11 +1,20 @@
 """The frame of the command line: how commands are found, run and ended. No torch."""
 
+import os
 import sys
-from typing import Any
+import tempfile
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
 
 import typer
 
-from promptkd.errors import UserError
+from promptkd.config import Recipe
+from promptkd.errors import UserError, sentence_of
+from promptkd.files import out_of_space, write_text
+from promptkd.findings import Finding
+from promptkd.training.forecast import duration
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -14,7 +23,8 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Distil a large generative language model into a small one.",
 )
-PLACE_ERRORS = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+FAILED, DEFECT, INTERRUPTED = 1, 70, 130
+"""Exit codes, as docs/cli.md lists them; 2 is a wrong command line."""
 SEVERAL = ("--seeds", "--data", "--calibration", "--metric")
 
 
@@ -32,6 +42,34 @@ def show_scores(results: dict[str, Any]) -> None:
             if values.get("num_requests", result["num_examples"]) < result["num_examples"]:
                 shown += f", over the {values['num_requests']} requests that have it"
             typer.echo(shown)
+
+
+def check_lines(found: dict[str, Any], recipe: Recipe) -> Iterator[str]:
+    """What ``check`` says of ``api.check``'s findings."""
+    first, expected, measured = found["first"], found["forecast"], found["measured"]
+    example = found["example"]
+    tokens = example["response_tokens"]
+    response = "generated while training" if tokens is None else f"|{'|'.join(tokens)}|"
+    yield f"the first request: {example['request']!r}; its response, by tokens: {response!r}"
+    yield (
+        f"one step: loss {first['loss']:.3f} nats per token, {first['response_length']:.0f} tokens "
+        f"per response, {100 * first['share_ended']:.0f} % ended; the first took "
+        f"{measured['seconds_start']:.1f} s, later ones {measured['seconds_step']:.1f} s"
+    )
+    yield f"memory: {found['peak_memory'] / 1e9:.1f} GB at most so far"
+    yield (
+        f"disk: checkpoints and students take {expected['bytes_disk'] / 1e9:.2f} GB, "
+        f"{found['bytes_free'] / 1e9:.1f} GB are free"
+    )
+    if expected["bytes_disk"] > found["bytes_free"]:
+        yield str(Finding("PK208", "the run needs more disk than is free."))
+    yield (
+        f"the run: {found['steps']} steps of {recipe.optimization.global_batch_size} requests "
+        f"({found['epochs']:.2g} epochs), about {duration(expected['seconds'])} (steps "
+        f"{duration(expected['seconds_steps'])}, evaluations "
+        f"{duration(expected['seconds_evaluations'])}, saving "
+        f"{duration(expected['seconds_saving'])}), into {recipe.output}"
+    )
 
 
 def keep_freed_memory() -> None:
@@ -61,13 +99,36 @@ def _repeat_options(arguments: list[str]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run a command; what the user can mend ends in one sentence and exit status 1."""
+    """Run a command; however it ends, one sentence says so and the exit code says of which kind."""
     given: Any = _repeat_options(sys.argv[1:] if arguments is None else arguments)
     try:
         app(given)
+    except SystemExit as end:
+        if end.__context__ and isinstance(end.__context__.__cause__, KeyboardInterrupt):
+            _end("interrupted. What was saved is intact: the same command goes on.", INTERRUPTED)
+        raise
     except UserError as error:
-        typer.echo(f"promptkd: {error}", err=True)
-        sys.exit(1)
-    except PLACE_ERRORS as error:
-        typer.echo(f"promptkd: {error.filename}: {error.strerror}. Name another place.", err=True)
-        sys.exit(1)
+        _end(str(error), FAILED)
+    except Exception as error:
+        sentence = sentence_of(error)
+        if sentence is None and out_of_space(error):  # torch hides the system's own error
+            sentence = "No space left on a disk. Free some space and run the same command again."
+        if sentence is not None:
+            _end(sentence, FAILED)
+        _end(_defect(error), DEFECT)
+
+
+def _end(sentence: str, code: int) -> NoReturn:
+    typer.echo(f"promptkd: {sentence}", err=True)
+    sys.exit(code)
+
+
+def _defect(error: Exception) -> str:
+    """Keep the traceback of an error that no user can have caused, and ask for it."""
+    path = Path(tempfile.gettempdir()) / f"promptkd-traceback-{os.getpid()}.txt"
+    write_text(path, "".join(traceback.format_exception(error)))
+    reason = (str(error).splitlines() or [""])[0]
+    return (
+        f"a defect of promptkd ended this command ({type(error).__name__}: {reason:.200}). Please "
+        f"report it with {path}, which holds the traceback. What was saved is intact."
+    )

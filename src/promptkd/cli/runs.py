@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from promptkd.cli.app import app, keep_freed_memory
+from promptkd.cli.app import app, check_lines, keep_freed_memory
 from promptkd.errors import UserError
 
 
@@ -51,7 +51,7 @@ def check(
     recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
 ) -> None:
-    """Prove that a recipe works before it runs: the pair, the data, the memory, one step."""
+    """Prove that a recipe works before it runs: models, data, first steps; time and memory."""
     from promptkd.config import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -60,15 +60,8 @@ def check(
     keep_freed_memory()
 
     found = run(loaded)
-    first, steps = found["first"], found["steps"]
-    seconds = first["seconds_writing"] + first["seconds_learning"]
-    typer.echo(
-        f"one step: loss {first['loss']:.3f} nats per token, {first['response_length']:.0f} tokens "
-        f"per response, {100 * first['share_ended']:.0f}% ended, {seconds:.1f} s "
-        f"({first['seconds_writing']:.1f} s writing); the slowest, since it is the first"
-    )
-    typer.echo(f"memory: {first['peak_memory'] / 1e9:.1f} GB at most so far")
-    typer.echo(f"the run: {steps} steps, some {steps * seconds / 60:.0f} min, into {loaded.output}")
+    for line in check_lines(found, loaded):
+        typer.echo(line)
 
 
 @app.command()

@@ -38,7 +38,6 @@ def evaluate(
     from promptkd.evaluation.evaluate import evaluate as run
 
     keep_freed_memory()
-
     results = run(
         model,
         asked,
@@ -127,7 +126,6 @@ def exposure_bias(
     from promptkd.evaluation.exposure_bias import exposure_bias as measure
 
     keep_freed_memory()
-
     result = measure(
         run,
         data,
@@ -163,7 +161,6 @@ def analyse_prompt(
     from promptkd.evaluation.prompt_analysis import prompt_analysis
 
     keep_freed_memory()
-
     result = prompt_analysis(run, data, num_examples=num_examples, seed=seed, precision=precision)
     for row in result["vectors"]:
         nearest = row["nearest_by_cosine"][0]
@@ -222,16 +219,10 @@ def judge(
         max_retries=max_retries,
         api_key_variable=api_key_variable,
     )
-    _show_judgements(result)
-    typer.echo(f"judgements: {output or run / 'judge'}")
-    if result["scores"] is None:
-        raise UserError(
-            f"None of the judge's {result['counts']['malformed']} replies was in the form asked "
-            "for, so there is no score. Use a stronger judge, or raise --max-reply-tokens."
-        )
+    _show_judgements(result, output or run / "judge")
 
 
-def _show_judgements(result: dict[str, Any]) -> None:
+def _show_judgements(result: dict[str, Any], place: Path) -> None:
     typer.echo(", ".join(f"{name} {count}" for name, count in result["counts"].items()))
     for reason, count in result["failures"].items():
         typer.echo(f"  failed {count}: {reason}")
@@ -244,6 +235,12 @@ def _show_judgements(result: dict[str, Any]) -> None:
         shown = f", 95% [{low:.2f}, {high:.2f}]" if low is not None else ""
         value = "–" if score["mean"] is None else f"{score['mean']:8.3f}"
         typer.echo(f"  {name:24} {value}{shown}")
+    typer.echo(f"judgements: {place}")
+    if result["scores"] is None:
+        raise UserError(
+            f"None of the judge's {result['counts']['malformed']} replies was in the form asked "
+            "for, so there is no score. Use a stronger judge, or raise --max-reply-tokens."
+        )
 
 
 @app.command()

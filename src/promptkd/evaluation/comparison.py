@@ -97,8 +97,12 @@ def _why_not(own: dict[str, Evaluation], other: dict[str, Evaluation]) -> str:
 
 
 def _evaluations(place: Path) -> dict[str, Evaluation]:
+    if not place.is_dir():
+        raise UserError(f"{place} is no directory. Name a run, or what evaluate wrote to.")
     directory = place / "evaluation" if (place / "evaluation").is_dir() else place
     found = {evaluation.name: evaluation for evaluation in read_evaluations(directory)}
     if not found:
-        raise UserError(f"{place} holds no evaluation. Run: promptkd evaluate {place} --data FILE")
+        is_run = (place / "recipe.yaml").is_file()
+        missing = f"{place} --data FILE" if is_run else f"MODEL --data FILE --output {place}"
+        raise UserError(f"{place} holds no evaluation. Run: promptkd evaluate {missing}")
     return found

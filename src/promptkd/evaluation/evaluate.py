@@ -179,5 +179,8 @@ def _recipe_of(run: Path, output: str | Path | None) -> Recipe | None:
             raise UserError(f"{run} has no student/ yet: let its training finish first.")
         return load_recipe(run / "recipe.yaml")
     if output is None:
-        raise UserError(f"{run} is not a run, so scores need a place: give --output DIR.")
+        raise UserError(
+            f"{run} is not a run: it holds no recipe.yaml. Check its name; or, if it is a model, "
+            "say where its scores go: --output DIR."
+        )
     return None

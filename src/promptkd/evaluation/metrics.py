@@ -17,8 +17,8 @@ from nltk.util import ngrams
 from rapidfuzz.distance import LCSseq
 from rouge_score import tokenize
 
-from promptkd.config import function_named, suggest
 from promptkd.errors import UserError
+from promptkd.keys import function_named, suggest
 
 TextMetric: TypeAlias = Callable[[str, Sequence[str], Mapping[str, Any]], float | None]
 """(response, references, the other fields of its prediction) -> a number, None where undefined."""

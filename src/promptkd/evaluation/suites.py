@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from promptkd.errors import UserError
+from promptkd.keys import read_keys
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)
 """Decoding seeds of PromptKD's and MiniLLM's tables."""
@@ -18,13 +17,7 @@ def read_suite(path: str | Path) -> dict[str, list[str]]:
     Raises:
         UserError: if the file is missing or holds anything else.
     """
-    try:
-        raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"Suite {path}: {error.strerror}. Name an existing YAML file.") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"Suite {path} is not valid YAML: {error}") from None
-    return suite_of_mapping(raw, f"Suite {path}")
+    return suite_of_mapping(read_keys(path, "Suite"), f"Suite {path}")
 
 
 def suite_of_mapping(raw: Any, what: str) -> dict[str, list[str]]:

@@ -273,7 +273,8 @@ def check_context(
         prompt = f"{front} soft-prompt vectors + " if front else ""
         raise UserError(
             f"{prompt}max_request_tokens {request_tokens} + max_response_tokens {response_tokens} "
-            f"= {needed} positions, but the context of {name} has {context}. Lower one of them."
+            f"= {needed} positions, but the context of {name} has {context}. Lower one of them.",
+            "PK201",
         )
 
 

@@ -36,7 +36,8 @@ def shared_vocabulary(
         raise UserError(
             f"Student and teacher have different tokenizers: token {i} is {own!r} for the student "
             f"and {other!r} for the teacher. Token-level methods compare them entry by entry. Use "
-            "a teacher with the student's tokenizer, or the method 'seqkd', which needs only text."
+            "a teacher with the student's tokenizer, or the method 'seqkd', which needs only text.",
+            "PK203",
         )
     rows = min(embedding_rows(module) for module in (student, teacher))
     tokens = max(_table(student_tokenizer).values()) + 1

@@ -11,9 +11,10 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, NonNegativeInt, field_validator
 
-from promptkd.config import Recipe, Section, read_keys, suggest, validate
+from promptkd.config import Recipe
 from promptkd.errors import UserError
 from promptkd.evaluation.suites import PAPER_SEEDS, read_suite, suite_of_mapping
+from promptkd.keys import Section, read_keys, suggest, validate
 
 DECIDED = {"method": "methods", "seed": "seeds", "output": "output"}
 """Keys of a recipe that the study decides, and its own keys for them."""

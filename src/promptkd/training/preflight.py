@@ -1,9 +1,10 @@
-"""What silently ruins a distillation elsewhere, looked for before the first step."""
+"""Checks before step 1 for mistakes that corrupt a run silently; codes: ``findings``."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from promptkd.composition import Method
 from promptkd.data import Dataset, Encoder
@@ -29,28 +30,75 @@ def check_data(
         raise UserError(
             f"The method '{method.name}' learns from reference responses, but row {missing} "
             "(counted from 0) of data.train has none. Add an 'output' column, or use rollouts "
-            "written by the student: method.name=promptkd, or gkd with student_share=1."
+            "written by the student: method.name=promptkd, or gkd with student_share=1.",
+            "PK101",
         )
     if method.needs_validation and not (validation and validation.has_references):
         raise UserError(
             f"The method '{method.name}' is steered by the validation loss, but data.validation "
-            "has no references, or isn't given. Add held-out data with an 'output' column."
+            "has no references, or isn't given. Add held-out data with an 'output' column.",
+            "PK102",
         )
     if method.needs_teacher and not has_teacher:
         raise UserError(
             f"The method '{method.name}' needs a teacher, but the recipe names none. "
-            "Add 'teacher: {model: ...}'."
+            "Add 'teacher: {model: ...}'.",
+            "PK103",
         )
     if metric == "reverse_kl_to_teacher" and validation and not has_teacher:
-        raise UserError("evaluation.metric reverse_kl_to_teacher needs a teacher in the recipe.")
+        raise UserError(
+            "evaluation.metric reverse_kl_to_teacher needs a teacher in the recipe. Add "
+            "'teacher: {model: ...}', or choose another metric.",
+            "PK104",
+        )
     if validation:
         references = [example.references for example in validation.examples]
         if metric in NEED_REFERENCES and not any(references):
             raise UserError(
                 f"evaluation.metric {metric} compares with references, but data.validation has "
-                "none. Add them, or use evaluation.metric=reverse_kl_to_teacher."
+                "none. Add them, or use evaluation.metric=reverse_kl_to_teacher.",
+                "PK104",
             )
         check_criterion(metric, references)
+
+
+def check_batch(global_batch_size: int, num_rows: int, num_ranks: int) -> None:
+    """Refuse a batch that the data or the processes can't fill.
+
+    Raises:
+        UserError: with the number that it is compared with.
+    """
+    if global_batch_size < num_ranks:
+        raise UserError(
+            f"global_batch_size {global_batch_size} is smaller than the number of processes "
+            f"{num_ranks}: some would have nothing to do. Raise it, or start fewer.",
+            "PK107",
+        )
+    if global_batch_size > num_rows:
+        raise UserError(
+            f"optimization.global_batch_size is {global_batch_size}, but data.train has only "
+            f"{num_rows} rows that can be used: a step would see rows twice. Lower it, or bring "
+            "more data.",
+            "PK106",
+        )
+
+
+def check_token_ids(datasets: Sequence[Dataset], tokenizer: Any, vocabulary: int) -> None:
+    """Refuse data with tokens that the student has no embedding for.
+
+    Raises:
+        UserError: naming the first row and token.
+    """
+    for example in (example for dataset in datasets for example in dataset.examples):
+        highest = max(*example.request_ids, *(example.response_ids or ()), 0)
+        if highest >= vocabulary:
+            token = tokenizer.convert_ids_to_tokens(highest)
+            raise UserError(
+                f"Row {example.index} (counted from 0) holds the token {token!r} (id {highest}), "
+                f"but the student has only {vocabulary} embedding rows. Take the text out, or use "
+                "the tokenizer that belongs to the model.",
+                "PK108",
+            )
 
 
 def check_exposure_bias(validation: Dataset | None, comparable: bool, num_ranks: int) -> None:
@@ -62,13 +110,15 @@ def check_exposure_bias(validation: Dataset | None, comparable: bool, num_ranks:
     if not comparable:
         raise UserError(
             "evaluation.exposure_bias_every_steps compares the student with its teacher token by "
-            "token, but the recipe names no teacher with the student's tokenizer. Set it to 0."
+            "token, but the recipe names no teacher with the student's tokenizer. Set it to 0.",
+            "PK105",
         )
     if validation is None or len(validation) < num_ranks:
         raise UserError(
             f"evaluation.exposure_bias_every_steps needs at least {num_ranks} validation "
             f"requests, one per process; there are {len(validation) if validation else 0}. "
-            "Set data.validation."
+            "Set data.validation.",
+            "PK105",
         )
 
 
@@ -120,10 +170,14 @@ def check_models(
     )
     if front:
         adapted = select_responses(teacher.hidden_states(batch.tokens), batch.response_mask)
-        change = (adapted.float() - states.float()).abs().max().item()
-        if change == 0:
-            raise UserError(
-                "What is put in front of the teacher doesn't change what it says: its hidden "
-                "states are equal with and without it. This architecture ignores it; report it."
-            )
+        _check_front(adapted, states)
     return found
+
+
+def _check_front(adapted: Tensor, plain: Tensor) -> None:
+    if (adapted.float() - plain.float()).abs().max().item() == 0:
+        raise UserError(
+            "What is put in front of the teacher doesn't change what it says: its hidden states "
+            "are equal with and without it. This architecture ignores it; please report it.",
+            "PK202",
+        )

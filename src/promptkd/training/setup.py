@@ -28,6 +28,7 @@ from promptkd.data import (
     training_set,
 )
 from promptkd.errors import UserError
+from promptkd.findings import Finding
 from promptkd.generation.generators import Authors
 from promptkd.generation.response_cache import fingerprint
 from promptkd.generation.sampling import GenerationSettings
@@ -160,25 +161,16 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
         UserError: for everything that can be known to be wrong before the first step.
     """
     if recipe.precision == "bf16" and not native_bf16(device):
-        say(
-            "warning: precision is bf16, but this CPU multiplies bf16 by emulation, about 10 times "
-            "slower than fp32; precision: auto avoids that"
-        )
+        finding = "this CPU emulates bf16, about 10 times slower than fp32: set precision=auto."
+        say(str(Finding("PK207", finding)))
     requests = _read_requests(recipe, method, say)
+    say(_works_on(recipe, requests, device, ranks))
+    preflight.check_batch(recipe.optimization.global_batch_size, len(requests.data), ranks.number)
     models = _load_models(recipe, method, requests, device)
-    _check_token_ids(requests, models.student)
     if recipe.evaluation.exposure_bias_every_steps:
         preflight.check_exposure_bias(requests.validation, models.comparable, ranks.number)
     stop = _stop_set(requests, models, say)
-    found = preflight.check_models(
-        models.student,
-        models.teacher if models.comparable else None,  # else it reads only texts
-        requests.encoder,
-        requests.data,
-        stop=stop,
-        names=(recipe.student.model, recipe.teacher.model if recipe.teacher else ""),
-        say=say,
-    )
+    found = _check_pair(recipe, requests, models, stop, say)
     engine: Engine = TransformersEngine(models.student, stop)
     if recipe.sampling.engine == "vllm":
         limits = requests.encoder.max_request_tokens, requests.encoder.max_response_tokens
@@ -205,23 +197,37 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
         decoding=decoding,
         authors=authors,
         step=step,
-        max_steps=_count_steps(recipe, requests.data, ranks.number),
+        max_steps=_count_steps(recipe, requests.data),
         found=found,
     )
 
 
-def _check_token_ids(requests: Requests, student: LanguageModel) -> None:
-    """Refuse data with tokens that the student has no embedding for."""
-    datasets = [requests.data, *([requests.validation] if requests.validation else [])]
-    for example in (example for dataset in datasets for example in dataset.examples):
-        highest = max(*example.request_ids, *(example.response_ids or ()), 0)
-        if highest >= student.vocabulary:
-            token = requests.tokenizer.convert_ids_to_tokens(highest)
-            raise UserError(
-                f"Row {example.index} (counted from 0) holds the token {token!r} (id {highest}), "
-                f"but the student has only {student.vocabulary} embedding rows. Take the text out, "
-                "or use the tokenizer that belongs to the model."
-            )
+def _check_pair(
+    recipe: Recipe, requests: Requests, models: Models, stop: tuple[int, ...], say: Say
+) -> dict[str, Any]:
+    sets = [dataset for dataset in (requests.data, requests.validation) if dataset]
+    preflight.check_token_ids(sets, requests.tokenizer, models.student.vocabulary)
+    return preflight.check_models(
+        models.student,
+        models.teacher if models.comparable else None,  # else it reads only texts
+        requests.encoder,
+        requests.data,
+        stop=stop,
+        names=(recipe.student.model, recipe.teacher.model if recipe.teacher else ""),
+        say=say,
+    )
+
+
+def _works_on(recipe: Recipe, requests: Requests, device: torch.device, ranks: Ranks) -> str:
+    """The first line of a run: what it works on, and how."""
+    gpu = device.type == "cuda"
+    place = torch.cuda.get_device_name(device) if gpu else f"CPU threads: {torch.get_num_threads()}"
+    dtype = str(compute_dtype(recipe.precision, device)).removeprefix("torch.")
+    encoder = requests.encoder
+    return (
+        f"processes: {ranks.number}, {place}; {dtype}, template {encoder.template}, at most "
+        f"{encoder.max_request_tokens} + {encoder.max_response_tokens} tokens"
+    )
 
 
 def _stop_set(requests: Requests, models: Models, say: Say) -> tuple[int, ...]:
@@ -251,10 +257,10 @@ def _read_requests(recipe: Recipe, method: Method, say: Say) -> Requests:
         validation = evaluation_set(held_out, encoder)
         notes += [note for note in more if note not in notes]
         if sentence := overlap(examples, held_out).sentence():
-            notes.append(f"warning: {sentence}")
+            notes.append(str(Finding("PK109", sentence)))
     answered = [example for example in examples if example.responses]
     for finding in template_findings(encoder, answered[0]) if answered else ():
-        notes.append(f"warning: {finding.sentence}")
+        notes.append(str(Finding("PK206", finding.sentence)))
     for note in notes:
         say(note)
     has_teacher = recipe.teacher is not None
@@ -275,7 +281,7 @@ def _encoder(recipe: Recipe, tokenizer: Any, say: Say) -> Encoder:
         )
     encoder = Encoder.of_recipe(recipe, tokenizer, date=date_of_run(recipe.output))
     if shared and (difference := template_difference(encoder, teacher)):
-        say(f"warning: {difference}")
+        say(str(Finding("PK205", difference)))
     return encoder
 
 
@@ -299,7 +305,8 @@ def _load_models(
         if not recipe.student.lora and same_weights(module, other):
             raise UserError(
                 f"The student {recipe.student.model} has its teacher's weights: there is nothing "
-                "to learn from it. Name another student, or make one: promptkd init-student."
+                "to learn from it. Name another student, or make one: promptkd init-student.",
+                "PK204",
             )
         plain_teacher = proven(LanguageModel(other, rows, dtype), f"the teacher {name}")
         if method.teacher is not None:
@@ -350,13 +357,8 @@ def _bind_step(recipe: Recipe, method: Method, models: Models, ranks: Ranks) -> 
     )
 
 
-def _count_steps(recipe: Recipe, data: Dataset, num_ranks: int) -> int:
+def _count_steps(recipe: Recipe, data: Dataset) -> int:
     optimization = recipe.optimization
-    if optimization.global_batch_size < num_ranks:
-        raise UserError(
-            f"global_batch_size {optimization.global_batch_size} is smaller than the number of "
-            f"processes {num_ranks}: some would have nothing to do."
-        )
     if optimization.max_steps is not None:
         return optimization.max_steps
     assert optimization.epochs is not None, "the recipe has exactly one of the two"

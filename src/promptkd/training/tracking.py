@@ -4,7 +4,7 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -90,16 +90,6 @@ def describe_step(
     row["flops"] = sum(metrics.cost.flops.values())
     row["peak_memory"] = peak_memory(device)
     return row
-
-
-def warn_of_empty_responses(row: dict[str, Any], say: Callable[[str], None]) -> None:
-    num_own = round(row["student_share"] * row["num_tokens"] / row["response_length"])
-    if num_own and row["num_empty"] == num_own:
-        say(
-            f"warning: step {row['step']}: all {num_own} responses of the student are empty (it "
-            "stops at once). It learns from the stop token alone: warm it up with the method kd "
-            "first, or check the template."
-        )
 
 
 def peak_memory(device: torch.device) -> int:

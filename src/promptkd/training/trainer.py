@@ -16,12 +16,14 @@ from promptkd.config import Recipe
 from promptkd.data import batch_of_step
 from promptkd.errors import UserError
 from promptkd.ranks import Ranks
+from promptkd.training.rehearsal import rehearse
 from promptkd.training.run_directory import RunDirectory
 from promptkd.training.schedules import learning_rate
 from promptkd.training.setup import set_up
 from promptkd.training.state import RunState, SourceStates
-from promptkd.training.tracking import check_trackers, describe_step, warn_of_empty_responses
+from promptkd.training.tracking import check_trackers, describe_step
 from promptkd.training.validation import Best, Validator
+from promptkd.training.warnings import Watch
 
 NUM_SAMPLES = 4
 """Responses of each evaluation that are kept in samples.jsonl."""
@@ -52,6 +54,7 @@ class Trainer:
         self.is_main = self.accelerator.is_main_process
         self.best = Best(recipe)
         self.sources = SourceStates(method, self.ranks)
+        self.watch = Watch()
         self.step_number = 0
         if not self.directory.finished:
             self.parts = set_up(recipe, method, self.accelerator.device, self.ranks, self.say)
@@ -101,11 +104,10 @@ class Trainer:
         self._finish()
 
     def rehearse(self) -> dict[str, Any]:
-        """Take the first step and forget it; see ``api.check``."""
+        """Take the first steps and forget them; see ``api.check``."""
         if self.directory.finished:
             raise UserError(f"{self.directory.path} is finished. Name another output to check.")
-        first = self._take_step(0)
-        return {"steps": self.parts.max_steps, "first": first, "preflight": self.parts.found}
+        return rehearse(self.recipe, self.parts, self.ranks, self.state, self._take_step)
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step_number % every == 0
@@ -137,12 +139,13 @@ class Trainer:
         row["learning_rate"] = parts.step.student_learner.rate
         row["seconds_writing"] = written - started
         row["seconds_learning"] = time.perf_counter() - written
-        warn_of_empty_responses(row, self.say)
         return row
 
     def _log(self, row: dict[str, Any]) -> None:
         if self.is_main:
             self.directory.metrics.append([row])
+            for finding in self.watch.add(row):
+                self.say(str(finding))
         if self.recipe.tracking:
             scores = {f"eval_{name}": value for name, value in row.get("evaluation", {}).items()}
             own = row.keys() - {"evaluation", "exposure_bias"}
@@ -202,6 +205,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.is_main:
             self.directory.rewind(saved.step if saved else -1)
+            self.watch = Watch(self.directory.metrics.read() if saved else ())
 
     def _finish(self) -> None:
         if not self.best.found:

@@ -1,0 +1,116 @@
+"""The first steps of a run, taken and forgotten: what it will look like, take and leave."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from promptkd.config import Recipe
+from promptkd.data import Dataset
+from promptkd.models.loading import dtype_of, num_parameters
+from promptkd.ranks import Ranks
+from promptkd.training.checkpoints import save_checkpoint
+from promptkd.training.forecast import Measured, Schedule, forecast
+from promptkd.training.setup import Setup
+from promptkd.training.state import RunState
+from promptkd.training.tracking import peak_memory
+from promptkd.training.validation import Validator
+
+LATER_STEPS = 4
+"""Steps after the first that are timed: a method that reuses rollouts generates in one of them."""
+ENOUGH_SECONDS = 60.0
+"""No further step begins after these."""
+EVALUATED = 32
+"""Validation requests that are timed; what the rest takes is in proportion."""
+
+
+def rehearse(
+    recipe: Recipe,
+    setup: Setup,
+    ranks: Ranks,
+    state: RunState,
+    take_step: Callable[[int], dict[str, Any]],
+) -> dict[str, Any]:
+    """Measure a few steps, a part of an evaluation and a checkpoint, and forget them.
+
+    Returns:
+        See ``api.check``.
+    """
+    started = time.perf_counter()
+    rows = [take_step(0)]
+    first = time.perf_counter()
+    while len(rows) < min(1 + LATER_STEPS, setup.max_steps) and (
+        len(rows) == 1 or time.perf_counter() - first < ENOUGH_SECONDS
+    ):
+        rows.append(take_step(len(rows)))
+    seconds_later = (time.perf_counter() - first) / max(1, len(rows) - 1)
+    seconds_evaluation = _time_evaluation(recipe, setup, ranks)
+    seconds_checkpoint, bytes_checkpoint = _time_checkpoint(recipe, state)
+    student, batch = setup.student.module, recipe.optimization.global_batch_size
+    measured = Measured(
+        seconds_start=first - started,
+        seconds_step=seconds_later,
+        seconds_evaluation=seconds_evaluation,
+        seconds_checkpoint=seconds_checkpoint,
+        bytes_checkpoint=bytes_checkpoint,
+        bytes_student=num_parameters(student) * dtype_of(recipe.student.model).itemsize,
+    )
+    schedule = Schedule(
+        max_steps=setup.max_steps,
+        evaluation_every=recipe.evaluation.every_steps,
+        checkpoint_every=recipe.checkpoints.every_steps,
+        checkpoints_kept=recipe.checkpoints.keep,
+    )
+    return {
+        "steps": setup.max_steps,
+        "epochs": setup.max_steps * batch / len(setup.data),
+        "first": rows[0],
+        "preflight": setup.found,
+        "example": _example(setup),
+        "measured": asdict(measured),
+        "forecast": asdict(forecast(measured, schedule)),
+        "peak_memory": peak_memory(setup.student.device),
+        "bytes_free": shutil.disk_usage(_existing(Path(recipe.output))).free,
+    }
+
+
+def _time_evaluation(recipe: Recipe, setup: Setup, ranks: Ranks) -> float:
+    if setup.validation is None:
+        return 0.0
+    examples = setup.validation.examples
+    some = replace(setup.requests, validation=Dataset(examples[: EVALUATED * ranks.number]))
+    validator = Validator(replace(setup, requests=some), ranks, recipe.evaluation.metric)
+    started = time.perf_counter()
+    validator.score(0)
+    share = len(examples) / min(len(examples), EVALUATED * ranks.number)
+    return share * (time.perf_counter() - started)
+
+
+def _time_checkpoint(recipe: Recipe, state: RunState) -> tuple[float, int]:
+    """Seconds and bytes, beside the run's directory, where there must be space for it anyway."""
+    started = time.perf_counter()
+    checkpoint = state.checkpoint(1)
+    with tempfile.TemporaryDirectory(
+        dir=_existing(Path(recipe.output)), prefix=".rehearsal-"
+    ) as place:
+        final = save_checkpoint(Path(place), checkpoint, keep=1)
+        seconds = time.perf_counter() - started
+        return seconds, sum(path.stat().st_size for path in final.iterdir())
+
+
+def _existing(path: Path) -> Path:
+    """The nearest directory above (not the run's own) that is there."""
+    return next(parent for parent in path.absolute().parents if parent.is_dir())
+
+
+def _example(setup: Setup) -> dict[str, Any]:
+    """The first row as the models see it; without a reference the response is generated."""
+    tokenizer, example = setup.tokenizer, setup.data.examples[0]
+    response = example.response_ids
+    return {
+        "request": tokenizer.decode(example.request_ids),
+        "response_tokens": None if response is None else [tokenizer.decode([i]) for i in response],
+    }
