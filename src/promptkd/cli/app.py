@@ -1,11 +1,12 @@
 """The frame of the command line: how commands are found, run and ended. No torch."""
 
+import errno
 import sys
 from typing import Any
 
 import typer
 
-from promptkd.errors import UserError
+from promptkd.errors import Stopped, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -15,6 +16,7 @@ app = typer.Typer(
     help="Distil a large generative language model into a small one.",
 )
 PLACE_ERRORS = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
+PLACE_CODES = (errno.EROFS, errno.ENAMETOOLONG)
 SEVERAL = ("--seeds", "--data", "--calibration", "--metric")
 
 
@@ -66,6 +68,11 @@ def main(arguments: list[str] | None = None) -> None:
     except UserError as error:
         typer.echo(f"promptkd: {error}", err=True)
         sys.exit(1)
-    except PLACE_ERRORS as error:
+    except Stopped as stopped:
+        typer.echo(f"promptkd: {stopped}", err=True)
+        sys.exit(stopped.status)
+    except OSError as error:
+        if not (isinstance(error, PLACE_ERRORS) or error.errno in PLACE_CODES):
+            raise
         typer.echo(f"promptkd: {error.filename}: {error.strerror}. Name another place.", err=True)
         sys.exit(1)
