@@ -84,9 +84,9 @@ class Command:
         )
         self.process.start()
 
-    def kill(self) -> None:
+    def kill(self, number: int = signal.SIGKILL) -> None:
         assert self.process.pid is not None
-        os.kill(self.process.pid, signal.SIGKILL)
+        os.kill(self.process.pid, number)
 
     def wait(self, seconds: float = 60) -> Outcome:
         self.process.join(seconds)
@@ -105,6 +105,13 @@ def run(arguments: Sequence[str], directory: Path, **options: Any) -> Outcome:
 def run_on_ranks(
     arguments: Sequence[str], directory: Path, num_ranks: int, dies_at: Moment | None = None
 ) -> list[Outcome]:
+    commands = start_on_ranks(arguments, directory, num_ranks, dies_at)
+    return [command.wait() for command in commands]
+
+
+def start_on_ranks(
+    arguments: Sequence[str], directory: Path, num_ranks: int, dies_at: Moment | None = None
+) -> list[Command]:
     """The same command on several processes that talk over gloo on the loopback device.
 
     Rank 0 is the one that dies.
@@ -120,7 +127,7 @@ def run_on_ranks(
         "GLOO_SOCKET_IFNAME": "lo",
     }
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
-    commands = [
+    return [
         Command(
             arguments,
             directory / f"rank-{rank['RANK']}",
@@ -129,15 +136,14 @@ def run_on_ranks(
         )
         for rank in ranks
     ]
-    return [command.wait() for command in commands]
 
 
-def train(raw: Mapping[str, Any]) -> Path:
+def train(raw: Mapping[str, Any], **resuming: Any) -> Path:
     """Run a raw recipe in this process; returns the run directory."""
     from promptkd.api import train as run_recipe
     from promptkd.config import recipe_from_dict
 
-    return run_recipe(recipe_from_dict(dict(raw)))
+    return run_recipe(recipe_from_dict(dict(raw)), **resuming)
 
 
 def write_recipe(directory: Path, recipe: Mapping[str, Any], name: str = "recipe.yaml") -> str:

@@ -148,7 +148,7 @@ def test_check_takes_the_first_steps_of_the_run_and_leaves_nothing(command, tmp_
     text = command("check", tmp_path / "recipe.yaml")
     assert runs.everything(tmp_path) == before
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {"student", "teacher"}
-    assert "processes: 1, CPU threads: 1; float32, template none, at most 24 + 24 tokens" in text
+    assert "ranks 1, device cpu, threads 1, precision float32, template none, " in text
     assert "the first request: 'say 0'; its response, by tokens: '|i|t| |i|s| |0|!|<eos>|'" in text
     assert "of 3 held-out requests 3 are in the training data (PK109)" in text
 

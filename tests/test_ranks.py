@@ -1,7 +1,6 @@
 """Two processes give the numbers of one, and write as if they were one."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -78,25 +77,34 @@ def assert_same_run(first: Path, second: Path) -> None:
     assert kls[0] == pytest.approx(kls[1], rel=1e-5)
 
 
-def test_a_launch_with_accelerate_equals_one_process(pair, tmp_path):
-    runs.train(recipe(pair, METHODS["promptkd"], tmp_path / "one"))
-    path = runs.write_recipe(tmp_path, recipe(pair, METHODS["promptkd"], tmp_path / "two"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    launch = ("-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2")
-    options = ("--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no")
-    place = ("--main_process_ip", "127.0.0.1", "--main_process_port", port)
-    result = subprocess.run(
-        [sys.executable, *launch, *options, *place, "-m", "promptkd", "train", path],
+def launched(pair: Path, place: Path, *launcher: str) -> subprocess.CompletedProcess[str]:
+    """Promptkd training into ``place``/two, started by a launcher's command line."""
+    path = runs.write_recipe(place, recipe(pair, METHODS["promptkd"], place / "two"))
+    return subprocess.run(
+        [sys.executable, "-m", *launcher, "-m", "promptkd", "train", path],
         env=os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
 
+
+def test_a_launch_with_torchrun_equals_one_process(pair, tmp_path):
+    runs.train(recipe(pair, METHODS["promptkd"], tmp_path / "one"))
+    result = launched(pair, tmp_path, "torch.distributed.run", "--nproc_per_node", "2")
+
     assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "one", tmp_path / "two")
+    assert "ranks 2, device cpu" in result.stdout
     assert result.stdout.count(f"finished: {tmp_path / 'two'}") == 1
+
+
+def test_a_launch_by_accelerate_that_starts_one_process_for_two_is_refused(pair, tmp_path):
+    options = ("--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
+    launch = ("accelerate.commands.launch", *options, "--dynamo_backend", "no")
+    result = launched(pair, tmp_path, *launch)
+
+    assert result.returncode != 0
+    assert "was asked for several processes on CPUs and started one" in result.stderr
 
 
 @pytest.mark.parametrize("name", ["sft", "gkd"])

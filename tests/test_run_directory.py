@@ -15,7 +15,8 @@ import tiny
 from promptkd.config import load_recipe, recipe_from_dict
 from promptkd.errors import UserError
 from promptkd.methods import build_method
-from promptkd.training.run_directory import RunDirectory, differences
+from promptkd.training.identity import changes
+from promptkd.training.run_directory import RunDirectory
 from promptkd.training.tracking import JsonLines
 
 
@@ -156,8 +157,8 @@ def test_differences_are_named_by_their_dotted_keys():
     recorded = {"recipe": {"seed": 0, "data": {"train": ["a"]}}, "method": "m"}
     own = {"recipe": {"seed": 0, "data": {"train": ["b"], "template": "chat"}}, "method": "m"}
 
-    assert differences(recorded, recorded) == []
-    assert differences(recorded, own) == [
+    assert changes(recorded, recorded) == []
+    assert [str(change) for change in changes(recorded, own)] == [
         "data.template None -> 'chat'",
         "data.train ['a'] -> ['b']",
     ]

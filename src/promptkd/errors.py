@@ -1,4 +1,4 @@
-"""The one exception a user can cause, and the system's own errors in the same form. No torch."""
+"""The exceptions a user can cause, and the system's own errors in the same form. No torch."""
 
 import errno
 
@@ -13,6 +13,18 @@ class UserError(Exception):
     def __init__(self, sentence: str, code: str = ""):
         super().__init__(f"{sentence} ({code})" if code else sentence)
         self.code = code
+
+
+class Stopped(Exception):
+    """Somebody asked for an end; commands print its sentence and exit with ``status``.
+
+    Attributes:
+        status: 128 + the signal's number, as shells count.
+    """
+
+    def __init__(self, sentence: str, signal_number: int):
+        super().__init__(sentence)
+        self.status = 128 + signal_number
 
 
 NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 import typer
 
 from promptkd.config import Recipe
-from promptkd.errors import UserError, sentence_of
+from promptkd.errors import Stopped, UserError, sentence_of
 from promptkd.files import out_of_space, write_text
 from promptkd.findings import Finding
 from promptkd.training.forecast import duration
@@ -109,6 +109,8 @@ def main(arguments: list[str] | None = None) -> None:
         raise
     except UserError as error:
         _end(str(error), FAILED)
+    except Stopped as stopped:
+        _end(str(stopped), stopped.status)
     except Exception as error:
         sentence = sentence_of(error)
         if sentence is None and out_of_space(error):  # torch hides the system's own error

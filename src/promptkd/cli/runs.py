@@ -68,8 +68,15 @@ def check(
 def train(
     recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
+    restart_from: Annotated[
+        int | None,
+        typer.Option(min=0, metavar="STEP", help="go back to its checkpoint; rates may differ"),
+    ] = None,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="go on though data or settings differ")
+    ] = False,
 ) -> None:
-    """Distil. The same command again resumes a run that was stopped."""
+    """Distil. The same command again resumes a run that was stopped; more steps extend one."""
     from promptkd.config import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
@@ -77,7 +84,8 @@ def train(
 
     keep_freed_memory()
 
-    typer.echo(f"run: {run(loaded)}")
+    directory = run(loaded, restart_from=restart_from, allow_changes=allow_changes)
+    typer.echo(f"run: {directory}")
 
 
 @app.command()

@@ -1,9 +1,6 @@
 """The directory of a run: whose it is, what is written there, and when."""
 
 import copy
-import datetime
-import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,127 +8,192 @@ from promptkd.adapters import merged, save_lora
 from promptkd.composition import Method
 from promptkd.config import Recipe
 from promptkd.errors import UserError
-from promptkd.files import recover_replaced, whole_directory, write_json, write_text
-from promptkd.models.language_model import LanguageModel
+from promptkd.files import (
+    read_json,
+    recover_replaced,
+    whole_directory,
+    write_json,
+    write_text,
+)
 from promptkd.models.loading import dtype_of, model_directory
-from promptkd.teachers import Teacher
-from promptkd.training import checkpoints
+from promptkd.training import checkpoints, lock
+from promptkd.training.divergence import is_sane
+from promptkd.training.identity import AS_IT_WAS, Change, Resuming, changes, check, identity
 from promptkd.training.model_card import model_card
+from promptkd.training.setup import Setup
 from promptkd.training.tracking import JsonLines, environment
 
 
 class RunDirectory:
     """Where one recipe and method live.
 
+    Attributes:
+        changes: what differs from the settings that are recorded there, and is allowed.
+        notes: sentences on files that were found damaged.
+
     Raises:
-        UserError: if the directory belongs to something else.
+        UserError: if the directory belongs to something else, or somebody trains there.
     """
 
-    def __init__(self, recipe: Recipe, method: Method):
+    def __init__(self, recipe: Recipe, method: Method, resuming: Resuming = AS_IT_WAS):
         self.path = Path(recipe.output)
         self.recipe = recipe
         self.method = method
+        self.resuming = resuming
         self.metrics = JsonLines(self.path / "metrics.jsonl")
         self.samples = JsonLines(self.path / "samples.jsonl")
         self._record = self.path / "environment.json"
-        self._check_owner()
+        self._checkpoints = self.path / "checkpoints"
+        self.changes = self._check_owner()
+        lock.refuse_if_held(self.path)
+        self.notes: list[str] = []
+        whole = read_json(self.path / "summary.json", self.notes) is not None
+        self.restarts = resuming.restart_from is not None
+        self.finished = whole and not self.changes and not self.restarts
 
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What must be equal for a run to go on: everything but where it goes and who watches."""
-        recipe = self.recipe.to_dict()
-        for key in ("output", "tracking"):
-            recipe.pop(key, None)
-        return {"recipe": recipe, "method": repr(self.method)}
-
-    @property
-    def finished(self) -> bool:
-        return (self.path / "summary.json").exists()
-
-    def _check_owner(self) -> None:
-        if self._record.exists():
-            recorded = json.loads(self._record.read_text())["identity"]
-            different = differences(recorded, self.identity)
-            if different:
-                raise UserError(
-                    f"{self.path} belongs to a run of a different recipe "
-                    f"({', '.join(different)}). Choose another output, or remove that directory."
-                )
-        elif self.path.exists() and any(
-            entry.name != ".writing-environment.json" for entry in self.path.iterdir()
-        ):
+    def _check_owner(self) -> list[Change]:
+        known = self._read_record()
+        if known:
+            found = changes(known["identity"], identity(self.recipe, self.method))
+            check(found, self.resuming, str(self.path))
+            return found
+        own = {".writing-environment.json", lock.NAME}
+        if self.path.exists() and any(entry.name not in own for entry in self.path.iterdir()):
             raise UserError(
                 f"{self.path} exists and is not a run of promptkd. Choose another output."
             )
+        if self.resuming.restart_from:
+            raise UserError(f"{self.path} has no run that could be restarted from a step.")
+        return []
 
-    def claim(self, contents: dict[str, str], date: datetime.date) -> None:
+    def _read_record(self) -> dict[str, Any] | None:
+        """What environment.json says; None if nothing was begun here.
+
+        Raises:
+            UserError: if it is damaged.
+        """
+        if not self._record.exists():
+            return None
+        record = read_json(self._record, [])
+        whole = record is not None and {"recipe", "method"} <= record.get("identity", {}).keys()
+        if not whole:
+            raise UserError(
+                f"{self._record} is damaged, so nobody can say which run this is. Put a copy of it "
+                "back, or choose another output; student/ can still be used as it is."
+            )
+        return record
+
+    def claim(self, contents: dict[str, str], about: dict[str, Any], step: int) -> None:
         """Write down what runs here; the last thing before the first step.
 
         Args:
             contents: digests of data and weights.
-            date: what the chat template is told is today, whenever the run goes on.
+            about: what else is worth a record: the day that chat templates are told, the device.
+            step: after which the run goes on.
 
         Raises:
             UserError: if a run that goes on finds other contents than it began with.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
-        if self._record.exists():
-            known = json.loads(self._record.read_text()).get("contents", contents)
-            changed = [
-                name
-                for name in sorted({*known, *contents})
-                if known.get(name) != contents.get(name)
-            ]
-            if changed:
-                raise UserError(
-                    f"{self.path} began with other {' and other '.join(changed)} than there are "
-                    "now: a file, the tokenizer or the template has changed. Bring them back, or "
-                    "choose another output."
-                )
+        own = {"identity": identity(self.recipe, self.method), "contents": contents}
+        known = self._read_record()
+        if known is None:
+            write_json(self._record, own | about | {"environment": environment()})
         else:
-            record = {"identity": self.identity, "contents": contents, "date": date.isoformat()}
-            write_json(self._record, record | {"environment": environment()})
-        if not (self.path / "recipe.yaml").exists():
+            changed = [*map(str, self.changes), *self._changed_contents(known, contents)]
+            if changed or self.restarts:
+                went_on = {"after_step": step, "changed": changed}
+                (self.path / "summary.json").unlink(missing_ok=True)
+                history = [*known.get("changes", []), went_on]
+                write_json(self._record, known | own | {"changes": history})
+        if known is None or self.changes or not (self.path / "recipe.yaml").exists():
             write_text(self.path / "recipe.yaml", self.recipe.to_yaml())
 
-    def rewind(self, step: int) -> None:
-        """Forget what was logged after ``step``, and finish an interrupted replacement."""
+    def _changed_contents(self, known: dict[str, Any], contents: dict[str, str]) -> list[str]:
+        before = known.get("contents", contents)
+        names = sorted({*before, *contents})
+        changed = [name for name in names if before.get(name) != contents.get(name)]
+        if changed and not self.resuming.allow_changes:
+            raise UserError(
+                f"{self.path} began with other {' and other '.join(changed)} than there are "
+                "now: a file, the tokenizer or the template has changed. Bring them back, choose "
+                "another output, or go on with them: --allow-changes."
+            )
+        return [f"other {name}" for name in changed]
+
+    def rewind(self, step: int) -> list[str]:
+        """Forget what came after ``step``, and finish an interrupted replacement.
+
+        Returns:
+            A sentence for each file that isn't what the run wrote.
+        """
+        checkpoints.remove_after(self._checkpoints, step)
         for name in ("student", "teacher_adapter"):
             recover_replaced(self.path / name)
-        for file in (self.metrics, self.samples):
-            file.rewind(step)
+        notes = [note for file in (self.metrics, self.samples) for note in file.rewind(step)]
+        logged = {row["step"] for row in self.metrics.read() if "loss" in row}
+        if missing := [own for own in range(1, step + 1) if own not in logged]:
+            notes.append(
+                f"{self.metrics.path} lacks {len(missing)} of the {step} steps that were taken "
+                f"(the first is {missing[0]}): it was changed by somebody else."
+            )
+        return notes
 
-    def load_checkpoint(self) -> tuple[checkpoints.Checkpoint | None, list[str]]:
-        return checkpoints.load_latest(self.path / "checkpoints")
-
-    def save_checkpoint(self, checkpoint: checkpoints.Checkpoint) -> None:
-        checkpoints.save_checkpoint(
-            self.path / "checkpoints", checkpoint, self.recipe.checkpoints.keep
+    def way_back(self, step: int) -> str:
+        """What to type when step number ``step`` (counted from 0) diverged."""
+        rate = self.recipe.optimization.learning_rate / 2
+        return (
+            "Go back to before it diverged, with a lower rate: promptkd train "
+            f"{self.path / 'recipe.yaml'} --restart-from {self.last_sane_checkpoint(step)} "
+            f"optimization.learning_rate={rate:g}"
         )
 
-    def save_student(
-        self,
-        student: LanguageModel,
-        tokenizer: Any,
-        teacher: Teacher | None,
-        step: int,
-        scores: dict[str, float],
-        stop: Sequence[int],
-    ) -> None:
+    def losses(self) -> dict[int, float]:
+        """What was logged, by step."""
+        return {row["step"]: row["loss"] for row in self.metrics.read() if "loss" in row}
+
+    def load_checkpoint(self) -> tuple[checkpoints.Checkpoint | None, list[str]]:
+        """Where the run goes on, and a sentence for each damaged file.
+
+        Raises:
+            UserError: if the checkpoint that was asked for isn't there.
+        """
+        step = self.resuming.restart_from
+        if step is not None:
+            return checkpoints.load_step(self._checkpoints, step), self.notes
+        found, complaints = checkpoints.load_latest(self._checkpoints)
+        if complaints and found is None:
+            complaints.append("No checkpoint is left; starting from the beginning.")
+        return found, [*self.notes, *complaints]
+
+    def save_checkpoint(self, checkpoint: checkpoints.Checkpoint) -> None:
+        """Keep the newest ones; while a run diverges, also the last one from before."""
+        step = checkpoint.step
+        spared = None if is_sane(self.losses(), step) else self.last_sane_checkpoint(step)
+        keep = self.recipe.checkpoints.keep
+        checkpoints.save_checkpoint(self._checkpoints, checkpoint, keep, spared)
+
+    def last_sane_checkpoint(self, before: int) -> int:
+        """The newest checkpoint of an earlier step whose loss was like those before it, or 0."""
+        losses = self.losses()
+        steps = map(checkpoints.step_of, checkpoints.saved_checkpoints(self._checkpoints))
+        return max((step for step in steps if step < before and is_sane(losses, step)), default=0)
+
+    def save_student(self, setup: Setup, step: int, scores: dict[str, float]) -> None:
         """Write student/ and, if the teacher adapts, teacher_adapter/, replacing earlier ones.
 
-        The student is saved in the precision it came in, and ends its responses with ``stop``.
+        The student is saved in the precision it came in, and ends its responses as in the run.
         """
+        module, teacher = setup.student.module, setup.teacher
         with whole_directory(self.path / "student", "student") as directory:
             lora = self.recipe.student.lora
             if lora and not lora.merge:
-                save_lora(student.module, directory, model_directory(self.recipe.student.model))
+                save_lora(module, directory, model_directory(self.recipe.student.model))
             else:
-                whole = copy.deepcopy(merged(student.module) if lora else student.module)
+                whole = copy.deepcopy(merged(module) if lora else module)
                 whole.to(dtype_of(self.recipe.student.model))  # pyright: ignore
-                whole.generation_config.eos_token_id = list(stop)
+                whole.generation_config.eos_token_id = list(setup.stop)
                 whole.save_pretrained(directory)
-            tokenizer.save_pretrained(directory)
+            setup.tokenizer.save_pretrained(directory)
             card = model_card(self.recipe, repr(self.method), step, scores)
             write_text(directory / "README.md", card)
         if teacher and self.recipe.teacher and teacher.has_adapter:
@@ -140,19 +202,3 @@ class RunDirectory:
 
     def finish(self, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", summary)
-
-
-def differences(recorded: dict[str, Any], own: dict[str, Any], prefix: str = "") -> list[str]:
-    """Dotted keys whose values differ, with both values.
-
-    >>> differences({"recipe": {"seed": 0}}, {"recipe": {"seed": 1}})
-    ['seed 0 -> 1']
-    """
-    found: list[str] = []
-    for key in sorted(recorded.keys() | own.keys()):
-        first, second = recorded.get(key), own.get(key)
-        if isinstance(first, dict) and isinstance(second, dict):
-            found += differences(first, second, f"{prefix}{key}.")
-        elif first != second:
-            found.append(f"{prefix}{key} {first!r} -> {second!r}")
-    return [name.removeprefix("recipe.") for name in found]

@@ -48,6 +48,7 @@ from promptkd.models.vocabularies import same_tokenizer, same_weights, shared_vo
 from promptkd.ranks import Ranks
 from promptkd.teachers import Teacher
 from promptkd.training import preflight
+from promptkd.training.launch import describe
 from promptkd.training.step import Learner, Step, StepSettings
 from promptkd.training.token_budget import measured_budget
 
@@ -87,6 +88,7 @@ class Setup:
     """The parts of a run, ready for its first step.
 
     Attributes:
+        about: on what the run works, as its first line and its record say.
         found: what the preflight measured.
     """
 
@@ -98,6 +100,7 @@ class Setup:
     authors: Authors
     step: Step
     max_steps: int
+    about: dict[str, Any]
     found: dict[str, Any]
 
     @property
@@ -164,7 +167,8 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
         finding = "this CPU emulates bf16, about 10 times slower than fp32: set precision=auto."
         say(str(Finding("PK207", finding)))
     requests = _read_requests(recipe, method, say)
-    say(_works_on(recipe, requests, device, ranks))
+    about = describe(requests.encoder, compute_dtype(recipe.precision, device), device, ranks)
+    say(", ".join(f"{name} {value}" for name, value in about.items()))
     preflight.check_batch(recipe.optimization.global_batch_size, len(requests.data), ranks.number)
     models = _load_models(recipe, method, requests, device)
     if recipe.evaluation.exposure_bias_every_steps:
@@ -198,6 +202,7 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
         authors=authors,
         step=step,
         max_steps=_count_steps(recipe, requests.data),
+        about=about,
         found=found,
     )
 
@@ -215,18 +220,6 @@ def _check_pair(
         stop=stop,
         names=(recipe.student.model, recipe.teacher.model if recipe.teacher else ""),
         say=say,
-    )
-
-
-def _works_on(recipe: Recipe, requests: Requests, device: torch.device, ranks: Ranks) -> str:
-    """The first line of a run: what it works on, and how."""
-    gpu = device.type == "cuda"
-    place = torch.cuda.get_device_name(device) if gpu else f"CPU threads: {torch.get_num_threads()}"
-    dtype = str(compute_dtype(recipe.precision, device)).removeprefix("torch.")
-    encoder = requests.encoder
-    return (
-        f"processes: {ranks.number}, {place}; {dtype}, template {encoder.template}, at most "
-        f"{encoder.max_request_tokens} + {encoder.max_response_tokens} tokens"
     )
 
 

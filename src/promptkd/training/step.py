@@ -365,8 +365,7 @@ class Step:
         if not torch.isfinite(norm):
             raise LossNotFinite(
                 f"The gradient of the {who} is {norm.item()} at step {step + 1}, though the losses "
-                f"({', '.join(losses)}) are finite. Nothing was updated; the last checkpoint is "
-                "good. Lower the learning rate, or use precision=fp32, and run it again."
+                f"({', '.join(losses)}) are finite. Nothing was updated with it."
             )
         learner.optimizer.step()
         learner.optimizer.zero_grad(set_to_none=False)
@@ -388,6 +387,5 @@ def _not_finite(name: str, step: int, batch: MicroBatch, nats: Tensor) -> str:
         start = end
     return (
         f"The loss '{name}' is not finite at step {step + 1}, on the training examples {guilty} "
-        "(rows counted from 0). Nothing was updated with it; the last checkpoint is good. "
-        "Lower the learning rate, or use precision=fp32, and run the same command again."
+        "(rows counted from 0). Nothing was updated with it."
     )

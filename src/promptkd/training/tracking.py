@@ -25,17 +25,27 @@ class JsonLines:
     def __init__(self, path: Path):
         self.path = path
 
-    def rewind(self, step: int) -> None:
-        """Forget everything after ``step`` and a last line that was not finished."""
+    def rewind(self, step: int) -> list[str]:
+        """Forget everything after ``step`` and a last line that was not finished.
+
+        Returns:
+            A sentence if lines are damaged that no interruption can have damaged.
+        """
         if not self.path.exists():
-            return
-        write_json_lines(self.path, [row for row in self.read() if row["step"] <= step])
+            return []
+        rows, damaged = read_json_lines(self.path)
+        kept = [row for row in rows.values() if row["step"] <= step]
+        write_json_lines(self.path, kept)
+        inside = [str(line) for line in damaged if line < max(rows, default=0)]
+        if not inside:
+            return []
+        return [f"{self.path} is damaged in line {', '.join(inside)}: left out; the rest is kept."]
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
         append_json_lines(self.path, rows)
 
     def read(self) -> list[dict[str, Any]]:
-        return list(read_json_lines(self.path)[0].values())
+        return list(read_json_lines(self.path)[0].values()) if self.path.exists() else []
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -1,10 +1,10 @@
 """The training loop: steps, evaluation, checkpoints, final student.
 
 The trainer names no method. Everything random in a step derives from (seed, step, example), so a
-run that was killed and started again is the run that was not.
+run that was stopped and started again is the run that was not.
 """
 
-import time
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,15 +13,19 @@ from tqdm import tqdm
 
 from promptkd.composition import Method
 from promptkd.config import Recipe
-from promptkd.data import batch_of_step
-from promptkd.errors import UserError
+from promptkd.errors import Stopped, UserError
 from promptkd.ranks import Ranks
+from promptkd.training.identity import AS_IT_WAS, Resuming
+from promptkd.training.launch import refuse_unknown_launch
+from promptkd.training.lock import locked
 from promptkd.training.rehearsal import rehearse
 from promptkd.training.run_directory import RunDirectory
-from promptkd.training.schedules import learning_rate
 from promptkd.training.setup import set_up
 from promptkd.training.state import RunState, SourceStates
-from promptkd.training.tracking import check_trackers, describe_step
+from promptkd.training.step import LossNotFinite
+from promptkd.training.stopping import StopRequest
+from promptkd.training.tracking import check_trackers
+from promptkd.training.training_step import TrainingStep
 from promptkd.training.validation import Best, Validator
 from promptkd.training.warnings import Watch
 
@@ -35,15 +39,17 @@ class Trainer:
     Args:
         recipe: what to do.
         method: the recipe's method, built.
+        resuming: what may differ if the run was begun before, and where it goes on.
 
     Raises:
         UserError: for everything that can be known to be wrong before the first step.
     """
 
-    def __init__(self, recipe: Recipe, method: Method):
+    def __init__(self, recipe: Recipe, method: Method, resuming: Resuming = AS_IT_WAS):
+        refuse_unknown_launch()
         self.recipe = recipe
         self.method = method
-        self.directory = RunDirectory(recipe, method)
+        self.directory = RunDirectory(recipe, method, resuming)
         check_trackers(recipe.tracking)
         self.accelerator = Accelerator(
             cpu=not torch.cuda.is_available(),
@@ -55,14 +61,17 @@ class Trainer:
         self.best = Best(recipe)
         self.sources = SourceStates(method, self.ranks)
         self.watch = Watch()
+        self.stop = StopRequest()
         self.step_number = 0
-        if not self.directory.finished:
-            self.parts = set_up(recipe, method, self.accelerator.device, self.ranks, self.say)
-            metric = recipe.evaluation.metric
-            self.validator = (
-                Validator(self.parts, self.ranks, metric) if self.parts.validation else None
-            )
-            self.state = RunState(self.parts, self.best, self.sources)
+        if self.directory.finished:
+            return
+        self.parts = set_up(recipe, method, self.accelerator.device, self.ranks, self.say)
+        metric = recipe.evaluation.metric
+        self.validator = (
+            Validator(self.parts, self.ranks, metric) if self.parts.validation else None
+        )
+        self.take_step = TrainingStep(recipe, method, self.parts, self.sources, self.ranks)
+        self.state = RunState(self.parts, self.best, self.sources)
 
     def say(self, sentence: str) -> None:
         if self.is_main:
@@ -73,73 +82,67 @@ class Trainer:
 
         Raises:
             UserError: when training can't go on; what was saved stays loadable.
+            Stopped: when a signal asked for an end.
         """
         if self.directory.finished:
             self.say(f"{self.directory.path} is finished; nothing to do.")
             return
-        if self.is_main:
-            self.directory.claim(self.parts.contents(), self.parts.date)
-        self._resume()
-        if self.recipe.tracking:
-            self.accelerator.init_trackers("promptkd")
-        max_steps, every = self.parts.max_steps, self.recipe.evaluation.every_steps
-        if self.step_number == 0:
-            self._validate()
-        shown = {"unit": "step", "desc": self.method.name, "disable": not self.is_main}
-        with tqdm(total=max_steps, initial=self.step_number, **shown) as progress:
-            while self.step_number < max_steps:
-                row = self._take_step(self.step_number)
-                self.step_number += 1
-                self._log(row)
-                progress.update()
-                length = f"{row['response_length']:.0f}"
-                progress.set_postfix(loss=f"{row['loss']:.3f}", length=length)
-                last = self.step_number == max_steps
-                if last or self._due(every):
-                    self._validate()
-                if self._due(self.recipe.evaluation.exposure_bias_every_steps):
-                    self._measure_exposure_bias()
-                if last or self._due(self.recipe.checkpoints.every_steps):
-                    self._save_checkpoint()
-        self._finish()
+        with locked(self.directory.path) if self.is_main else nullcontext():
+            with self.stop.listening():
+                self._resume()
+                self._train()
+            self._finish()
 
     def rehearse(self) -> dict[str, Any]:
         """Take the first steps and forget them; see ``api.check``."""
         if self.directory.finished:
             raise UserError(f"{self.directory.path} is finished. Name another output to check.")
-        return rehearse(self.recipe, self.parts, self.ranks, self.state, self._take_step)
+        return rehearse(self.recipe, self.parts, self.ranks, self.state, self.take_step)
+
+    def _train(self) -> None:
+        max_steps, recipe = self.parts.max_steps, self.recipe
+        if self.recipe.tracking:
+            self.accelerator.init_trackers("promptkd")
+        if self.step_number == 0:
+            self._validate()
+        shown = {"unit": "step", "desc": self.method.name, "disable": not self.is_main}
+        with tqdm(total=max_steps, initial=self.step_number, **shown) as progress:
+            while self.step_number < max_steps:
+                self._stop_if_asked()
+                row = self._step()
+                progress.update()
+                length = f"{row['response_length']:.0f}"
+                progress.set_postfix(loss=f"{row['loss']:.3f}", length=length)
+                last = self.step_number == max_steps
+                if last or self._due(recipe.evaluation.every_steps):
+                    self._validate()
+                if self._due(recipe.evaluation.exposure_bias_every_steps):
+                    self._measure_exposure_bias()
+                if last or self._due(recipe.checkpoints.every_steps):
+                    self._save_checkpoint()
 
     def _due(self, every: int) -> bool:
-        return every > 0 and self.step_number % every == 0
+        return every > 0 and self.step_number > 0 and self.step_number % every == 0
 
-    def _take_step(self, step: int) -> dict[str, Any]:
-        """One optimizer step; its line of metrics.jsonl."""
-        started = time.perf_counter()
-        optimization, parts = self.recipe.optimization, self.parts
-        for learner in parts.step.learners:
-            learner.set_rate(learning_rate(learner.base_rate, step, parts.max_steps, optimization))
-        batch = batch_of_step(
-            parts.data,
-            step,
-            optimization.global_batch_size,
-            self.recipe.seed,
-            self.ranks.rank,
-            self.ranks.number,
-        )
-        writers = parts.authors.writers(step, parts.max_steps)
-        rollouts = [
-            term.rollouts.write(batch, writers, state)
-            for term, state in zip(self.method.terms, self.sources.own, strict=True)
-        ]
-        written = time.perf_counter()
-        metrics = parts.step(rollouts, step, parts.max_steps)
-        if parts.teacher:
-            parts.teacher.observe(metrics.loss, (step + 1) / parts.max_steps)
-        row = describe_step(step, rollouts, metrics, parts.stop, self.ranks)
-        row["learning_rate"] = parts.step.student_learner.rate
-        row["seconds_writing"] = written - started
-        row["seconds_learning"] = time.perf_counter() - written
+    def _step(self) -> dict[str, Any]:
+        try:
+            row = self.take_step(self.step_number)
+        except LossNotFinite as error:
+            raise LossNotFinite(f"{error} {self.directory.way_back(self.step_number)}") from None
+        self.step_number += 1
+        self._log(row)
         return row
+
+    def _stop_if_asked(self) -> None:
+        """Between two steps; what was learnt is saved before."""
+        received = self.stop.agreed(self.ranks)
+        if received:
+            if self.step_number and not self._due(self.recipe.checkpoints.every_steps):
+                self._save_checkpoint()
+            done, again = f"step {self.step_number} of {self.parts.max_steps}", "the same command"
+            if self.directory.restarts:
+                again += " without --restart-from"
+            raise Stopped(f"Stopped by {received.name} after {done}; {again} goes on.", received)
 
     def _log(self, row: dict[str, Any]) -> None:
         if self.is_main:
@@ -175,15 +178,7 @@ class Trainer:
 
     def _save_student(self, scores: dict[str, float]) -> None:
         if self.is_main:
-            parts = self.parts
-            self.directory.save_student(
-                parts.student,
-                parts.tokenizer,
-                parts.teacher,
-                self.step_number,
-                scores,
-                parts.stop,
-            )
+            self.directory.save_student(self.parts, self.step_number, scores)
         self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self) -> None:
@@ -193,19 +188,25 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _resume(self) -> None:
-        saved, complaints = self.directory.load_checkpoint()
+        directory, contents = self.directory, self.parts.contents()
+        saved, complaints = directory.load_checkpoint()
         for complaint in complaints:
             self.say(f"warning: {complaint}")
-        if complaints and saved is None:
-            self.say("warning: no checkpoint is left; starting from the beginning.")
         if saved:
             self.state.load(saved)
             self.step_number = saved.step
-            self.say(f"resuming {self.directory.path} after step {saved.step}")
+            self.say(f"resuming {directory.path} after step {saved.step}")
+        for change in directory.changes:
+            self.say(f"from here on: {change}")
         self.accelerator.wait_for_everyone()
         if self.is_main:
-            self.directory.rewind(saved.step if saved else -1)
-            self.watch = Watch(self.directory.metrics.read() if saved else ())
+            directory.claim(contents, self.parts.about, self.step_number)
+            for note in directory.rewind(self.step_number if saved else -1):
+                self.say(f"warning: {note}")
+            self.watch = Watch(directory.metrics.read() if saved else ())
+        if directory.restarts and saved:
+            self.best.forget()
+            self._save_checkpoint()
 
     def _finish(self) -> None:
         if not self.best.found:

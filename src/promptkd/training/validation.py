@@ -107,6 +107,10 @@ class Best:
         self.found = {"step": validation.step, "value": value, "scores": validation.scores}
         return True
 
+    def forget(self) -> None:
+        """After going back to a checkpoint: a later student may have taken its place on disk."""
+        self.found = {}
+
     def _rank(self, scores: dict[str, float]) -> tuple[float, float]:
         sign = -1 if self._metric in SMALLER_IS_BETTER else 1
         return sign * scores[self._metric], -scores.get("reverse_kl_to_teacher", 0.0)

@@ -1,0 +1,135 @@
+"""What makes a run this run: its record, and what may differ when it goes on."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from promptkd.composition import Method
+from promptkd.config import Recipe
+from promptkd.errors import UserError
+
+GROWING = ("optimization.max_steps", "optimization.epochs")
+"""May become larger without being asked."""
+RATES = (
+    "optimization.learning_rate",
+    "optimization.teacher_learning_rate",
+    "optimization.warmup_steps",
+    "optimization.schedule",
+    "optimization.max_grad_norm",
+    "precision",
+)
+"""May differ after ``--restart-from``: what a run that diverged needs."""
+FIXED = (
+    "method",
+    "student",
+    "teacher",
+    "optimization.optimizer",
+    "optimization.weight_decay",
+    "optimization.micro_batch_tokens",
+    "evaluation.metric",
+)
+"""Never differ: checkpoints hold them, or states that belong to them."""
+LONGEST_VALUE = 80
+
+
+@dataclass(frozen=True)
+class Resuming:
+    """What the user allows a run that goes on.
+
+    Attributes:
+        restart_from: the step whose checkpoint it goes back to, with other rates if wanted; 0 is
+            the start, None the latest checkpoint.
+        allow_changes: whether data, weights and most of the recipe may differ.
+    """
+
+    restart_from: int | None = None
+    allow_changes: bool = False
+
+    def allows(self, change: "Change") -> bool:
+        if any(change.key == key or change.key.startswith(f"{key}.") for key in FIXED):
+            return False
+        rates = RATES if self.restart_from is not None else ()
+        return change.grows or change.key in rates or self.allow_changes
+
+
+AS_IT_WAS = Resuming()
+"""Nothing differs, and the latest checkpoint is where it goes on."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that differs from the one a run began with."""
+
+    key: str
+    before: Any
+    after: Any
+
+    @property
+    def grows(self) -> bool:
+        numbers = isinstance(self.before, int | float) and isinstance(self.after, int | float)
+        return self.key in GROWING and numbers and self.after > self.before
+
+    def __str__(self) -> str:
+        if self.key == "method":
+            return "method, composed otherwise under the same name"
+        return f"{self.key} {_short(self.before)} -> {_short(self.after)}"
+
+
+def identity(recipe: Recipe, method: Method) -> dict[str, Any]:
+    """What must be equal for a run to go on: everything but where it goes and who watches."""
+    settings = recipe.to_dict()
+    for key in ("output", "tracking"):
+        settings.pop(key, None)
+    return {"recipe": settings, "method": repr(method)}
+
+
+def changes(recorded: dict[str, Any], own: dict[str, Any]) -> list[Change]:
+    """How two identities differ, setting by setting.
+
+    >>> first, second = ({"recipe": {"seed": seed}, "method": "m"} for seed in (0, 1))
+    >>> [str(change) for change in changes(first, second)]
+    ['seed 0 -> 1']
+    """
+    found = _differences(recorded["recipe"], own["recipe"])
+    if recorded["method"] != own["method"] and not any(c.key.startswith("method") for c in found):
+        found.append(Change("method", recorded["method"], own["method"]))
+    return found
+
+
+def check(found: list[Change], resuming: Resuming, place: str) -> None:
+    """Refuse what the user hasn't allowed, with the way to allow it.
+
+    Raises:
+        UserError: naming every such setting.
+    """
+    refused = [change for change in found if not resuming.allows(change)]
+    if not refused:
+        return
+    allowing = (
+        (
+            Resuming(restart_from=0),
+            "--restart-from STEP goes back to a checkpoint with it",
+        ),
+        (Resuming(allow_changes=True), "--allow-changes goes on with it"),
+    )
+    ways = [said for way, said in allowing if all(map(way.allows, refused))]
+    also = "".join(f"; {said}" for said in ways)
+    raise UserError(
+        f"{place} belongs to a run of a different recipe ({', '.join(map(str, refused))}). Choose "
+        f"another output, or remove that directory{also}."
+    )
+
+
+def _differences(recorded: dict[str, Any], own: dict[str, Any], prefix: str = "") -> list[Change]:
+    found: list[Change] = []
+    for key in sorted(recorded.keys() | own.keys()):
+        first, second = recorded.get(key), own.get(key)
+        if isinstance(first, dict) and isinstance(second, dict):
+            found += _differences(first, second, f"{prefix}{key}.")
+        elif first != second:
+            found.append(Change(f"{prefix}{key}", first, second))
+    return found
+
+
+def _short(value: Any) -> str:
+    text, half = repr(value), LONGEST_VALUE // 2
+    return text if len(text) <= LONGEST_VALUE else f"{text[:half]} ... {text[-half:]}"
