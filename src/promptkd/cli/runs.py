@@ -17,7 +17,7 @@ def init_student(
     calibration: Annotated[
         list[str] | None, typer.Option(help="data with responses; without it, evenly spaced")
     ] = None,
-    search: Annotated[str, typer.Option(help="single | greedy (better, slower)")] = "single",
+    search: Annotated[str, typer.Option(help="greedy | single (quicker, worse)")] = "greedy",
     template: Annotated[str, typer.Option(help="as data.template in a recipe")] = "auto",
     rows: Annotated[int, typer.Option(min=1, help="calibration rows used")] = 32,
 ) -> None:
