@@ -2,9 +2,8 @@
 
     import promptkd as pk
 
-    run = pk.distill(student="runs/student-init", teacher="gpt2-xl", data="dolly.jsonl",
-                     method=pk.methods.promptkd(length=7), output="runs/promptkd")
-    scores = pk.evaluate(run, data="self_instruct.jsonl", seeds=(10, 20, 30, 40, 50))
+    pk.distill("gpt2-xl", "dolly.jsonl", "runs/dolly", layers=24)
+    scores = pk.evaluate("runs/dolly/promptkd", "self_instruct.jsonl", seeds=(10, 20, 30, 40, 50))
 
 Names are imported when used, so that ``import promptkd`` and the command line answer at once.
 """
@@ -16,14 +15,15 @@ from promptkd.errors import UserError
 
 if TYPE_CHECKING:
     from promptkd import divergences, methods, objectives, rollouts, teachers
-    from promptkd.api import check, distill, train
+    from promptkd.api import check, train
     from promptkd.composition import Method, Term
+    from promptkd.distillation.distill import distill
     from promptkd.evaluation.evaluate import evaluate
     from promptkd.pruning import init_student
 
 _HOMES = {
     "check": "promptkd.api",
-    "distill": "promptkd.api",
+    "distill": "promptkd.distillation.distill",
     "train": "promptkd.api",
     "evaluate": "promptkd.evaluation.evaluate",
     "init_student": "promptkd.pruning",

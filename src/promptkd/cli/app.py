@@ -15,7 +15,7 @@ app = typer.Typer(
     help="Distil a large generative language model into a small one.",
 )
 PLACE_ERRORS = (PermissionError, NotADirectoryError, IsADirectoryError, FileExistsError)
-SEVERAL = ("--seeds", "--data", "--calibration", "--metric")
+SEVERAL = ("--seeds", "--data", "--held-out", "--set", "--calibration", "--metric")
 
 
 def show_scores(results: dict[str, Any]) -> None:

@@ -88,6 +88,55 @@ def train(
 
 
 @app.command()
+def distill(
+    teacher: Annotated[str, typer.Option(help="hub id, directory, .gguf file or finished run")],
+    data: Annotated[list[str], typer.Option(help="requests, with reference responses or without")],
+    output: Annotated[Path, typer.Option(help="directory of all stages; the same goes on there")],
+    student: Annotated[str | None, typer.Option(help="its start; else the teacher, pruned")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="of the teacher's, that a pruned student keeps")
+    ] = None,
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="never trained on; without it, a tenth of the data")
+    ] = None,
+    tune_teacher: Annotated[
+        str | None, typer.Option(help="whole | lora: it learns from the references first")
+    ] = None,
+    method: Annotated[str, typer.Option(help="a method's name, or module:function")] = "promptkd",
+    budget: Annotated[
+        str | None, typer.Option(help="such as 90m or 2h: chooses the numbers of steps")
+    ] = None,
+    set: Annotated[
+        list[str] | None,
+        typer.Option(help="key=value: a recipe's key for all stages, or STAGE.key for one"),
+    ] = None,
+) -> None:
+    """The whole path: teacher and requests to a student, scores and a report. Resumable."""
+    if student is not None and layers is not None:
+        raise UserError("--student and --layers are both given. Name a student, or prune one.")
+    if tune_teacher not in (None, "whole", "lora"):
+        raise UserError(f"--tune-teacher is '{tune_teacher}'; known: whole, lora.")
+    from promptkd.config import override
+    from promptkd.distillation.distill import distill as run
+
+    keep_freed_memory()
+    page = run(
+        teacher,
+        data,
+        output,
+        student=student,
+        layers=layers,
+        held_out=held_out,
+        tune_teacher=tune_teacher,  # pyright: ignore[reportArgumentType]
+        method=method,
+        budget_seconds=None if budget is None else _seconds(budget),
+        settings=override({}, set or []),
+        say=typer.echo,
+    )
+    typer.echo(f"report: {page}")
+
+
+@app.command()
 def study(
     file: Annotated[
         Path, typer.Argument(help="YAML file; see docs/study.md", metavar="study.yaml")
@@ -115,3 +164,12 @@ def demo(
 
     keep_freed_memory()
     typer.echo(f"report: {run(output)}")
+
+
+def _seconds(budget: str) -> float:
+    """90s, 90m and 2h in seconds."""
+    number, unit = budget[:-1], budget[-1:]
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    if unit not in units or not number.replace(".", "", 1).isdigit() or float(number) == 0:
+        raise UserError(f"--budget is '{budget}'. Write a number and s, m or h, such as 90m or 2h.")
+    return float(number) * units[unit]

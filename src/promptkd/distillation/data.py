@@ -68,7 +68,7 @@ def read_rows(data: Any, held_out: Any, columns: Any) -> Rows:
             notes.append(f"{len(rows) - len(train)} rows are in the held-out data: not trained on")
     if len(train) < 2:
         raise UserError(
-            f"{len(train)} rows are left to learn from. Bring more requests, or other held-out data."
+            f"{len(train)} rows are left to learn from. Bring more requests, or hold out fewer."
         )
     train, validation = split_by_digest(train, min(NUM_VALIDATION, len(train) // 10 or 1))
     shared = overlap(train, test)

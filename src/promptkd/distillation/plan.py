@@ -23,9 +23,7 @@ CALIBRATION_ROWS = 32
 
 @dataclass(frozen=True)
 class Order:
-    """What the user asks for; ``settings`` are keys of recipes, for all stages or, below the
-    name of a stage, for that one.
-    """
+    """What the user asks for; see ``distill.Asked``."""
 
     teacher: str
     output: Path
@@ -64,9 +62,8 @@ def plan(order: Order, facts: Facts) -> Stages:
     """
     method = build_method(order.method)
     if not facts.has_references:
-        for asked, what in ((order.tune_teacher, "--tune-teacher"), (None, "")):
-            if asked:
-                raise UserError(f"{what} needs a reference response in every row of the data.")
+        if order.tune_teacher:
+            raise UserError("--tune-teacher needs a reference response in every row of the data.")
         if method.needs_references:
             raise UserError(
                 f"--method {order.method} needs a reference response in every row of the data. "
@@ -99,7 +96,9 @@ class _Builder:
         self.stages: Stages = {}
         self.teacher = order.teacher
         self.student = order.student or ""
-        data = {name: str(order.output / "data" / f"{name}.jsonl") for name in ("train", "validation")}
+        data = {
+            name: str(order.output / "data" / f"{name}.jsonl") for name in ("train", "validation")
+        }
         self.common: dict[str, Any] = {
             "data": {**data, "template": "auto", **facts.lengths},
             "sampling": {},
@@ -109,6 +108,7 @@ class _Builder:
         }
         of_all = {key: value for key, value in order.settings.items() if key in self.common}
         self.common = merged(self.common, of_all)
+        self.common["data"].pop("columns", None)  # the split has columns of its own
 
     def check_teacher(self) -> None:
         self._evaluate("teacher-check", {"teacher": self.teacher}, "validation", num_examples=32)
@@ -159,7 +159,11 @@ class _Builder:
         method = {"name": "kd"} if self.facts.has_references else {"name": "seqkd", "kl_share": 0.5}
         self._train(
             "warm-up",
-            {"student": {"model": self.student}, "teacher": {"model": self.teacher}, "method": method},
+            {
+                "student": {"model": self.student},
+                "teacher": {"model": self.teacher},
+                "method": method,
+            },
             self._optimization("warm-up"),
         )
 
@@ -206,9 +210,14 @@ class _Builder:
         }
 
     def _asking(self) -> dict[str, Any]:
-        names = ("template", "max_request_tokens", "max_response_tokens")
-        asked = {name: self.common["data"][name] for name in names if name in self.common["data"]}
-        return {**asked, **self.common["sampling"], "precision": self.common["precision"]}
+        names = ("template", "template_options", "max_request_tokens", "max_response_tokens")
+        decoding = ("temperature", "top_p", "top_k")
+        data, sampling = self.common["data"], self.common["sampling"]
+        return {
+            **{name: data[name] for name in names if name in data},
+            **{name: sampling[name] for name in decoding if name in sampling},
+            "precision": self.common["precision"],
+        }
 
     def _evaluate(self, name: str, models: dict[str, str], rows: str, **more: Any) -> None:
         content = {

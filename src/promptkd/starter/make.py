@@ -52,9 +52,37 @@ class Words:
 
 
 TRAINING = Words(
-    person=tuple(
-        "Ann Ben Carla David Emma Frank Grace Henry Iris Jack Kate Leo Maria Nina Oscar Paul Rosa "
-        "Sam Tina Victor Wendy Alan Julia Martin Sophie Peter Laura Simon Helen George".split()
+    person=(
+        "Ann",
+        "Ben",
+        "Carla",
+        "David",
+        "Emma",
+        "Frank",
+        "Grace",
+        "Henry",
+        "Iris",
+        "Jack",
+        "Kate",
+        "Leo",
+        "Maria",
+        "Nina",
+        "Oscar",
+        "Paul",
+        "Rosa",
+        "Sam",
+        "Tina",
+        "Victor",
+        "Wendy",
+        "Alan",
+        "Julia",
+        "Martin",
+        "Sophie",
+        "Peter",
+        "Laura",
+        "Simon",
+        "Helen",
+        "George",
     ),
     thing=(
         *("keys", "report", "camera", "tickets", "ladder", "guitar", "parcel", "passport"),
@@ -72,7 +100,18 @@ TRAINING = Words(
     ),
 )
 HELD_OUT = Words(
-    person=tuple("Daniel Olivia Thomas Clara Robert Alice Edward Nora Philip Ruth".split()),
+    person=(
+        "Daniel",
+        "Olivia",
+        "Thomas",
+        "Clara",
+        "Robert",
+        "Alice",
+        "Edward",
+        "Nora",
+        "Philip",
+        "Ruth",
+    ),
     thing=("tent", "map", "printer", "red scarf", "bank letter", "violin", "rent receipt"),
     food=("potatoes", "salad", "mushrooms", "apple pie", "coffee"),
     place=("harbour", "theatre", "attic", "bus stop", "hospital"),
@@ -102,7 +141,8 @@ def rows(words: Words, number: int, seed: int) -> list[dict[str, str]]:
 def main() -> None:
     """Write both files."""
     training, held_out = rows(TRAINING, NUM_TRAINING, 0), rows(HELD_OUT, 2 * NUM_HELD_OUT, 1)
-    shared = overlap(*[[Example(r["request"]) for r in part] for part in (training, held_out)])
+    texts = [[Example(r["request"]) for r in part] for part in (training, held_out)]
+    shared = overlap(texts[0], texts[1])
     apart = [r for i, r in enumerate(held_out) if i not in {*shared.exact, *shared.near}]
     for name, part in (("train", training), ("held_out", apart[:NUM_HELD_OUT])):
         text = "".join(json.dumps(r) + "\n" for r in part)
