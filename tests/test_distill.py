@@ -1,6 +1,7 @@
 """The whole path, through the command line: stages, their files, what stops it and goes on."""
 
 import json
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import yaml
 
 import runs
 import tiny
-from promptkd.data import read_examples
+from promptkd.data import overlap, read_examples
 from promptkd.distillation.data import read_rows, to_row
 from promptkd.distillation.plan import Facts, Order, plan
 from promptkd.distillation.teacher_check import verdict
@@ -159,9 +160,9 @@ def test_a_budget_chooses_the_steps_and_says_how(pair, tmp_path):
     typed = [a for a in typed if "max_steps" not in a]
     outcome = runs.run(typed, tmp_path)
     assert outcome.status == 0, outcome.stderr
-    assert "6 steps: 35% of the 60.0 min that are left, at " in outcome.stdout
+    assert "7 steps: 35% of the 60.0 min that are left, at " in outcome.stdout
     assert "no more than 3 epochs" in outcome.stdout
-    assert stages(tmp_path / "out")["warm-up"]["optimization"]["max_steps"] == 6
+    assert stages(tmp_path / "out")["warm-up"]["optimization"]["max_steps"] == 7
 
 
 def test_a_stage_that_is_changed_before_it_runs_runs_as_changed_and_later_not(pair, tmp_path):
@@ -265,3 +266,14 @@ def test_a_teacher_that_does_not_do_the_task_yet_is_to_be_tuned(scores, doubt):
     said = verdict({"scores": means, "reference_tokens": [45, 55]})
     assert doubt in said
     assert ("--tune-teacher" in said) == (doubt != "it does this task")
+
+
+def test_the_packaged_reminders_hold_out_words_that_no_training_row_has():
+    directory = resources.files("promptkd") / "starter" / "reminders"
+    train, held_out = (
+        read_examples(str(directory / f"{name}.jsonl")) for name in ("train", "held_out")
+    )
+    found = overlap(train, held_out)
+    assert (len(train), len(held_out), found.exact, found.near) == (560, 64, (), ())
+    tasks = [{json.loads(e.responses[0])["task"] for e in part} for part in (train, held_out)]
+    assert not tasks[0] & tasks[1]

@@ -158,12 +158,13 @@ def demo(
     output: Annotated[Path, typer.Option(help="directory of the demonstration")] = Path(
         "runs/demo"
     ),
+    seed: Annotated[int, typer.Option(min=0, help="of all its stages")] = 0,
 ) -> None:
     """A real teacher, a real student, start to end on this machine, nothing to configure."""
     from promptkd.demo import demo as run
 
     keep_freed_memory()
-    typer.echo(f"report: {run(output)}")
+    typer.echo(f"report: {run(output, seed)}")
 
 
 def _seconds(budget: str) -> float:

@@ -93,19 +93,18 @@ def _begin(order: Order, data: Any, held_out: Any, say: Say) -> None:
     settings = order.settings.get("data", {})
     columns = validate(ColumnsSection, settings.get("columns", {}), prefix="data.columns.")
     rows = read_rows(data, held_out, columns)
-    record = order.to_dict() | {"content": rows.digest()}
     place = order.output / "order.json"
-    known = read_json(place, [])
-    if known is not None:
-        changed = differences(known, record)
-        if changed:
-            raise UserError(
-                f"{order.output} was begun otherwise ({', '.join(changed)}). Choose another "
-                "output, or change the files in its stages/."
-            )
-        return
-    if order.output.is_dir() and {p.name for p in order.output.iterdir()} - {"data", "stages"}:
+    record, known = order.to_dict() | {"content": rows.digest()}, read_json(place, [])
+    if known is None and _others(order.output):
         raise UserError(f"{order.output} exists and holds something else. Choose another output.")
+    changed = differences((known or {}).get("asked", record), record)
+    if changed:
+        raise UserError(
+            f"{order.output} was begun otherwise ({', '.join(changed)}). Choose another output, or "
+            "change the files in its stages/."
+        )
+    if known is not None and known["planned"]:
+        return
     config = text_config(order.teacher)
     facts = Facts(
         num_layers=config.num_hidden_layers,
@@ -121,9 +120,16 @@ def _begin(order: Order, data: Any, held_out: Any, say: Say) -> None:
         f"{len(rows.train)} rows to learn from, {len(rows.validation)} to choose the student by, "
         f"{len(rows.held_out)} held out: {order.output / 'data'}"
     )
+    write_json(place, {"asked": record, "planned": False})
     rows.write(order.output / "data")
     _write(order.output / "stages", stages)
-    write_json(place, record)
+    write_json(place, {"asked": record, "planned": True})
+
+
+def _others(directory: Path) -> list[Path]:
+    """What is in a directory, an interrupted first file of ours aside."""
+    found = directory.iterdir() if directory.is_dir() else ()
+    return [path for path in found if path.name != ".writing-order.json"]
 
 
 def _write(directory: Path, stages: Stages) -> None:

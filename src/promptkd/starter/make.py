@@ -1,7 +1,7 @@
 """Writes reminders/: sentences that ask for a reminder, and the JSON record of each.
 
 Held-out rows have people, things and places that no training row has, and no request that is
-nearly equal to a training one. Run it from this directory; the same rows come out every time.
+nearly equal to a training one. The same rows come out every time.
 """
 
 import json
@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from promptkd.data import Example, overlap
+from promptkd.files import write_json_lines
 
 NUM_TRAINING, NUM_HELD_OUT = 560, 64
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -145,8 +146,7 @@ def main() -> None:
     shared = overlap(texts[0], texts[1])
     apart = [r for i, r in enumerate(held_out) if i not in {*shared.exact, *shared.near}]
     for name, part in (("train", training), ("held_out", apart[:NUM_HELD_OUT])):
-        text = "".join(json.dumps(r) + "\n" for r in part)
-        (Path(__file__).parent / "reminders" / f"{name}.jsonl").write_text(text)
+        write_json_lines(Path(__file__).parent / "reminders" / f"{name}.jsonl", part)
 
 
 if __name__ == "__main__":
