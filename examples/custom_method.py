@@ -5,7 +5,7 @@ From this directory, or with it on PYTHONPATH, and with the options of the funct
     promptkd train ../recipes/smollm2-135m.yaml method.name=custom_method:confident \
         method.anchor=0.2 output=runs/confident
 
-In Python, ``promptkd.distill(..., method=confident(anchor=0.2))`` is the same.
+In Python, ``promptkd.train(recipe, method=confident(anchor=0.2))`` is the same.
 """
 
 from dataclasses import dataclass

@@ -78,7 +78,8 @@ class Command:
     ):
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
-        whole = dict(os.environ) | dict(environment or {})
+        # one thread: OpenMP's pool doesn't survive the fork that starts the process
+        whole = dict(os.environ) | {"OMP_NUM_THREADS": "1"} | dict(environment or {})
         self.process = _SERVER.Process(
             target=_run, args=(list(arguments), directory, whole, dies_at, largest_file)
         )
@@ -90,7 +91,10 @@ class Command:
 
     def wait(self, seconds: float = 60) -> Outcome:
         self.process.join(seconds)
-        assert self.process.exitcode is not None, "the process hangs"
+        hangs = self.process.exitcode is None
+        if hangs:
+            self.kill()  # else pytest would wait for it at its own end
+        assert not hangs, (self.directory / "stderr").read_text()
         return Outcome(
             self.process.exitcode,
             (self.directory / "stdout").read_text(),

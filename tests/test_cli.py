@@ -192,7 +192,7 @@ def test_init_student_says_what_it_dropped_and_where_the_student_is(command, tmp
     )
 
     record = json.loads((tmp_path / "s" / "pruning.json").read_text())
-    assert f"layers dropped: {record['dropped']} (single)" in text
+    assert f"layers dropped: {record['dropped']} (greedy)" in text
     assert f"teacher {record['loss_whole']:.3f}, student {record['loss_pruned']:.3f}" in text
     assert text.splitlines()[-1] == f"student: {tmp_path / 's'}"
 

@@ -20,6 +20,7 @@ from typer.main import get_command
 import promptkd as pk
 from promptkd.cli import app
 from promptkd.config import CRITERIA, Recipe, recipe_from_dict
+from promptkd.distillation.plan import RATES, STEPS
 from promptkd.evaluation.metrics import METRICS as TEXT_METRICS
 from promptkd.methods import METHODS, build_method
 from tiny import save_pair, write_data
@@ -131,14 +132,23 @@ def test_the_readmes_quickstart_runs(tmp_path, monkeypatch):
     write_data(tmp_path / "train.jsonl", 32)
     write_data(tmp_path / "test.jsonl", 2)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("promptkd.distillation.plan.STEPS", dict.fromkeys(STEPS, (1, 1)))
     written = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", str(teacher))
     assert str(teacher) in written
     names: dict[str, Any] = {}
-    exec(written.replace("(teacher, 20,", "(teacher, 2,"), names)
-    assert names["run"] == Path("runs/promptkd")
-    assert (tmp_path / "runs" / "promptkd" / "student" / "model.safetensors").is_file()
-    assert (tmp_path / "runs" / "promptkd" / "teacher_adapter" / "adapter_config.json").is_file()
+    exec(written.replace("layers=20", "layers=2"), names)
+    run = tmp_path / "runs" / "first" / "promptkd"
+    assert (run / "student" / "model.safetensors").is_file()
+    assert (run / "teacher_adapter" / "adapter_config.json").is_file()
     assert len(names["result"]["scores"]["rouge_l"]["by_seed"]) == 5
+
+
+def test_the_table_of_defaults_says_what_the_code_does():
+    page = (ROOT / "docs" / "defaults.md").read_text()
+    for stage, rate in RATES.items():
+        assert f"| {rate:.0e} |".replace("e-0", "e-") in page, stage
+    for least, most in STEPS.values():
+        assert f"{least} to {most}" in page
 
 
 def test_the_method_of_ones_own_is_a_method_that_a_recipe_can_name(tmp_path, monkeypatch):

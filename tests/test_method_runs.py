@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import runs
 import tiny
-from promptkd.api import distill, train
+from promptkd.api import train
 from promptkd.composition import Method, Term
 from promptkd.config import load_recipe, recipe_from_dict
 from promptkd.errors import UserError
@@ -104,14 +104,9 @@ def test_the_recipe_of_a_run_made_in_python_makes_the_same_run_again(tmp_path):
     tiny.save_pair(tmp_path)
     tiny.write_data(tmp_path / "train.jsonl")
     recipe = tiny.recipe(tmp_path)
-    first = distill(
-        recipe["student"]["model"],
-        recipe["teacher"]["model"],
-        recipe["data"],
-        method=promptkd(length=3, regularizer=0.5),
-        output=tmp_path / "run",
-        optimization=recipe["optimization"],
-    )
+    method = promptkd(length=3, regularizer=0.5)
+    section = {"name": method.name, **method.options}
+    first = train(recipe_from_dict(recipe | {"method": section}), method)
     again = train(load_recipe(first / "recipe.yaml", [f"output={tmp_path / 'again'}"]))
 
     assert runs.result(again) == runs.result(first)

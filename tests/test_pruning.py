@@ -18,10 +18,12 @@ from promptkd.pruning import (
     init_student,
     keep_layers,
     layers_of,
+    losses_without_each,
     only_layers,
     rank_layers,
 )
 from promptkd.rollouts import Rollout
+from promptkd.token_losses import cross_entropies
 
 TOKENS = torch.arange(2, 42).reshape(2, 20)
 
@@ -134,6 +136,33 @@ def test_greedy_search_measures_again_after_every_layer_it_drops():
     assert of_single["loss_without"] == [pytest.approx(first)]
 
 
+@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
+def test_losses_from_shared_lower_layers_are_those_of_whole_passes(architecture):
+    teacher = tiny.model(architecture, num_layers=5)
+    model, texts = tiny.language_model(teacher, tiny.ROWS), own_text(teacher, REQUESTS)
+    kept = [0, 2, 3, 4]
+    shared = dict(losses_without_each(model, texts, kept))
+    naive = {}
+    for layer in kept:
+        with only_layers(teacher, [other for other in kept if other != layer]):
+            naive[layer] = torch.cat(cross_entropies(texts, model, 2048)).mean().item()
+
+    assert shared == pytest.approx(naive, rel=1e-6)
+    assert len(set(naive.values())) == len(kept)
+
+
+def test_a_search_runs_each_layer_below_the_missing_one_once():
+    teacher = tiny.model("llama", num_layers=6)
+    calls = []
+    for layer in layers_of(teacher)[1]:
+        layer.register_forward_hook(lambda *_: calls.append(1))
+    model, texts = tiny.language_model(teacher, tiny.ROWS), own_text(teacher, REQUESTS)
+    calls.clear()
+    list(losses_without_each(model, texts, range(6)))
+    above, once = sum(range(6)), 5
+    assert len(calls) == above + once
+
+
 def test_without_calibration_layers_are_evenly_spaced_and_the_output_loads(tmp_path):
     teacher = tiny.model("qwen2", num_layers=5)
     record = init_student(save(tmp_path / "teacher", teacher), 3, tmp_path / "student")
@@ -167,7 +196,7 @@ def test_with_calibration_the_idle_layer_is_dropped_and_the_losses_are_recorded(
         template="none",
     )
 
-    assert (record["search"], record["dropped"]) == ("single", [2])
+    assert (record["search"], record["dropped"]) == ("greedy", [2])
     assert record["calibration"] == [data]
     assert record["loss_pruned"] == pytest.approx(record["loss_whole"])
 

@@ -2,9 +2,8 @@
 
     import promptkd as pk
 
-    run = pk.distill(student="runs/student-init", teacher="gpt2-xl", data="dolly.jsonl",
-                     method=pk.methods.promptkd(length=7), output="runs/promptkd")
-    scores = pk.evaluate(run, data="self_instruct.jsonl", seeds=(10, 20, 30, 40, 50))
+    pk.distill("gpt2-xl", "dolly.jsonl", "runs/dolly", layers=24)
+    scores = pk.evaluate("runs/dolly/promptkd", "self_instruct.jsonl", seeds=(10, 20, 30, 40, 50))
 
 Every command is a function here; three have a verb in front, since the folders ``report``,
 ``judge`` and ``study`` have their names: ``write_report``, ``judge_responses``, ``run_study``.
@@ -19,9 +18,10 @@ from promptkd.errors import UserError
 
 if TYPE_CHECKING:
     from promptkd import divergences, methods, objectives, rollouts, teachers
-    from promptkd.api import check, distill, train
+    from promptkd.api import check, train
     from promptkd.composition import Method, Term
     from promptkd.config import load_recipe, recipe_from_dict
+    from promptkd.distillation.distill import distill
     from promptkd.evaluation.comparison import compare
     from promptkd.evaluation.evaluate import evaluate
     from promptkd.evaluation.exposure_bias import exposure_bias
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "check": "promptkd.api:check",
     "compare": "promptkd.evaluation.comparison:compare",
-    "distill": "promptkd.api:distill",
+    "distill": "promptkd.distillation.distill:distill",
     "evaluate": "promptkd.evaluation.evaluate:evaluate",
     "exposure_bias": "promptkd.evaluation.exposure_bias:exposure_bias",
     "generate": "promptkd.evaluation.side_by_side:generate",

@@ -1,11 +1,10 @@
 """The library's verbs, as Python functions."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from promptkd.composition import Method
-from promptkd.config import MethodSection, Recipe, recipe_from_dict
+from promptkd.config import MethodSection, Recipe
 from promptkd.methods import build_method
 from promptkd.training.identity import AS_IT_WAS, Resuming
 from promptkd.training.trainer import Trainer
@@ -50,43 +49,6 @@ def check(recipe: Recipe, method: Method | str | None = None) -> dict[str, Any]:
         UserError: for everything that can be known to be wrong before the first step.
     """
     return _trainer(recipe, method).rehearse()
-
-
-def distill(
-    student: str | Path,
-    teacher: str | Path | None,
-    data: str | Sequence[str] | dict[str, Any],
-    *,
-    method: Method | str,
-    output: str | Path,
-    **options: Any,
-) -> Path:
-    """Distil a teacher into a student.
-
-    Args:
-        student: the student's start: hub id, directory, .gguf file or finished run.
-        teacher: the same for the teacher; None for methods without one.
-        data: training data: path, glob or hub id, or several; or the recipe's whole section, as in
-            ``{"train": "dolly.jsonl", "template": "chat"}``.
-        method: from ``promptkd.methods``, or your own composition; or a name, as in a recipe.
-        output: the run directory; a stopped run in it goes on.
-        options: the recipe's other keys, as nested dictionaries (``optimization={"epochs": 1}``).
-
-    Returns:
-        The run directory.
-
-    Raises:
-        UserError: for bad input, in one sentence.
-    """
-    raw: dict[str, Any] = {"optimization": {"epochs": 1}, **options}
-    raw["student"] = {"model": str(student), **raw.get("student", {})}
-    if teacher is not None:
-        raw["teacher"] = {"model": str(teacher)}
-    raw["data"] = data if isinstance(data, dict) else {"train": data}
-    method = build_method(method) if isinstance(method, str) else method
-    raw["method"] = {"name": method.name, **method.options}
-    raw["output"] = str(output)
-    return train(recipe_from_dict(raw), method)
 
 
 def _trainer(

@@ -221,10 +221,18 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         UserError: if the file is missing or not YAML, or a key or value is wrong.
     """
-    keys = read_keys(path, "Recipe")
-    for override in overrides:
-        _apply_override(keys, override)
-    return recipe_from_dict(keys)
+    return recipe_from_dict(override(read_keys(path, "Recipe"), overrides))
+
+
+def override(keys: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """The keys with every ``key=value`` applied, in order.
+
+    Raises:
+        UserError: for one without ``=``, or a key below a value.
+    """
+    for given in overrides:
+        _apply_override(keys, given)
+    return keys
 
 
 def recipe_from_dict(raw: dict[str, Any]) -> Recipe:

@@ -17,7 +17,7 @@ def init_student(
     calibration: Annotated[
         list[str] | None, typer.Option(help="data with responses; without it, evenly spaced")
     ] = None,
-    search: Annotated[str, typer.Option(help="single | greedy (better, slower)")] = "single",
+    search: Annotated[str, typer.Option(help="greedy | single (quicker, worse)")] = "greedy",
     template: Annotated[str, typer.Option(help="as data.template in a recipe")] = "auto",
     rows: Annotated[int, typer.Option(min=1, help="calibration rows used")] = 32,
 ) -> None:
@@ -89,6 +89,55 @@ def train(
 
 
 @app.command()
+def distill(
+    teacher: Annotated[str, typer.Option(help="hub id, directory, .gguf file or finished run")],
+    data: Annotated[list[str], typer.Option(help="requests, with reference responses or without")],
+    output: Annotated[Path, typer.Option(help="directory of all stages; the same goes on there")],
+    student: Annotated[str | None, typer.Option(help="its start; else the teacher, pruned")] = None,
+    layers: Annotated[
+        int | None, typer.Option(min=1, help="of the teacher's, that a pruned student keeps")
+    ] = None,
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="never trained on; without it, a tenth of the data")
+    ] = None,
+    tune_teacher: Annotated[
+        str | None, typer.Option(help="whole | lora: it learns from the references first")
+    ] = None,
+    method: Annotated[str, typer.Option(help="a method's name, or module:function")] = "promptkd",
+    budget: Annotated[
+        str | None, typer.Option(help="such as 90m or 2h: chooses the numbers of steps")
+    ] = None,
+    set: Annotated[
+        list[str] | None,
+        typer.Option(help="key=value: a recipe's key for all stages, or STAGE.key for one"),
+    ] = None,
+) -> None:
+    """The whole path: teacher and requests to a student, scores and a report. Resumable."""
+    if student is not None and layers is not None:
+        raise UserError("--student and --layers are both given. Name a student, or prune one.")
+    if tune_teacher not in (None, "whole", "lora"):
+        raise UserError(f"--tune-teacher is '{tune_teacher}'; known: whole, lora.")
+    from promptkd.config import override
+    from promptkd.distillation.distill import distill as run
+
+    keep_freed_memory()
+    page = run(
+        teacher,
+        data,
+        output,
+        student=student,
+        layers=layers,
+        held_out=held_out,
+        tune_teacher=tune_teacher,  # pyright: ignore[reportArgumentType]
+        method=method,
+        budget_seconds=None if budget is None else _seconds(budget),
+        settings=override({}, set or []),
+        say=typer.echo,
+    )
+    typer.echo(f"report: {page}")
+
+
+@app.command()
 def study(
     file: Annotated[
         Path, typer.Argument(help="YAML file; see docs/study.md", metavar="study.yaml")
@@ -110,9 +159,19 @@ def demo(
     output: Annotated[Path, typer.Option(help="directory of the demonstration")] = Path(
         "runs/demo"
     ),
+    seed: Annotated[int, typer.Option(min=0, help="of all its stages")] = 0,
 ) -> None:
     """A real teacher, a real student, start to end on this machine, nothing to configure."""
     from promptkd.demo import demo as run
 
     keep_freed_memory()
-    typer.echo(f"report: {run(output)}")
+    typer.echo(f"report: {run(output, seed)}")
+
+
+def _seconds(budget: str) -> float:
+    """90s, 90m and 2h in seconds."""
+    number, unit = budget[:-1], budget[-1:]
+    units = {"s": 1.0, "m": 60.0, "h": 3600.0}
+    if unit not in units or not number.replace(".", "", 1).isdigit() or float(number) == 0:
+        raise UserError(f"--budget is '{budget}'. Write a number and s, m or h, such as 90m or 2h.")
+    return float(number) * units[unit]

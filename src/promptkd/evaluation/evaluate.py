@@ -36,6 +36,7 @@ class Asked(TypedDict, total=False):
     """
 
     template: str | None
+    template_options: Mapping[str, Any] | None
     max_request_tokens: int | None
     max_response_tokens: int | None
     temperature: float | None

@@ -203,16 +203,28 @@ def _quietly() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def dtype_of(name: str) -> torch.dtype:
-    """What a model's weights came in; fp32 where nothing says so."""
+def text_config(name: str) -> Any:
+    """The configuration of a model's text part; a LoRA has its base's.
+
+    Raises:
+        UserError: if there is no such model.
+    """
     arguments = _location(name)
-    if "gguf_file" in arguments:
-        return torch.float32
     directory = Path(arguments["pretrained_model_name_or_path"])
     if (directory / "adapter_config.json").is_file():
         base = peft.PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
-        return dtype_of(base) if base else torch.float32
-    dtype = AutoConfig.from_pretrained(**arguments).get_text_config().dtype
+        return text_config(base or name)
+    try:
+        return AutoConfig.from_pretrained(**arguments).get_text_config()
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_no_model(name, error)) from None
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """What a model's weights came in; fp32 where nothing says so."""
+    if "gguf_file" in _location(name):
+        return torch.float32
+    dtype = text_config(name).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 

@@ -28,6 +28,7 @@ FIXED = (
     "evaluation.metric",
 )
 """Never differ: checkpoints hold them, or states that belong to them."""
+COMPOSITION = "method.composition"
 LONGEST_VALUE = 80
 
 
@@ -69,7 +70,7 @@ class Change:
         return self.key in GROWING and numbers and self.after > self.before
 
     def __str__(self) -> str:
-        if self.key == "method":
+        if self.key == COMPOSITION:
             return "method, composed otherwise under the same name"
         return f"{self.key} {_short(self.before)} -> {_short(self.after)}"
 
@@ -89,9 +90,9 @@ def changes(recorded: dict[str, Any], own: dict[str, Any]) -> list[Change]:
     >>> [str(change) for change in changes(first, second)]
     ['seed 0 -> 1']
     """
-    found = _differences(recorded["recipe"], own["recipe"])
+    found = differences(recorded["recipe"], own["recipe"])
     if recorded["method"] != own["method"] and not any(c.key.startswith("method") for c in found):
-        found.append(Change("method", recorded["method"], own["method"]))
+        found.append(Change(COMPOSITION, recorded["method"], own["method"]))
     return found
 
 
@@ -119,12 +120,13 @@ def check(found: list[Change], resuming: Resuming, place: str) -> None:
     )
 
 
-def _differences(recorded: dict[str, Any], own: dict[str, Any], prefix: str = "") -> list[Change]:
+def differences(recorded: dict[str, Any], own: dict[str, Any], prefix: str = "") -> list[Change]:
+    """Dotted keys whose values differ."""
     found: list[Change] = []
     for key in sorted(recorded.keys() | own.keys()):
         first, second = recorded.get(key), own.get(key)
         if isinstance(first, dict) and isinstance(second, dict):
-            found += _differences(first, second, f"{prefix}{key}.")
+            found += differences(first, second, f"{prefix}{key}.")
         elif first != second:
             found.append(Change(f"{prefix}{key}", first, second))
     return found
