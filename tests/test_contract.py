@@ -143,6 +143,10 @@ def test_another_seed_gives_another_run(pairs, tmp_path, name):
     assert losses[0] != losses[1]
 
 
+class Killed(Exception):
+    """The process ends here."""
+
+
 @dataclass(frozen=True)
 class KilledOnce:
     """Another source that dies in the fourth step, unless it left its mark already."""
@@ -165,7 +169,7 @@ class KilledOnce:
     def write(self, batch, writers, state):
         if writers.step == 3 and not Path(self.mark).exists():
             Path(self.mark).touch()
-            raise KeyboardInterrupt
+            raise Killed
         return self.source.write(batch, writers, state)
 
     def observe(self, validation_loss, state):
@@ -185,7 +189,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(pairs, tmp_path, n
     train(recipe(pairs["llama"], tmp_path / "whole", options_of(name), **options), method)
     mark.unlink()
     stopped = recipe(pairs["llama"], tmp_path / "stopped", options_of(name), **options)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         train(stopped, method)
     saved = saved_checkpoints(tmp_path / "stopped/checkpoints")
     assert [path.name for path in saved] == ["step-000002"]

@@ -187,7 +187,7 @@ def test_another_order_or_other_data_in_the_same_directory_is_refused(whole, pai
     assert "layers 2 -> 1" in other.stderr
     other = runs.run(arguments(pair, output, "--layers", 2, data="requests.jsonl"), tmp_path)
     assert other.status == 1
-    assert "content" in other.stderr
+    assert "digest of the data" in other.stderr
 
 
 @pytest.mark.parametrize(

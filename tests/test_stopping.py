@@ -271,5 +271,5 @@ def test_an_output_with_a_name_too_long_ends_in_a_sentence(pair, tmp_path):
     outcome = runs.run(["train", runs.write_recipe(tmp_path, raw)], tmp_path)
 
     assert outcome.status == 1
-    assert "File name too long. Name another place." in outcome.stderr
+    assert "File name too long. Name a shorter one." in outcome.stderr
     assert "Traceback" not in outcome.stderr

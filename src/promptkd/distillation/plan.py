@@ -23,7 +23,7 @@ CALIBRATION_ROWS = 32
 
 @dataclass(frozen=True)
 class Order:
-    """What the user asks for; see ``distill.Asked``."""
+    """What the user asks for; see ``distill.Choices``."""
 
     teacher: str
     output: Path

@@ -56,7 +56,10 @@ def size_and_speed(model: str, data: str, asked: Mapping[str, Any]) -> dict[str,
     tokenizer = load_tokenizer(model)
     loaded = load_language_model(model, asked.get("precision", "auto"))
     encoder = Encoder(
-        tokenizer, asked.get("template", "auto"), asked.get("max_request_tokens", 256), 10**6
+        tokenizer,
+        asked.get("template", "auto"),
+        max_request_tokens=asked.get("max_request_tokens", 256),
+        max_response_tokens=10**6,
     )
     examples = evaluation_set(read_examples(data), encoder).examples
     requests = [example.request_ids for example in examples[:TIMED_REQUESTS]]

@@ -12,7 +12,7 @@ from typing import Any, TypedDict, Unpack
 from tqdm import tqdm
 
 from promptkd.config import ColumnsSection, Recipe, load_recipe
-from promptkd.data import Encoder, date_of_run, evaluation_set, read_examples
+from promptkd.data import Encoder, Example, date_of_run, evaluation_set, read_examples
 from promptkd.errors import UserError
 from promptkd.evaluation.metrics import check_metrics
 from promptkd.evaluation.results import Evaluation, save_evaluation
@@ -20,11 +20,8 @@ from promptkd.evaluation.scorer import Scorer
 from promptkd.evaluation.suites import PAPER_SEEDS, listed, suite_of_files
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
-from promptkd.models.loading import (
-    check_context,
-    load_tokenizer,
-    stop_ids,
-)
+from promptkd.models.language_model import LanguageModel
+from promptkd.models.loading import check_context, load_tokenizer, stop_ids
 from promptkd.models.vocabularies import load_pair, same_tokenizer
 
 
@@ -106,15 +103,14 @@ def evaluate(
 
     Args:
         run_or_model: a run's directory, or a model as ``load_model`` takes it.
-        data: path, glob or hub id; several are scored one by one, each under its own name. A
-            mapping of names to such is a suite; a list in it makes one data set.
+        data: path, glob or hub id; several are scored one by one. A mapping of names to such is a
+            suite; a list in it makes one data set.
         seeds: decoding seeds; one response per request each.
         num_examples: only the first ones of each data set.
-        teacher: also measure KL(student || teacher) on the student's responses, in nats per token;
-            a run's own teacher if not given and its tokenizer is the student's, "" for none.
+        teacher: to measure KL(student || teacher), nats per token; a run's own if not given, ""
+            for none.
         output: directory; ``RUN/evaluation`` by default, needed for a bare model.
-        metrics: computed beside ROUGE-L and exact match: names of ``metrics.METRICS``,
-            ``distinct_N``, ``NAME@K`` for pass@k, or ``module:function``.
+        metrics: beside ROUGE-L and exact match: docs/metrics.md.
         asked: template, lengths, sampling and precision: see ``Asked``.
 
     Returns:
@@ -132,45 +128,87 @@ def evaluate(
         key: read_examples(listed(own), protocol.columns)[:num_examples]
         for key, own in suite.items()
     }
-    tokenizer = load_tokenizer(name)
-    if teacher is None and recipe and recipe.teacher:
-        own = recipe.teacher.model
-        teacher = own if same_tokenizer(tokenizer, load_tokenizer(own)) else ""
-    encoder = protocol.encoder(tokenizer, date_of_run(run))
-    student, teacher_model = load_pair(name, teacher or None, tokenizer, protocol.precision)
-    limits = encoder.max_request_tokens, encoder.max_response_tokens
-    check_context(student.module.config, *limits, name)
-    stop = sorted({*stop_ids(tokenizer, student.module), encoder.eos_token_id})
-    engine = TransformersEngine(student, stop)
+    voices = _load(name, teacher, recipe, protocol)
     results = {}
     for of_suite, rows in examples.items():
-        scorer = Scorer(
-            data=evaluation_set(rows, encoder),
-            tokenizer=tokenizer,
-            stop=stop,
-            decoding=protocol.decoding,
-            metrics=tuple(metrics),
-        )
-        shown = tqdm(seeds, unit="seed", desc="responses")
-        scores, predictions = scorer.score(engine, student, teacher_model, shown)
-        evaluation = Evaluation(
-            name=of_suite,
-            model=name,
-            teacher=teacher or None,
-            data=tuple(listed(suite[of_suite])),
-            num_examples=len(scorer.data),
-            num_cut_requests=scorer.data.num_cut_requests,
-            template=encoder.template,
-            max_request_tokens=encoder.max_request_tokens,
-            decoding=protocol.decoding.to_dict(),
-            seeds=tuple(seeds),
-            dtype=str(student.dtype).removeprefix("torch."),
-            scores=scores,
-            predictions=tuple(predictions),
-        )
+        scored = _score(voices, rows, protocol, tuple(metrics), seeds)
+        files = tuple(listed(suite[of_suite]))
+        evaluation = Evaluation(name=of_suite, model=name, data=files, **scored)
         save_evaluation(Path(output) if output is not None else run / "evaluation", evaluation)
         results[of_suite] = evaluation.to_dict()
     return next(iter(results.values())) if isinstance(data, str) else results
+
+
+@dataclass(frozen=True)
+class Voices:
+    """The model that is scored, its tokenizer and encoder, and the teacher it is compared with."""
+
+    student: LanguageModel
+    teacher: LanguageModel | None
+    teacher_name: str | None
+    tokenizer: Any
+    encoder: Encoder
+
+    @property
+    def stop(self) -> list[int]:
+        return sorted({*stop_ids(self.tokenizer, self.student.module), self.encoder.eos_token_id})
+
+
+def _load(name: str, teacher: str | None, recipe: Recipe | None, protocol: Protocol) -> Voices:
+    tokenizer = load_tokenizer(name)
+    if teacher is None:
+        teacher = _teacher_of(recipe, tokenizer)
+    encoder = protocol.encoder(tokenizer, date_of_run(Path(name)))
+    student, teacher_model = load_pair(name, teacher or None, tokenizer, protocol.precision)
+    limits = encoder.max_request_tokens, encoder.max_response_tokens
+    check_context(student.module.config, *limits, name)
+    return Voices(
+        student,
+        teacher_model,
+        teacher_name=teacher or None,
+        tokenizer=tokenizer,
+        encoder=encoder,
+    )
+
+
+def _score(
+    voices: Voices,
+    rows: Sequence[Example],
+    protocol: Protocol,
+    metrics: tuple[str, ...],
+    seeds: Sequence[int],
+) -> dict[str, Any]:
+    """What an evaluation says of one data set's responses, and of how they were asked for."""
+    scorer = Scorer(
+        data=evaluation_set(rows, voices.encoder),
+        tokenizer=voices.tokenizer,
+        stop=voices.stop,
+        decoding=protocol.decoding,
+        metrics=metrics,
+    )
+    engine = TransformersEngine(voices.student, voices.stop)
+    shown = tqdm(seeds, unit="seed", desc="responses")
+    scores, predictions = scorer.score(engine, voices.student, voices.teacher, shown)
+    return {
+        "teacher": voices.teacher_name,
+        "num_examples": len(scorer.data),
+        "num_cut_requests": scorer.data.num_cut_requests,
+        "template": voices.encoder.template,
+        "max_request_tokens": voices.encoder.max_request_tokens,
+        "decoding": protocol.decoding.to_dict(),
+        "seeds": tuple(seeds),
+        "dtype": str(voices.student.dtype).removeprefix("torch."),
+        "scores": scores,
+        "predictions": tuple(predictions),
+    }
+
+
+def _teacher_of(recipe: Recipe | None, tokenizer: Any) -> str:
+    """The run's teacher, if its tokens are the student's; else none."""
+    if recipe is None or recipe.teacher is None:
+        return ""
+    own = recipe.teacher.model
+    return own if same_tokenizer(tokenizer, load_tokenizer(own)) else ""
 
 
 def _recipe_of(run: Path, output: str | Path | None) -> Recipe | None:

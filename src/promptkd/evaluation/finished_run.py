@@ -39,6 +39,17 @@ class FinishedRun:
     def dtype(self) -> str:
         return str(self.student.dtype).removeprefix("torch.")
 
+    def protocol(self, decoding: GenerationSettings) -> dict[str, Any]:
+        """How the models were asked, as results record it."""
+        return {
+            "run": str(self.directory),
+            "teacher": self.teacher_name,
+            "template": self.encoder.template,
+            "max_request_tokens": self.encoder.max_request_tokens,
+            "decoding": decoding.to_dict(),
+            "dtype": self.dtype,
+        }
+
     def decoding(self, no_repeat_ngram_size: int = 0) -> GenerationSettings:
         """The run's own: as it sampled in training and validation, where nothing is blocked."""
         return replace(

@@ -40,6 +40,8 @@ from promptkd.rollouts import Rollout, reference_rollouts
 from promptkd.teachers import load_soft_prompt, prompt_vectors
 from promptkd.token_losses import Reader, token_losses
 
+MICRO_BATCH_TOKENS = 4096
+"""Tokens per forward pass, padding included."""
 TOKENS_AT_ONCE = 16384
 """Embeddings compared in one piece; bounds the memory, not the result."""
 
@@ -64,6 +66,9 @@ TABLE_4_KLS = {
 }
 
 
+PARTS = ("table_4", "differences", "drift", "responses")
+
+
 @dataclass(frozen=True)
 class Cast:
     """Everybody who is compared: the run's models, its first student, and the soft prompt."""
@@ -72,7 +77,7 @@ class Cast:
     first_student: LanguageModel
     soft_prompt: Float[Tensor, "length width"]
 
-    def nats(self, rollouts: Sequence[Rollout], micro_batch_tokens: int) -> dict[str, list[Tensor]]:
+    def nats(self, rollouts: Sequence[Rollout]) -> dict[str, list[Tensor]]:
         """Every KL of the analysis at every response token, rollout by rollout.
 
         The key of KL(a || b) is ``a|b``, with a and b out of first, final, plain and prompted.
@@ -98,7 +103,7 @@ class Cast:
                 "prompted": Reader(teacher, self.soft_prompt),
             },
             losses,
-            micro_batch_tokens,
+            MICRO_BATCH_TOKENS,
         )
 
 
@@ -112,22 +117,17 @@ def prompt_analysis(
     num_shown: int = 4,
     seed: int = 10,
     precision: str = "fp32",
-    micro_batch_tokens: int = 4096,
 ) -> dict[str, Any]:
     """Analyse the soft prompt of a finished run and save ``RUN/prompt_analysis.json``.
 
     Args:
         run: its directory.
-        data: held-out requests: path, glob or hub id, or several; the run's validation data if
-            not given. The training requests are the run's own.
-        method: what the run was made with, if it was composed in Python: the recipe doesn't hold
-            the options then. Where the prompt started is read off it.
+        data: held-out requests; the run's validation data if not given.
+        method: what the run was made with, if it was composed in Python.
         num_examples: the first ones of either set; the paper takes 1,000.
         num_neighbours: tokens named for each vector.
-        num_shown: requests of either set whose responses are kept.
-        seed: of the responses.
+        num_shown: requests of either set whose responses, drawn with ``seed``, are kept.
         precision: auto | bf16 | fp32, of the models' matrices; KLs are computed in fp32.
-        micro_batch_tokens: padded tokens per forward pass.
 
     Returns:
         What the file holds; its ``definition`` says what each number is.
@@ -141,59 +141,46 @@ def prompt_analysis(
     first = load_language_model(finished.recipe.student.model, precision)
     first = replace(first, vocabulary=finished.student.vocabulary)
     cast = Cast(finished, first, final)
-    columns = finished.recipe.data.columns
-    examples = read_examples(finished.recipe.data.train, columns)
-    trained = training_set(examples, finished.encoder)
-    sets = {"train": Dataset(trained.examples[:num_examples])}
     sources = [data] if isinstance(data, str) else list(data or finished.recipe.data.validation)
-    if sources:
-        held_out = read_examples(sources, columns)[:num_examples]
-        sets["validation"] = evaluation_set(held_out, finished.encoder)
-    parts: dict[str, list[dict[str, Any]]] = {
-        "table_4": [],
-        "differences": [],
-        "drift": [],
-        "responses": [],
-    }
-    for name, dataset in sets.items():
-        for part, rows in _analyse_set(
-            cast, name, dataset, seed, num_shown, micro_batch_tokens
-        ).items():
-            parts[part] += rows
-    result = {
-        "run": str(run),
-        "teacher": finished.teacher_name,
+    sets = _requests(finished, sources, num_examples)
+    analysed = [_analyse_set(cast, name, own, seed, num_shown) for name, own in sets.items()]
+    result = finished.protocol(finished.decoding()) | {
         "first_student": finished.recipe.student.model,
         "method": repr(method),
         "data": {"train": list(finished.recipe.data.train), "validation": sources},
         "num_examples": {name: len(dataset) for name, dataset in sets.items()},
         "seed": seed,
-        "template": finished.encoder.template,
-        "decoding": finished.decoding().to_dict(),
-        "dtype": finished.dtype,
         "definition": DEFINITION,
-        "vectors": describe_vectors(
-            initial, final, finished.teacher, finished.tokenizer, num_neighbours
-        ),
-        **parts,
+        "vectors": describe_vectors(initial, final, finished, num_neighbours),
+        **{part: [row for own in analysed for row in own[part]] for part in PARTS},
     }
     write_json(Path(run) / "prompt_analysis.json", result)
     return result
 
 
+def _requests(run: FinishedRun, sources: list[str], num_examples: int) -> dict[str, Dataset]:
+    """The first training requests, and held-out ones where there are any."""
+    columns = run.recipe.data.columns
+    trained = training_set(read_examples(run.recipe.data.train, columns), run.encoder)
+    sets = {"train": Dataset(trained.examples[:num_examples])}
+    if sources:
+        held_out = read_examples(sources, columns)[:num_examples]
+        sets["validation"] = evaluation_set(held_out, run.encoder)
+    return sets
+
+
 def describe_vectors(
     initial: Float[Tensor, "length width"],
     final: Float[Tensor, "length width"],
-    model: LanguageModel,
-    tokenizer: Any,
+    run: FinishedRun,
     num_neighbours: int,
 ) -> list[dict[str, Any]]:
     """One row per vector of the prompt: its nearest tokens, and how far it is from its start."""
-    cosines, distances = compare_with_tokens(final, model)
-    _, from_start = compare_with_tokens(initial, model)
+    cosines, distances = compare_with_tokens(final, run.teacher)
+    _, from_start = compare_with_tokens(initial, run.teacher)
 
     def token(i: int) -> dict[str, Any]:
-        return {"id": i, "token": tokenizer.convert_ids_to_tokens(i)}
+        return {"id": i, "token": run.tokenizer.convert_ids_to_tokens(i)}
 
     def nearest(values: Tensor, name: str, largest: bool) -> list[dict[str, Any]]:
         found = values.topk(min(num_neighbours, len(values)), largest=largest)
@@ -237,7 +224,7 @@ def compare_with_tokens(
 
 
 def _analyse_set(
-    cast: Cast, name: str, data: Dataset, seed: int, num_shown: int, micro_batch_tokens: int
+    cast: Cast, name: str, data: Dataset, seed: int, num_shown: int
 ) -> dict[str, list[dict[str, Any]]]:
     """The rows of one set of requests, by part of the result."""
     run, decoding = cast.run, cast.run.decoding()
@@ -256,7 +243,7 @@ def _analyse_set(
         forced["reference"] = reference_rollouts(data.examples)
     table, differences, drift = [], [], []
     for whose, rollouts in forced.items():
-        nats = cast.nats(rollouts, micro_batch_tokens)
+        nats = cast.nats(rollouts)
         sums = {key: [values.sum().item() for values in rows] for key, rows in nats.items()}
         counts = [len(rollout.response_ids) for rollout in rollouts]
         where = {"data": name, "responses": whose}
@@ -272,7 +259,16 @@ def _analyse_set(
         )
     for row in differences:
         row |= _text_differences(predictions["plain"], predictions["prompted"])
-    shown = [
+    shown = _shown(name, predictions, num_shown)
+    return {"table_4": table, "differences": differences, "drift": drift, "responses": shown}
+
+
+def _shown(
+    name: str, predictions: Mapping[str, Sequence[Prediction]], num_shown: int
+) -> list[dict[str, Any]]:
+    """The first requests with what everybody responds."""
+    authors = (predictions[author][:num_shown] for author in ("plain", "prompted", "student"))
+    return [
         {
             "data": name,
             "index": plain.index,
@@ -282,12 +278,8 @@ def _analyse_set(
             "prompted_teacher": prompted.response,
             "student": student.response,
         }
-        for plain, prompted, student in zip(
-            *(predictions[author][:num_shown] for author in ("plain", "prompted", "student")),
-            strict=True,
-        )
+        for plain, prompted, student in zip(*authors, strict=True)
     ]
-    return {"table_4": table, "differences": differences, "drift": drift, "responses": shown}
 
 
 def _key(name: str, voice: str) -> str:

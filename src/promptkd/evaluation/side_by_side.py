@@ -1,5 +1,6 @@
 """Teacher, adapted teacher and student, side by side on one request."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,6 @@ def generate(
     if not (run / "student").is_dir() or not (run / "recipe.yaml").is_file():
         raise UserError(f"{run} is not a finished run: it has no student/. Name a run directory.")
     recipe = load_recipe(run / "recipe.yaml")
-    device = default_device()
-    dtype = compute_dtype(recipe.precision, device)
     decoding = GenerationSettings.of_recipe(recipe)
     if temperature is not None:
         decoding = replace(decoding, temperature=temperature)
@@ -65,24 +64,37 @@ def generate(
     for author, name, adapter in voices:
         tokenizer = load_tokenizer(name)
         encoder = Encoder.of_recipe(recipe, tokenizer, date=date_of_run(run))
-        module: Any = load_model(name, dtype, device)
-        kind = peft.PeftConfig.from_pretrained(str(adapter)).peft_type if adapter else None
-        if kind == peft.PeftType.LORA:
-            module = peft.PeftModel.from_pretrained(module, str(adapter)).merge_and_unload()
-        model = proven(LanguageModel(module, embedding_rows(module), dtype), name)
-        front: dict[str, Any] = {}
-        if adapter and kind == peft.PeftType.PROMPT_TUNING:
-            front["soft_prompt"] = load_soft_prompt(adapter).to(device)
-        if adapter and kind == peft.PeftType.PREFIX_TUNING:
-            front["prefix"] = load_prefix(model, adapter)
-        stop = {*stop_ids(tokenizer, module), encoder.eos_token_id}
+        model, front = _load_voice(name, adapter, recipe.precision)
+        stop = {*stop_ids(tokenizer, model.module), encoder.eos_token_id}
         engine = TransformersEngine(model, sorted(stop))
         ids = encoder.request_ids(Example(request, input))
-        if len(ids) > encoder.max_request_tokens:
-            raise UserError(
-                f"The request has {len(ids)} tokens, and this run was made for at most "
-                f"{encoder.max_request_tokens} (data.max_request_tokens). Shorten it."
-            )
+        _check_length(ids, encoder.max_request_tokens)
         written = engine.generate([ids], [(seed,)], decoding, **front)[0]
         responses[author] = tokenizer.decode(written.token_ids, skip_special_tokens=True).strip()
     return responses
+
+
+def _load_voice(
+    name: str, adapter: Path | None, precision: str
+) -> tuple[LanguageModel, dict[str, Any]]:
+    """A model with its adapter, and what stands in front of its requests."""
+    device = default_device()
+    dtype = compute_dtype(precision, device)
+    module: Any = load_model(name, dtype, device)
+    kind = peft.PeftConfig.from_pretrained(str(adapter)).peft_type if adapter else None
+    if kind == peft.PeftType.LORA:
+        module = peft.PeftModel.from_pretrained(module, str(adapter)).merge_and_unload()
+    model = proven(LanguageModel(module, embedding_rows(module), dtype), name)
+    if adapter and kind == peft.PeftType.PROMPT_TUNING:
+        return model, {"soft_prompt": load_soft_prompt(adapter).to(device)}
+    if adapter and kind == peft.PeftType.PREFIX_TUNING:
+        return model, {"prefix": load_prefix(model, adapter)}
+    return model, {}
+
+
+def _check_length(request_ids: Sequence[int], at_most: int) -> None:
+    if len(request_ids) > at_most:
+        raise UserError(
+            f"The request has {len(request_ids)} tokens, and this run was made for at most "
+            f"{at_most} (data.max_request_tokens). Shorten it."
+        )

@@ -44,7 +44,7 @@ class Authors:
         self, model: LanguageModel, tokenizer: Any, examples: Sequence[Example]
     ) -> None:
         self._co_author = model
-        self._teacher = TeacherAuthor(model, tokenizer, examples, self)
+        self._teacher = TeacherAuthor(model, tokenizer, examples, authors=self)
 
     @cached_property
     def _together(self) -> TransformersEngine:
@@ -60,7 +60,13 @@ class Authors:
             examples: Sequence[EncodedExample], responses: Sequence[Response], author: str
         ) -> list[Rollout]:
             return [
-                Rollout(e.index, e.request_ids, r.token_ids, author, r.annotations())
+                Rollout(
+                    e.index,
+                    e.request_ids,
+                    r.token_ids,
+                    author=author,
+                    annotations=r.annotations(),
+                )
                 for e, r in zip(examples, responses, strict=True)
             ]
 

@@ -161,9 +161,9 @@ class TransformersEngine:
         past = None if prefix is None else prefix.cache(len(requests))
         tokens, mask = left_pad(requests, model.device)
         capacity = tokens.shape[1] + decoding.max_new_tokens
-        authors = [_Author(model, products, soft_prompt, past, capacity)]
+        authors = [_Author(model, products, capacity, soft_prompt=soft_prompt, past=past)]
         if co_author:
-            authors.append(_Author(co_author.model, products, None, None, capacity))
+            authors.append(_Author(co_author.model, products, capacity))
         history = tokens.masked_fill(~mask, PADDING)  # padding is part of no n-gram
         rows = torch.arange(len(tokens), device=model.device)  # which request each live row answers
         token_ids: list[list[int]] = [[] for _ in requests]
@@ -224,9 +224,10 @@ class _Author:
         self,
         model: LanguageModel,
         products: GenerationMatmuls,
-        soft_prompt: Tensor | None,
-        past: DynamicCache | None,
         capacity: int,
+        *,
+        soft_prompt: Tensor | None = None,
+        past: DynamicCache | None = None,
     ):
         self.model = model
         self.products = products

@@ -253,9 +253,14 @@ class Step:
             for batch in cut:
                 packed = self.student.packs(batch.tokens.shape[1])
                 positions = batch.num_tokens if packed else batch.tokens.numel()
-                adaptation_weight = 1 / adapting if term.objective.needs_teacher else 0.0
-                weights = term.weight / count, adaptation_weight
-                pieces.append(Piece(term, batch, positions, *weights))
+                piece = Piece(
+                    term,
+                    batch,
+                    num_positions=positions,
+                    weight=term.weight / count,
+                    adaptation_weight=1 / adapting if term.objective.needs_teacher else 0.0,
+                )
+                pieces.append(piece)
         real = sum(piece.batch.num_tokens for piece in pieces)
         seen = sum(piece.num_positions for piece in pieces)
         return pieces, StepMetrics(Cost(device), adapting, padding_share=1 - real / seen)

@@ -70,7 +70,9 @@ class Trainer:
         self.validator = (
             Validator(self.parts, self.ranks, metric) if self.parts.validation else None
         )
-        self.take_step = TrainingStep(recipe, method, self.parts, self.sources, self.ranks)
+        self.take_step = TrainingStep(
+            recipe, method, setup=self.parts, sources=self.sources, ranks=self.ranks
+        )
         self.state = RunState(self.parts, self.best, self.sources)
 
     def say(self, sentence: str) -> None:

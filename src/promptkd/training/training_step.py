@@ -20,7 +20,13 @@ class TrainingStep:
     """
 
     def __init__(
-        self, recipe: Recipe, method: Method, setup: Setup, sources: SourceStates, ranks: Ranks
+        self,
+        recipe: Recipe,
+        method: Method,
+        *,
+        setup: Setup,
+        sources: SourceStates,
+        ranks: Ranks,
     ):
         self._recipe, self._method = recipe, method
         self._setup, self._sources, self._ranks = setup, sources, ranks
