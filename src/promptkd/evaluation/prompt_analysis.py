@@ -138,6 +138,7 @@ def prompt_analysis(
     finished = load_run(run, "an analysis of the prompt", precision=precision)
     method = _method_of(finished, method)
     initial, final = _soft_prompts(finished, method)
+    speaker = finished.teacher, finished.tokenizer
     first = load_language_model(finished.recipe.student.model, precision)
     first = replace(first, vocabulary=finished.student.vocabulary)
     cast = Cast(finished, first, final)
@@ -151,7 +152,7 @@ def prompt_analysis(
         "num_examples": {name: len(dataset) for name, dataset in sets.items()},
         "seed": seed,
         "definition": DEFINITION,
-        "vectors": describe_vectors(initial, final, finished, num_neighbours),
+        "vectors": describe_vectors(initial, final, *speaker, num_neighbours),
         **{part: [row for own in analysed for row in own[part]] for part in PARTS},
     }
     write_json(Path(run) / "prompt_analysis.json", result)
@@ -172,15 +173,16 @@ def _requests(run: FinishedRun, sources: list[str], num_examples: int) -> dict[s
 def describe_vectors(
     initial: Float[Tensor, "length width"],
     final: Float[Tensor, "length width"],
-    run: FinishedRun,
+    model: LanguageModel,
+    tokenizer: Any,
     num_neighbours: int,
 ) -> list[dict[str, Any]]:
     """One row per vector of the prompt: its nearest tokens, and how far it is from its start."""
-    cosines, distances = compare_with_tokens(final, run.teacher)
-    _, from_start = compare_with_tokens(initial, run.teacher)
+    cosines, distances = compare_with_tokens(final, model)
+    _, from_start = compare_with_tokens(initial, model)
 
     def token(i: int) -> dict[str, Any]:
-        return {"id": i, "token": run.tokenizer.convert_ids_to_tokens(i)}
+        return {"id": i, "token": tokenizer.convert_ids_to_tokens(i)}
 
     def nearest(values: Tensor, name: str, largest: bool) -> list[dict[str, Any]]:
         found = values.topk(min(num_neighbours, len(values)), largest=largest)
