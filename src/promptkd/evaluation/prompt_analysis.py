@@ -140,8 +140,7 @@ def prompt_analysis(
     initial, final = _soft_prompts(finished, method)
     speaker = finished.teacher, finished.tokenizer
     first = load_language_model(finished.recipe.student.model, precision)
-    first = replace(first, vocabulary=finished.student.vocabulary)
-    cast = Cast(finished, first, final)
+    cast = Cast(finished, replace(first, vocabulary=finished.student.vocabulary), final)
     sources = [data] if isinstance(data, str) else list(data or finished.recipe.data.validation)
     sets = _requests(finished, sources, num_examples)
     analysed = [_analyse_set(cast, name, own, seed, num_shown) for name, own in sets.items()]
