@@ -202,6 +202,9 @@ class Recipe(Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         default="auto", description="auto: bf16 where the hardware multiplies it natively"
     )
+    attention: Literal["auto", "sdpa", "flash", "eager"] = Field(
+        default="auto", description="auto: this project's kernels on the CPU, elsewhere torch's"
+    )
     evaluation: EvaluationSection = EvaluationSection()
     checkpoints: CheckpointSection = CheckpointSection()
     tracking: tuple[Tracker, ...] = Field(default=(), description="accelerate's trackers")

@@ -32,7 +32,10 @@ def default_device() -> torch.device:
 
 
 def load_model(
-    name: str, dtype: torch.dtype, device: torch.device | None = None
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    attention: str = "auto",
 ) -> PreTrainedModel:
     """Load a causal language model for evaluation-mode use, with the kernels of its device.
 
@@ -42,9 +45,10 @@ def load_model(
         name: hub id, directory, ``.gguf`` file, or the directory of a finished run (its student).
         dtype: of the weights.
         device: ``default_device`` if not given.
+        attention: auto | sdpa | flash | eager.
 
     Raises:
-        UserError: if there is no such model.
+        UserError: if there is no such model, or it doesn't have that attention here.
     """
     device = device or default_device()
     module: Any = _load(name, dtype).eval()
@@ -55,7 +59,7 @@ def load_model(
             "attention, alone or beside recurrent layers."
         )
     module.to(device)
-    kernels.prepare(module, device)
+    kernels.prepare(module, device, attention)
     return module
 
 

@@ -289,7 +289,7 @@ def _load_models(
     if recipe.teacher and (method.needs_teacher or requests.validation):
         name = recipe.teacher.model
         teacher_tokenizer = load_tokenizer(name)
-        other = load_model(name, dtype, device).requires_grad_(False)
+        other = load_model(name, dtype, device, recipe.attention).requires_grad_(False)
         rows = embedding_rows(other)
         tokenizers = requests.tokenizer, teacher_tokenizer
         comparable = same_tokenizer(*tokenizers)
@@ -316,7 +316,8 @@ def _load_models(
 
 def _load_student(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     lora = recipe.student.lora
-    module = load_model(recipe.student.model, dtype if lora else torch.float32, device)
+    own_dtype = dtype if lora else torch.float32
+    module = load_model(recipe.student.model, own_dtype, device, recipe.attention)
     if lora:
         add_lora(module, lora.r, lora.alpha, lora.target_modules, recipe.seed)
     if recipe.optimization.gradient_checkpointing:
