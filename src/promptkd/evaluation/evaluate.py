@@ -11,8 +11,8 @@ from typing import Any, TypedDict, Unpack
 
 from tqdm import tqdm
 
-from promptkd.config import ColumnsSection, Recipe, load_recipe
-from promptkd.data import Encoder, date_of_run, evaluation_set, read_examples
+from promptkd.config import ColumnsSection, Recipe, TeacherSection, load_recipe
+from promptkd.data import Encoder, date_of_run, evaluation_set, read_examples, reads
 from promptkd.errors import UserError
 from promptkd.evaluation.metrics import check_metrics
 from promptkd.evaluation.results import Evaluation, save_evaluation
@@ -111,7 +111,9 @@ def evaluate(
         seeds: decoding seeds; one response per request each.
         num_examples: only the first ones of each data set.
         teacher: also measure KL(student || teacher) on the student's responses, in nats per token;
-            a run's own teacher if not given and its tokenizer is the student's, "" for none.
+            a run's own teacher if not given and its tokenizer is the student's, "" for none. A
+            run's own reads what it read in training (``teacher.context``, ``teacher.system``);
+            where a data set lacks the column, the KL is left out. Any other reads the request.
         output: directory; ``RUN/evaluation`` by default, needed for a bare model.
         metrics: computed beside ROUGE-L and exact match: names of ``metrics.METRICS``,
             ``distinct_N``, ``NAME@K`` for pass@k, or ``module:function``.
@@ -128,15 +130,15 @@ def evaluate(
     protocol = Protocol.of(recipe, asked)
     check_metrics(metrics, len(seeds))
     suite = data if isinstance(data, Mapping) else suite_of_files(listed(data))
+    tokenizer = load_tokenizer(name)
+    encoder = protocol.encoder(tokenizer, date_of_run(run))
+    section = recipe.teacher if recipe and teacher is None else None
+    teacher, teacher_encoder = _teacher_of(section, encoder) if section else (teacher, None)
+    context = section.context if section else None
     examples = {
-        key: read_examples(listed(own), protocol.columns)[:num_examples]
+        key: read_examples(listed(own), protocol.columns, context)[:num_examples]
         for key, own in suite.items()
     }
-    tokenizer = load_tokenizer(name)
-    if teacher is None and recipe and recipe.teacher:
-        own = recipe.teacher.model
-        teacher = own if same_tokenizer(tokenizer, load_tokenizer(own)) else ""
-    encoder = protocol.encoder(tokenizer, date_of_run(run))
     student, teacher_model = load_pair(name, teacher or None, tokenizer, protocol.precision)
     limits = encoder.max_request_tokens, encoder.max_response_tokens
     check_context(student.module.config, *limits, name)
@@ -144,19 +146,22 @@ def evaluate(
     engine = TransformersEngine(student, stop)
     results = {}
     for of_suite, rows in examples.items():
+        asks = teacher_model if reads(rows, context) else None
+        if asks is not teacher_model:
+            tqdm.write(f"{of_suite} has no '{context}': no KL to the teacher, which reads it")
         scorer = Scorer(
-            data=evaluation_set(rows, encoder),
+            data=evaluation_set(rows, encoder, teacher_encoder if asks else None),
             tokenizer=tokenizer,
             stop=stop,
             decoding=protocol.decoding,
             metrics=tuple(metrics),
         )
         shown = tqdm(seeds, unit="seed", desc="responses")
-        scores, predictions = scorer.score(engine, student, teacher_model, shown)
+        scores, predictions = scorer.score(engine, student, asks, shown)
         evaluation = Evaluation(
             name=of_suite,
             model=name,
-            teacher=teacher or None,
+            teacher=(teacher or None) if asks else None,
             data=tuple(listed(suite[of_suite])),
             num_examples=len(scorer.data),
             num_cut_requests=scorer.data.num_cut_requests,
@@ -171,6 +176,14 @@ def evaluate(
         save_evaluation(Path(output) if output is not None else run / "evaluation", evaluation)
         results[of_suite] = evaluation.to_dict()
     return next(iter(results.values())) if isinstance(data, str) else results
+
+
+def _teacher_of(section: TeacherSection, encoder: Encoder) -> tuple[str, Encoder | None]:
+    """A run's own teacher, "" if its tokens are others, and how it is asked."""
+    tokenizer = load_tokenizer(section.model)
+    if not same_tokenizer(encoder.tokenizer, tokenizer):
+        return "", None
+    return section.model, encoder.for_teacher(section, tokenizer)
 
 
 def _recipe_of(run: Path, output: str | Path | None) -> Recipe | None:

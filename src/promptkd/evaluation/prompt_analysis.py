@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from promptkd.composition import Method
-from promptkd.data import Dataset, evaluation_set, read_examples, training_set
+from promptkd.data import Dataset, training_set
 from promptkd.divergences import LogProbs, PerToken, kl
 from promptkd.errors import UserError
 from promptkd.evaluation.finished_run import FinishedRun, load_run
@@ -94,8 +94,8 @@ class Cast:
             {
                 "first": Reader(first),
                 "final": Reader(final),
-                "plain": Reader(teacher),
-                "prompted": Reader(teacher, self.soft_prompt),
+                "plain": Reader(teacher, is_teacher=True),
+                "prompted": Reader(teacher, self.soft_prompt, is_teacher=True),
             },
             losses,
             micro_batch_tokens,
@@ -141,14 +141,12 @@ def prompt_analysis(
     first = load_language_model(finished.recipe.student.model, precision)
     first = replace(first, vocabulary=finished.student.vocabulary)
     cast = Cast(finished, first, final)
-    columns = finished.recipe.data.columns
-    examples = read_examples(finished.recipe.data.train, columns)
-    trained = training_set(examples, finished.encoder)
+    rows = finished.read(finished.recipe.data.train)
+    trained = training_set(rows, finished.encoder, finished.teacher_encoder)
     sets = {"train": Dataset(trained.examples[:num_examples])}
     sources = [data] if isinstance(data, str) else list(data or finished.recipe.data.validation)
     if sources:
-        held_out = read_examples(sources, columns)[:num_examples]
-        sets["validation"] = evaluation_set(held_out, finished.encoder)
+        sets["validation"] = finished.evaluation_set(sources, num_examples)
     parts: dict[str, list[dict[str, Any]]] = {
         "table_4": [],
         "differences": [],
@@ -244,8 +242,10 @@ def _analyse_set(
     by_teacher = TransformersEngine(run.teacher, run.stop)
     written = {
         "student": predict(TransformersEngine(run.student, run.stop), data, decoding, seed),
-        "plain": predict(by_teacher, data, decoding, seed),
-        "prompted": predict(by_teacher, data, decoding, seed, soft_prompt=cast.soft_prompt),
+        "plain": predict(by_teacher, data, decoding, seed, by_teacher=True),
+        "prompted": predict(
+            by_teacher, data, decoding, seed, by_teacher=True, soft_prompt=cast.soft_prompt
+        ),
     }
     predictions = {
         author: score(rollouts, data, run.tokenizer, run.stop, seed)

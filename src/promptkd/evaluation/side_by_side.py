@@ -29,6 +29,7 @@ def generate(
     request: str,
     *,
     input: str = "",
+    context: str = "",
     seed: int = 0,
     temperature: float | None = None,
 ) -> dict[str, str]:
@@ -37,6 +38,7 @@ def generate(
     Args:
         run: a finished run's directory.
         request: the instruction; ``input`` is its optional context.
+        context: what only the teacher reads, where the run's teacher does (``teacher.context``).
         temperature: 0 is greedy; the run's own if not given.
 
     Returns:
@@ -77,7 +79,13 @@ def generate(
             front["prefix"] = load_prefix(model, adapter)
         stop = {*stop_ids(tokenizer, module), encoder.eos_token_id}
         engine = TransformersEngine(model, sorted(stop))
-        ids = encoder.request_ids(Example(request, input))
+        asks = (
+            author != "student"
+            and recipe.teacher
+            and encoder.for_teacher(recipe.teacher, tokenizer)
+        )
+        encoder = asks or encoder
+        ids = encoder.request_ids(Example(request, input, teacher_context=context))
         if len(ids) > encoder.max_request_tokens:
             raise UserError(
                 f"The request has {len(ids)} tokens, and this run was made for at most "
