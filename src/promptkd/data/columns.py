@@ -180,7 +180,8 @@ class ColumnReader:
 def _lost(where: str, column: str, reason: str) -> UserError:
     return UserError(
         f"{where}: the text in '{column}' would be lost, because {reason}. Say what it is in "
-        f"data.columns, as in {{context: {column}}}, or drop it by {{ignore: [{column}]}}."
+        f"data.columns, as in {{context: {column}}}, or drop it by {{ignore: [{column}]}}; for the "
+        f"teacher alone there is teacher.context: {column}."
     )
 
 
