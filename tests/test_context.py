@@ -30,6 +30,7 @@ from promptkd.errors import UserError
 from promptkd.evaluation.exposure_bias import exposure_bias
 from promptkd.evaluation.prompt_analysis import prompt_analysis
 from promptkd.evaluation.side_by_side import generate
+from promptkd.replay import from_json, to_json
 from promptkd.rollouts import Rollout
 from promptkd.token_losses import distances
 
@@ -237,7 +238,10 @@ def test_a_context_that_adds_nothing_changes_no_bit(llamas, tmp_path):
     api.train(recipe(llamas, plain, method, teacher={"system": None}, data=unread))
     api.train(recipe(llamas, told, method, teacher=asked, data=unread))
     first, second = (
-        [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in metrics(output)]
+        [
+            {k: v for k, v in row.items() if not k.startswith(("seconds", "peak"))}
+            for row in metrics(output)
+        ]
         for output in (plain, told)
     )
     assert first == second
@@ -289,13 +293,14 @@ def test_a_run_with_a_context_goes_through_every_measurement(llamas, tmp_path):
     scores = next(row["evaluation"] for row in logged if "evaluation" in row)
     assert scores["reverse_kl_to_teacher"] != scores["reverse_kl_without_context"]
     sample = json.loads((output / "samples.jsonl").read_text().splitlines()[0])
-    assert sample["teacher_request"] == "hint 0  ~ say 0" and sample["request"] == "say 0"
+    assert (sample["request"], sample["teacher_request"]) == ("say 0", "hint 0  ~ say 0")
     assert exposure_bias(output, num_examples=4, seeds=(1,))["teacher_gap"]
     analysis = prompt_analysis(output, num_examples=4)
     drift = [row["kl_prompted_plain"]["mean"] for row in analysis["drift"]]
     assert all(0 < nats < 20 for nats in drift)
     told, alone = (generate(output, "say 1", context=c, temperature=0) for c in ("hint " * 9, ""))
-    assert told["student"] == alone["student"] and told["teacher"] != alone["teacher"]
+    assert told["student"] == alone["student"]
+    assert told["teacher"] != alone["teacher"]
 
 
 def test_a_system_message_reaches_the_teacher_alone(llamas, tmp_path):
@@ -309,6 +314,22 @@ def test_a_system_message_reaches_the_teacher_alone(llamas, tmp_path):
     assert found["teacher_request"] == f"system: Be brief.\nuser: say 0{hint}\nassistant: "
 
 
+def test_a_run_whose_context_has_changed_does_not_go_on(llamas, tmp_path):
+    rows, output = tmp_path / "rows.jsonl", tmp_path / "run"
+    text = (llamas / "train.jsonl").read_text()
+    rows.write_text(text)
+    method, data = {"name": "gkd"}, {"train": str(rows)}
+    api.train(recipe(llamas, output, method, data=data))
+    rows.write_text(text.replace("hint 3", "help 3"))
+    with pytest.raises(UserError, match="began with other training requests"):
+        api.train(recipe(llamas, output, method, data=data, optimization={"max_steps": 4}))
+
+
+def test_what_a_source_keeps_is_kept_for_both_readers():
+    rollout = Rollout(3, (5, 6), (7, 0), "student", {"a": (0.5, 1.0)}, teacher_request_ids=(9, 5))
+    assert from_json(json.loads(json.dumps(to_json(rollout)))) == rollout
+
+
 def test_rows_too_long_for_the_teacher_are_dropped_from_training_and_counted(llamas, tmp_path):
     examples = read_examples(str(llamas / "train.jsonl"), None, "hint")
     section = recipe(llamas, tmp_path / "run", {"name": "gkd"}).teacher
@@ -320,7 +341,8 @@ def test_rows_too_long_for_the_teacher_are_dropped_from_training_and_counted(lla
     assert data.longest_teacher_request <= 20
     held_out = evaluation_set(examples, encoder, teacher)
     assert held_out.num_cut_contexts == data.num_dropped_for_teacher
-    assert len(held_out) == len(examples) and held_out.longest_teacher_request == 20
+    assert len(held_out) == len(examples)
+    assert held_out.longest_teacher_request == 20
 
 
 @pytest.mark.parametrize(
