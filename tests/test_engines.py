@@ -142,6 +142,27 @@ def test_co_author_with_the_whole_share_writes_alone(architecture, share):
     assert actual != written(student if share else teacher, decoding)
 
 
+def test_a_co_author_reads_its_own_requests():
+    """Alone in writing, it writes what it would write to them; the student reads its own."""
+    student, teacher = language_model("llama"), language_model("llama", 2, num_layers=3)
+    decoding = GenerationSettings(12, temperature=0)
+    told = tuple((44, 22, 90)[: 1 + i % 3] + request for i, request in enumerate(REQUESTS))
+    actual = written(student, decoding, co_author=CoAuthor(teacher, 1.0, told))
+    assert actual == written(teacher, decoding, list(told)) != written(teacher, decoding)
+    engine = TransformersEngine(student, STOP)
+    written_by_both = engine.generate(
+        REQUESTS, SEEDS, GenerationSettings(8), co_author=CoAuthor(teacher, 0.4, told)
+    )
+    for own, other, response in zip(REQUESTS, told, written_by_both, strict=True):
+        ids = response.token_ids
+        for model, request, found in (
+            (student, own, response.student_logprobs),
+            (teacher, other, response.teacher_logprobs),
+        ):
+            expected = logprobs_of(model, request, ids)[range(len(ids)), list(ids)]
+            torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_co_authored_tokens_carry_the_logprobs_of_both_models():
     student, teacher = language_model("llama"), language_model("llama", 2, num_layers=3)
     engine = TransformersEngine(student, STOP)

@@ -32,6 +32,26 @@ CRITERIA = (
 SMALLER_IS_BETTER = frozenset({"repeated_4_grams", "reverse_kl_to_teacher", "cross_entropy"})
 
 
+RESERVED_OPTIONS = {
+    *("add_generation_prompt", "chat_template", "continue_final_message", "conversation"),
+    *("messages", "padding", "return_dict", "return_tensors", "strftime_now", "tokenize"),
+    *("tokenizer_kwargs", "tools", "truncation"),
+}
+"""Arguments of ``apply_chat_template`` that are not a template's own options."""
+
+
+def refuse_reserved(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a template, if none of them is promptkd's own to set.
+
+    Raises:
+        ValueError: naming those that are.
+    """
+    taken = sorted(RESERVED_OPTIONS & options.keys())
+    if taken:
+        raise ValueError(f"{', '.join(taken)} can't be set here: promptkd sets it itself")
+    return options
+
+
 class LoRASection(Section):
     r: int = Field(default=16, ge=1, le=4096, description="rank of the adapters")
     alpha: int = Field(default=32, ge=1, description="the update is scaled by alpha / r")
@@ -47,9 +67,42 @@ class StudentSection(Section):
 
 
 class TeacherSection(Section):
+    """Who the teacher is, and what it reads that the student doesn't."""
+
     model: Name = Field(
         description="hub id, directory, a .gguf file, or a finished run's directory"
     )
+    system: Name | None = Field(
+        default=None, description="a system message that only the teacher reads: text or file"
+    )
+    context: Name | None = Field(
+        default=None, description="a column whose text only the teacher reads"
+    )
+    context_template: Name | None = Field(
+        default=None,
+        description="how request and context become the teacher's user turn: Jinja text or file",
+    )
+    template: Name | None = Field(
+        default=None, description="the teacher's own, as data.template; not given: the student's"
+    )
+    template_options: dict[str, Any] = Field(
+        default={}, description="given to the teacher's chat template, over the student's"
+    )
+    max_request_tokens: int | None = Field(
+        default=None, ge=1, description="of the teacher's request; not given: whatever it takes"
+    )
+
+    @field_validator("template_options")
+    @classmethod
+    def _options_of_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return refuse_reserved(value)
+
+    @property
+    def reads_more(self) -> bool:
+        """Whether anything but the template differs from what the student reads."""
+        return any(
+            given is not None for given in (self.system, self.context, self.context_template)
+        )
 
 
 class MethodSection(Section):
@@ -92,14 +145,6 @@ class ColumnsSection(Section):
         return self
 
 
-RESERVED_OPTIONS = {
-    *("add_generation_prompt", "chat_template", "continue_final_message", "conversation"),
-    *("messages", "padding", "return_dict", "return_tensors", "strftime_now", "tokenize"),
-    *("tokenizer_kwargs", "tools", "truncation"),
-}
-"""Arguments of ``apply_chat_template`` that are not a template's own options."""
-
-
 class DataSection(Section):
     train: tuple[Name, ...] = Field(
         min_length=1, description="path, glob or hub id, or a list of them"
@@ -125,10 +170,7 @@ class DataSection(Section):
     @field_validator("template_options")
     @classmethod
     def _options_of_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
-        taken = sorted(RESERVED_OPTIONS & value.keys())
-        if taken:
-            raise ValueError(f"{', '.join(taken)} can't be set here: promptkd sets it itself")
-        return value
+        return refuse_reserved(value)
 
 
 class SamplingSection(Section):
@@ -210,6 +252,17 @@ class Recipe(Section):
     tracking: tuple[Tracker, ...] = Field(default=(), description="accelerate's trackers")
     seed: int = Field(default=0, ge=0, lt=2**32)
     output: Name
+
+    @model_validator(mode="after")
+    def _one_reader_per_column(self) -> "Recipe":
+        columns, own = self.data.columns, self.teacher and self.teacher.context
+        parts = set(ColumnsSection.model_fields) - {"response", "ignore"}
+        if own and own in (*(getattr(columns, part) for part in parts), *columns.ignore):
+            raise ValueError(
+                f"the column {own!r} is teacher.context and stands in data.columns too: the "
+                "teacher's own column is read by nobody else"
+            )
+        return self
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_none=True)

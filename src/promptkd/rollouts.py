@@ -25,6 +25,8 @@ class Rollout:
 
     ``response_ids`` has at least one token and ends with a stop token unless it was cut.
     ``annotations`` holds one number per response token (old log-probabilities, for instance).
+    ``teacher_request_ids`` is what stands before the same response where the teacher reads it;
+    None: the same request.
     """
 
     index: int
@@ -32,10 +34,42 @@ class Rollout:
     response_ids: Tokens
     author: str
     annotations: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    teacher_request_ids: Tokens | None = None
+
+    @classmethod
+    def answer(
+        cls,
+        example: EncodedExample,
+        response_ids: Tokens,
+        author: str,
+        annotations: dict[str, tuple[float, ...]] | None = None,
+    ) -> "Rollout":
+        """A response to an example, for both of its readers."""
+        return cls(
+            index=example.index,
+            request_ids=example.request_ids,
+            response_ids=response_ids,
+            author=author,
+            annotations=annotations or {},
+            teacher_request_ids=example.teacher_request_ids,
+        )
+
+    @property
+    def for_teacher(self) -> "Rollout":
+        """As the teacher reads it."""
+        if self.teacher_request_ids is None:
+            return self
+        return replace(self, request_ids=self.teacher_request_ids, teacher_request_ids=None)
 
     @property
     def num_tokens(self) -> int:
+        """As the student reads it."""
         return len(self.request_ids) + len(self.response_ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens for the one who reads more of them."""
+        return max(self.num_tokens, self.for_teacher.num_tokens)
 
 
 Write = Callable[[Sequence[EncodedExample]], list[Rollout]]
@@ -267,7 +301,5 @@ def reference_rollouts(examples: Iterable[EncodedExample]) -> list[Rollout]:
     rollouts = []
     for example in examples:
         assert example.response_ids is not None, "refused when the recipe was read"
-        rollouts.append(
-            Rollout(example.index, example.request_ids, example.response_ids, author="reference")
-        )
+        rollouts.append(Rollout.answer(example, example.response_ids, author="reference"))
     return rollouts

@@ -94,6 +94,7 @@ def generate(
     run: Annotated[Path, typer.Argument(help="a finished run's directory")],
     request: Annotated[str, typer.Argument(help="the instruction")],
     input: Annotated[str, typer.Option(help="its context")] = "",
+    context: Annotated[str, typer.Option(help="what only the run's teacher reads")] = "",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy")] = None,
 ) -> None:
@@ -101,7 +102,7 @@ def generate(
     from promptkd.evaluation.side_by_side import generate as respond
 
     for author, response in respond(
-        run, request, input=input, seed=seed, temperature=temperature
+        run, request, input=input, context=context, seed=seed, temperature=temperature
     ).items():
         typer.echo(f"--- {author}\n{response}\n")
     typer.echo(f"run: {run}")

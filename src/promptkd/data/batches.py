@@ -5,7 +5,8 @@ import random
 from dataclasses import dataclass
 from functools import cache
 
-from promptkd.data.encoding import Dataset, EncodedExample
+from promptkd.data.encoding import EncodedExample
+from promptkd.data.sets import Dataset
 
 
 @dataclass(frozen=True)

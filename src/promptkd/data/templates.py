@@ -24,6 +24,10 @@ VERBATIM = "{{ instruction }}{% if input %}\n\n{{ input }}{% endif %}"
 CLOCK = "strftime_now"
 """The name by which chat templates ask for today's date."""
 NAMES = "auto, alpaca, chat, none or a Jinja file"
+SANDBOX = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+)
+"""Where templates that users write run: they see their variables and nothing else."""
 
 
 def resolved(template: str, tokenizer: Any) -> str:
@@ -182,11 +186,8 @@ def template_of(name: str) -> jinja2.Template:
                 f"data.template '{name}' is neither {NAMES.removesuffix(' or a Jinja file')} nor "
                 "an existing Jinja file."
             ) from None
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, keep_trailing_newline=True
-    )
     try:
-        return environment.from_string(text)
+        return SANDBOX.from_string(text)
     except jinja2.TemplateError as error:
         raise UserError(f"data.template {name} fails: {error}.") from None
 

@@ -11,8 +11,8 @@ from typing import Any, TypedDict, Unpack
 
 from tqdm import tqdm
 
-from promptkd.config import ColumnsSection, Recipe, load_recipe
-from promptkd.data import Encoder, Example, date_of_run, evaluation_set, read_examples
+from promptkd.config import ColumnsSection, Recipe, TeacherSection, load_recipe
+from promptkd.data import Encoder, Example, date_of_run, evaluation_set, read_examples, reads
 from promptkd.errors import UserError
 from promptkd.evaluation.metrics import check_metrics
 from promptkd.evaluation.results import Evaluation, save_evaluation
@@ -107,8 +107,8 @@ def evaluate(
             suite; a list in it makes one data set.
         seeds: decoding seeds; one response per request each.
         num_examples: only the first ones of each data set.
-        teacher: to measure KL(student || teacher), nats per token; a run's own if not given, ""
-            for none.
+        teacher: to measure KL(student || teacher), nats per token; a run's own if not given, which
+            reads what it read in training; "" for none.
         output: directory; ``RUN/evaluation`` by default, needed for a bare model.
         metrics: beside ROUGE-L and exact match: docs/metrics.md.
         asked: template, lengths, sampling and precision: see ``Asked``.
@@ -124,11 +124,11 @@ def evaluate(
     protocol = Protocol.of(recipe, asked)
     check_metrics(metrics, len(seeds))
     suite = data if isinstance(data, Mapping) else suite_of_files(listed(data))
+    voices = _load(name, teacher, recipe, protocol)
     examples = {
-        key: read_examples(listed(own), protocol.columns)[:num_examples]
+        key: read_examples(listed(own), protocol.columns, voices.context)[:num_examples]
         for key, own in suite.items()
     }
-    voices = _load(name, teacher, recipe, protocol)
     results = {}
     for of_suite, rows in examples.items():
         scored = _score(voices, rows, protocol, tuple(metrics), seeds)
@@ -141,33 +141,45 @@ def evaluate(
 
 @dataclass(frozen=True)
 class Voices:
-    """The model that is scored, its tokenizer and encoder, and the teacher it is compared with."""
+    """The model that is scored, its tokenizer and encoder, and the teacher it is compared with.
+
+    Attributes:
+        teacher_encoder: how the teacher is asked, if it reads other requests.
+        context: the column that only the teacher reads.
+    """
 
     student: LanguageModel
-    teacher: LanguageModel | None
-    teacher_name: str | None
     tokenizer: Any
     encoder: Encoder
+    teacher: LanguageModel | None = None
+    teacher_name: str | None = None
+    teacher_encoder: Encoder | None = None
+    context: str | None = None
 
     @property
     def stop(self) -> list[int]:
         return sorted({*stop_ids(self.tokenizer, self.student.module), self.encoder.eos_token_id})
 
+    def without_teacher(self) -> "Voices":
+        return Voices(self.student, self.tokenizer, self.encoder)
+
 
 def _load(name: str, teacher: str | None, recipe: Recipe | None, protocol: Protocol) -> Voices:
     tokenizer = load_tokenizer(name)
-    if teacher is None:
-        teacher = _teacher_of(recipe, tokenizer)
     encoder = protocol.encoder(tokenizer, date_of_run(Path(name)))
+    section = recipe.teacher if recipe and teacher is None else None
+    teacher, teacher_encoder = _teacher_of(section, encoder) if section else (teacher, None)
     student, teacher_model = load_pair(name, teacher or None, tokenizer, protocol.precision)
     limits = encoder.max_request_tokens, encoder.max_response_tokens
     check_context(student.module.config, *limits, name)
     return Voices(
         student,
-        teacher_model,
+        tokenizer,
+        encoder,
+        teacher=teacher_model,
         teacher_name=teacher or None,
-        tokenizer=tokenizer,
-        encoder=encoder,
+        teacher_encoder=teacher_encoder,
+        context=section.context if section else None,
     )
 
 
@@ -179,8 +191,11 @@ def _score(
     seeds: Sequence[int],
 ) -> dict[str, Any]:
     """What an evaluation says of one data set's responses, and of how they were asked for."""
+    if voices.teacher and not reads(rows, voices.context):
+        tqdm.write(f"no row has '{voices.context}': no KL to the teacher, which reads it")
+        voices = voices.without_teacher()
     scorer = Scorer(
-        data=evaluation_set(rows, voices.encoder),
+        data=evaluation_set(rows, voices.encoder, voices.teacher_encoder),
         tokenizer=voices.tokenizer,
         stop=voices.stop,
         decoding=protocol.decoding,
@@ -203,12 +218,12 @@ def _score(
     }
 
 
-def _teacher_of(recipe: Recipe | None, tokenizer: Any) -> str:
-    """The run's teacher, if its tokens are the student's; else none."""
-    if recipe is None or recipe.teacher is None:
-        return ""
-    own = recipe.teacher.model
-    return own if same_tokenizer(tokenizer, load_tokenizer(own)) else ""
+def _teacher_of(section: TeacherSection, encoder: Encoder) -> tuple[str, Encoder | None]:
+    """A run's own teacher, "" if its tokens are others, and how it is asked."""
+    tokenizer = load_tokenizer(section.model)
+    if not same_tokenizer(encoder.tokenizer, tokenizer):
+        return "", None
+    return section.model, encoder.for_teacher(section, tokenizer)
 
 
 def _recipe_of(run: Path, output: str | Path | None) -> Recipe | None:

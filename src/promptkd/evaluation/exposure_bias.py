@@ -24,7 +24,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import tensor
 
-from promptkd.data import Dataset, evaluation_set, read_examples
+from promptkd.data import Dataset
 from promptkd.divergences import forward_kl
 from promptkd.errors import UserError
 from promptkd.evaluation.exposure_curves import (
@@ -71,8 +71,12 @@ def generate_responses(
     decoding: GenerationSettings,
     seeds: Sequence[int],
     num_samples: int = 1,
+    *,
+    by_teacher: bool = False,
 ) -> list[list[Rollout]]:
     """``len(seeds) * num_samples`` responses per request, seed by seed.
+
+    ``by_teacher``: the engine is the teacher's, which reads its own requests.
 
     Two authors asked with the same seeds draw the same uniform numbers, so what they share of
     their distributions they write alike, and R - E is measured with less noise.
@@ -80,12 +84,12 @@ def generate_responses(
     draws = [(seed, sample) for seed in seeds for sample in range(num_samples)]
     asked = [(example, draw) for example in data.examples for draw in draws]
     written = engine.generate(
-        [example.request_ids for example, _ in asked],
+        [example.request_of(by_teacher) for example, _ in asked],
         [(*draw, example.index) for example, draw in asked],
         decoding,
     )
     rollouts = [
-        Rollout(example.index, example.request_ids, response.token_ids, author="measured")
+        Rollout.answer(example, response.token_ids, author="measured")
         for (example, _), response in zip(asked, written, strict=True)
     ]
     return [rollouts[i : i + len(draws)] for i in range(0, len(rollouts), len(draws))]
@@ -120,7 +124,7 @@ def measure_gaps(
     rollouts = [rollout for samples in responses for rollout in samples]
     measured = token_losses(
         rollouts,
-        {"student": Reader(student), "teacher": Reader(teacher)},
+        {"student": Reader(student), "teacher": Reader(teacher, is_teacher=True)},
         # A divergence is never negative; rounding leaves a trace below zero.
         lambda spoken, _: {
             "gap": forward_kl(learner=spoken["student"], target=spoken["teacher"]).clamp_min(0)
@@ -236,8 +240,7 @@ def _requests(run: FinishedRun, sources: list[str], num_examples: int | None) ->
         raise UserError(
             f"{run.directory} has no validation data to measure on. Give data (--data FILE)."
         )
-    examples = read_examples(sources, run.recipe.data.columns)[:num_examples]
-    dataset = evaluation_set(examples, run.encoder)
+    dataset = run.evaluation_set(sources, num_examples)
     if len(dataset) < 2:
         raise UserError(
             f"{', '.join(sources)}: {len(dataset)} request is too few for an interval. "

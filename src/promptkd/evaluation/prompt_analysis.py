@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from promptkd.composition import Method
-from promptkd.data import Dataset, evaluation_set, read_examples, training_set
+from promptkd.data import Dataset, training_set
 from promptkd.divergences import LogProbs, PerToken, kl
 from promptkd.errors import UserError
 from promptkd.evaluation.finished_run import FinishedRun, load_run
@@ -99,8 +99,8 @@ class Cast:
             {
                 "first": Reader(first),
                 "final": Reader(final),
-                "plain": Reader(teacher),
-                "prompted": Reader(teacher, self.soft_prompt),
+                "plain": Reader(teacher, is_teacher=True),
+                "prompted": Reader(teacher, self.soft_prompt, is_teacher=True),
             },
             losses,
             MICRO_BATCH_TOKENS,
@@ -160,12 +160,11 @@ def prompt_analysis(
 
 def _requests(run: FinishedRun, sources: list[str], num_examples: int) -> dict[str, Dataset]:
     """The first training requests, and held-out ones where there are any."""
-    columns = run.recipe.data.columns
-    trained = training_set(read_examples(run.recipe.data.train, columns), run.encoder)
+    rows = run.read(run.recipe.data.train)
+    trained = training_set(rows, run.encoder, run.teacher_encoder)
     sets = {"train": Dataset(trained.examples[:num_examples])}
     if sources:
-        held_out = read_examples(sources, columns)[:num_examples]
-        sets["validation"] = evaluation_set(held_out, run.encoder)
+        sets["validation"] = run.evaluation_set(sources, num_examples)
     return sets
 
 
@@ -232,8 +231,10 @@ def _analyse_set(
     by_teacher = TransformersEngine(run.teacher, run.stop)
     written = {
         "student": predict(TransformersEngine(run.student, run.stop), data, decoding, seed),
-        "plain": predict(by_teacher, data, decoding, seed),
-        "prompted": predict(by_teacher, data, decoding, seed, soft_prompt=cast.soft_prompt),
+        "plain": predict(by_teacher, data, decoding, seed, by_teacher=True),
+        "prompted": predict(
+            by_teacher, data, decoding, seed, by_teacher=True, soft_prompt=cast.soft_prompt
+        ),
     }
     predictions = {
         author: score(rollouts, data, run.tokenizer, run.stop, seed)

@@ -22,7 +22,7 @@ from promptkd.files import read_json, read_json_lines, write_json, write_json_li
 
 MEASURED = ("response_length", "ended")
 """What is known of every response, whatever it is scored by."""
-TOKEN_MEANS = ("reverse_kl_to_teacher",)
+TOKEN_MEANS = ("reverse_kl_to_teacher", "reverse_kl_without_context")
 """Nats per token: means over response tokens, so long responses count for more."""
 
 
@@ -35,6 +35,7 @@ class Prediction:
         seed: of the decoding.
         num_tokens: of the response, its stop token included.
         ended: whether the model stopped by itself within the limit.
+        teacher_request: what the teacher reads, where it isn't what the student does.
         scores: by metric, in percent where they are shares; those that need references only where
             there are some.
     """
@@ -46,6 +47,7 @@ class Prediction:
     references: tuple[str, ...]
     num_tokens: int
     ended: bool
+    teacher_request: str | None = None
     scores: dict[str, float] = field(default_factory=dict)
 
     def score(self, name: str) -> float | None:
@@ -64,7 +66,10 @@ class Prediction:
 
     def to_row(self) -> dict[str, Any]:
         """A line of NAME.predictions.jsonl: the scores stand beside the other fields."""
-        return {**self._fields(), **self.scores}
+        own = self._fields()
+        if self.teacher_request is None:
+            del own["teacher_request"]
+        return {**own, **self.scores}
 
     def _fields(self) -> dict[str, Any]:
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "scores"}

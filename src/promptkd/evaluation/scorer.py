@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from promptkd.data import Dataset
@@ -19,20 +20,28 @@ MICRO_BATCH_TOKENS = 4096
 
 
 def predict(
-    engine: Engine, data: Dataset, decoding: GenerationSettings, seed: int, **front: Any
+    engine: Engine,
+    data: Dataset,
+    decoding: GenerationSettings,
+    seed: int,
+    *,
+    by_teacher: bool = False,
+    **front: Any,
 ) -> list[Rollout]:
     """One response per request; a function of model, request, decoding and seed alone.
+
+    ``by_teacher``: the engine is the teacher's, which reads its own requests.
 
     ``front`` is what ``TransformersEngine.generate`` puts before the requests, a soft prompt say.
     """
     responses = engine.generate(
-        [example.request_ids for example in data.examples],
+        [example.request_of(by_teacher) for example in data.examples],
         [(seed, example.index) for example in data.examples],
         decoding,
         **front,
     )
     return [
-        Rollout(example.index, example.request_ids, response.token_ids, author="student")
+        Rollout.answer(example, response.token_ids, author="teacher" if by_teacher else "student")
         for example, response in zip(data.examples, responses, strict=True)
     ]
 
@@ -51,15 +60,18 @@ def score(
         data: all requests, though ``rollouts`` may answer only a part of them.
         metrics: what is computed beside what always is.
     """
+    read = partial(tokenizer.decode, skip_special_tokens=True)
     references = {example.index: example.references for example in data.examples}
     names = metrics_of([*references.values()], metrics)
     predictions = []
     for rollout in rollouts:
-        response = tokenizer.decode(rollout.response_ids, skip_special_tokens=True).strip()
+        response = read(rollout.response_ids).strip()
+        of_teacher = rollout.teacher_request_ids
         prediction = Prediction(
             index=rollout.index,
             seed=seed,
-            request=tokenizer.decode(rollout.request_ids, skip_special_tokens=True),
+            request=read(rollout.request_ids),
+            teacher_request=None if of_teacher is None else read(of_teacher),
             response=response,
             references=references[rollout.index],
             num_tokens=len(rollout.response_ids),
@@ -96,8 +108,9 @@ class Scorer:
         """Generate with ``engine``, the student's, and measure.
 
         Args:
-            teacher: also measure KL(student || teacher) on the student's responses; None measures
-                nothing of the kind.
+            teacher: also measure KL(student || teacher) on the student's responses, the teacher
+                reading its own requests; where it has some, also what it is without them. None
+                measures nothing of the kind.
             seeds: of the decoding, one response per request each.
 
         Returns:
@@ -129,8 +142,12 @@ def _with_distances(
     micro_batch_tokens: int,
 ) -> list[Prediction]:
     """With KL(student || teacher) on the student's own responses, in nats per token."""
-    nats = distances(rollouts, student, teacher, micro_batch_tokens)
+    found = {"reverse_kl_to_teacher": distances(rollouts, student, teacher, micro_batch_tokens)}
+    if any(rollout.teacher_request_ids is not None for rollout in rollouts):
+        alike = [replace(rollout, teacher_request_ids=None) for rollout in rollouts]
+        nats = distances(alike, student, teacher, micro_batch_tokens)
+        found["reverse_kl_without_context"] = nats
     return [
-        replace(p, scores=p.scores | {"reverse_kl_to_teacher": own.mean().item()})
-        for p, own in zip(predictions, nats, strict=True)
+        replace(p, scores=p.scores | {name: nats[i].mean().item() for name, nats in found.items()})
+        for i, p in enumerate(predictions)
     ]

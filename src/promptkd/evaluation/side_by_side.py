@@ -30,6 +30,7 @@ def generate(
     request: str,
     *,
     input: str = "",
+    context: str = "",
     seed: int = 0,
     temperature: float | None = None,
 ) -> dict[str, str]:
@@ -38,6 +39,7 @@ def generate(
     Args:
         run: a finished run's directory.
         request: the instruction; ``input`` is its optional context.
+        context: what only the teacher reads, where the run's teacher does (``teacher.context``).
         temperature: 0 is greedy; the run's own if not given.
 
     Returns:
@@ -47,8 +49,7 @@ def generate(
         UserError: if the directory isn't a finished run.
     """
     run = Path(run)
-    if not (run / "student").is_dir() or not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run} is not a finished run: it has no student/. Name a run directory.")
+    _check_finished(run)
     recipe = load_recipe(run / "recipe.yaml")
     decoding = GenerationSettings.of_recipe(recipe)
     if temperature is not None:
@@ -67,11 +68,18 @@ def generate(
         model, front = _load_voice(name, adapter, recipe.precision)
         stop = {*stop_ids(tokenizer, model.module), encoder.eos_token_id}
         engine = TransformersEngine(model, sorted(stop))
-        ids = encoder.request_ids(Example(request, input))
+        if author != "student" and recipe.teacher:
+            encoder = encoder.for_teacher(recipe.teacher, tokenizer) or encoder
+        ids = encoder.request_ids(Example(request, input, teacher_context=context))
         _check_length(ids, encoder.max_request_tokens)
         written = engine.generate([ids], [(seed,)], decoding, **front)[0]
         responses[author] = tokenizer.decode(written.token_ids, skip_special_tokens=True).strip()
     return responses
+
+
+def _check_finished(run: Path) -> None:
+    if not (run / "student").is_dir() or not (run / "recipe.yaml").is_file():
+        raise UserError(f"{run} is not a finished run: it has no student/. Name a run directory.")
 
 
 def _load_voice(

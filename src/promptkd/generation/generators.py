@@ -41,10 +41,12 @@ class Authors:
         self._teacher: TeacherAuthor | None = None
 
     def add_teacher(
-        self, model: LanguageModel, tokenizer: Any, examples: Sequence[Example]
+        self, model: LanguageModel, tokenizer: Any, examples: Sequence[Example], encoder: Encoder
     ) -> None:
+        """Let a teacher write that is asked as ``encoder`` asks, by its own tokenizer."""
         self._co_author = model
-        self._teacher = TeacherAuthor(model, tokenizer, examples, authors=self)
+        own = encoder.with_tokenizer(tokenizer)
+        self._teacher = TeacherAuthor(model, own, examples, authors=self)
 
     @cached_property
     def _together(self) -> TransformersEngine:
@@ -60,13 +62,7 @@ class Authors:
             examples: Sequence[EncodedExample], responses: Sequence[Response], author: str
         ) -> list[Rollout]:
             return [
-                Rollout(
-                    e.index,
-                    e.request_ids,
-                    r.token_ids,
-                    author=author,
-                    annotations=r.annotations(),
-                )
+                Rollout.answer(e, r.token_ids, author, r.annotations())
                 for e, r in zip(examples, responses, strict=True)
             ]
 
@@ -84,7 +80,8 @@ class Authors:
 
         def by_both(examples: Sequence[EncodedExample], share: float) -> list[Rollout]:
             assert self._co_author is not None, "the method's source says asks_teacher"
-            co_author = CoAuthor(self._co_author, share)
+            reads = tuple(e.request_of(teacher=True) for e in examples)
+            co_author = CoAuthor(self._co_author, share, reads)
             written = self._together.generate(*asked(examples), co_author=co_author)
             return rollouts(examples, written, "mixed")
 
@@ -100,11 +97,15 @@ class Authors:
 
 
 class TeacherAuthor:
-    """Answers each request once, off-line; its tokens are kept on disk. Tokenizers may differ."""
+    """Answers each request once, off-line; its tokens are kept on disk. Tokenizers may differ.
+
+    What is kept is found by all that the teacher read: its context and system message too.
+    """
 
     def __init__(
-        self, model: LanguageModel, tokenizer: Any, examples: Sequence[Example], authors: Authors
+        self, model: LanguageModel, encoder: Encoder, examples: Sequence[Example], authors: Authors
     ):
+        tokenizer = encoder.tokenizer
         self.engine = TransformersEngine(model, stop_ids(tokenizer, model.module))
         self.tokenizer = tokenizer
         self.examples = examples
@@ -112,7 +113,7 @@ class TeacherAuthor:
         self.cache = ResponseCache(f"{fingerprint(model.module)} {model.dtype} {stop}")
         self.authors = authors
         self._shares_tokens = same_tokenizer(authors.encoder.tokenizer, tokenizer)
-        self.encoder = authors.encoder.with_tokenizer(tokenizer)
+        self.encoder = encoder
 
     def write(self, examples: Sequence[EncodedExample]) -> list[Rollout]:
         """From the cache, or written now and kept."""
@@ -129,12 +130,7 @@ class TeacherAuthor:
             for i, response in zip(missing, responses, strict=True):
                 self.cache.put(keys[i], response.token_ids)
         return [
-            Rollout(
-                index=e.index,
-                request_ids=e.request_ids,
-                response_ids=self._as_the_students(self.cache.get(key)),
-                author="teacher",
-            )
+            Rollout.answer(e, self._as_the_students(self.cache.get(key)), author="teacher")
             for e, key in zip(examples, keys, strict=True)
         ]
 

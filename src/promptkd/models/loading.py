@@ -276,9 +276,14 @@ def context_length(config: Any) -> int | None:
 
 
 def check_context(
-    config: Any, request_tokens: int, response_tokens: int, name: str, front: int = 0
+    config: Any,
+    request_tokens: int,
+    response_tokens: int,
+    name: str,
+    front: int = 0,
+    limit: str = "max_request_tokens",
 ) -> None:
-    """Refuse lengths that the model's positions can't hold.
+    """Refuse lengths that the model's positions can't hold; ``limit`` is the request's.
 
     Raises:
         UserError: if front + request + response exceed the context.
@@ -288,7 +293,7 @@ def check_context(
     if context is not None and needed > context:
         prompt = f"{front} soft-prompt vectors + " if front else ""
         raise UserError(
-            f"{prompt}max_request_tokens {request_tokens} + max_response_tokens {response_tokens} "
+            f"{prompt}{limit} {request_tokens} + max_response_tokens {response_tokens} "
             f"= {needed} positions, but the context of {name} has {context}. Lower one of them.",
             "PK201",
         )

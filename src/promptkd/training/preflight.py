@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from promptkd.composition import Method
+from promptkd.config import Recipe
 from promptkd.data import Dataset, Encoder
 from promptkd.errors import UserError
+from promptkd.evaluation.finished_run import TEACHER_LIMIT
 from promptkd.evaluation.metrics import NEED_REFERENCES, check_criterion
 from promptkd.micro_batches import pad
 from promptkd.models.language_model import LanguageModel, select_responses
@@ -60,6 +62,26 @@ def check_data(
                 "PK104",
             )
         check_criterion(metric, references)
+
+
+def check_contexts(recipe: Recipe, context: str | None, validates_teacher: bool) -> None:
+    """Refuse to measure a teacher that reads what the validation data haven't.
+
+    Raises:
+        UserError: naming the setting that measures it.
+    """
+    evaluation = recipe.evaluation
+    measured = [
+        *(["evaluation.metric"] if evaluation.metric == "reverse_kl_to_teacher" else []),
+        *(["evaluation.exposure_bias_every_steps"] if evaluation.exposure_bias_every_steps else []),
+    ]
+    if measured and not validates_teacher:
+        raise UserError(
+            f"{measured[0]} measures the distance to a teacher that reads the column '{context}' "
+            "(teacher.context), which no row of data.validation has. Bring it, or measure "
+            "something else.",
+            "PK104",
+        )
 
 
 def check_batch(global_batch_size: int, num_rows: int, num_ranks: int) -> None:
@@ -127,13 +149,13 @@ def check_models(
     student: LanguageModel,
     teacher: Teacher | None,
     encoder: Encoder,
-    data: Dataset,
+    sets: Sequence[Dataset],
     *,
     stop: Sequence[int],
     names: tuple[str, str],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Check the pair on real requests and say what was found.
+    """Check the pair on real requests (training's are the first of ``sets``), say what was found.
 
     Raises:
         UserError: if lengths exceed a context, or the prompt does nothing.
@@ -147,22 +169,22 @@ def check_models(
     if teacher is None:
         return found
     front = teacher.front_length
-    check_context(teacher.model.module.config, *lengths, f"the teacher {names[1]}", front)
-    batch = pad(
-        [
-            Rollout(e.index, e.request_ids, e.request_ids[-1:], author="probe")
-            for e in data.examples[:4]
-        ],
-        student.device,
-    )
+    whose, config = f"the teacher {names[1]}", teacher.model.module.config
+    if any(data.has_teacher_requests for data in sets):
+        own = max(data.longest_teacher_request for data in sets), lengths[1]
+        check_context(config, *own, whose, front, limit=TEACHER_LIMIT)
+    else:
+        check_context(config, *lengths, whose, front)
+    probes = sets[0].examples[:4]
+    rollouts = [Rollout.answer(e, e.request_ids[-1:], author="probe") for e in probes]
+    batch = pad(rollouts, student.device).for_teacher
     hidden = teacher.plain_hidden_states(batch.tokens)
     states = select_responses(hidden, batch.response_mask)
     rows = [embedding_rows(m.module) for m in (student, teacher.model)]
     whole = LanguageModel(teacher.model.module, rows[1], teacher.model.dtype)
     logprobs = whole.head.logprobs(states)
-    outside = 0.0
-    if rows[1] > student.vocabulary:
-        outside = logprobs[:, student.vocabulary :].exp().sum(-1).max().item()
+    beyond = logprobs[:, student.vocabulary :]
+    outside = beyond.exp().sum(-1).max().item()  # 0 where there is nothing beyond
     found["teacher_mass_outside"] = outside
     say(
         f"vocabulary: token tables equal; student {rows[0]} rows, teacher {rows[1]}: the first "

@@ -13,20 +13,7 @@ from promptkd import kernels
 from promptkd.adapters import add_lora
 from promptkd.composition import Method
 from promptkd.config import Recipe
-from promptkd.data import (
-    Dataset,
-    Encoder,
-    Example,
-    adopt_chat_template,
-    date_of_run,
-    evaluation_set,
-    overlap,
-    read_noted,
-    steps_of_epochs,
-    template_difference,
-    template_findings,
-    training_set,
-)
+from promptkd.data import Dataset, steps_of_epochs
 from promptkd.errors import UserError
 from promptkd.findings import Finding
 from promptkd.generation.generators import Authors
@@ -49,21 +36,11 @@ from promptkd.ranks import Ranks
 from promptkd.teachers import Teacher
 from promptkd.training import preflight
 from promptkd.training.launch import describe
+from promptkd.training.requests import Requests, read_requests
 from promptkd.training.step import Learner, Step, StepSettings
 from promptkd.training.token_budget import measured_budget
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Requests:
-    """What a run asks: the tokenizer of its student, and its data in tokens."""
-
-    tokenizer: Any
-    encoder: Encoder
-    examples: list[Example]
-    data: Dataset
-    validation: Dataset | None
 
 
 @dataclass(frozen=True)
@@ -166,7 +143,7 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     if recipe.precision == "bf16" and not native_bf16(device):
         finding = "this CPU emulates bf16, about 10 times slower than fp32: set precision=auto."
         say(str(Finding("PK207", finding)))
-    requests = _read_requests(recipe, method, say)
+    requests = read_requests(recipe, method, say)
     about = describe(requests.encoder, compute_dtype(recipe.precision, device), device, ranks)
     say(", ".join(f"{name} {value}" for name, value in about.items()))
     preflight.check_batch(recipe.optimization.global_batch_size, len(requests.data), ranks.number)
@@ -184,11 +161,12 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
         engine, models.student, decoding=decoding, encoder=requests.encoder, seed=recipe.seed
     )
     if models.plain_teacher and any(term.rollouts.asks_teacher for term in method.terms):
-        authors.add_teacher(models.plain_teacher, models.teacher_tokenizer, requests.examples)
+        asks = requests.teacher_encoder or requests.encoder
+        authors.add_teacher(models.plain_teacher, models.teacher_tokenizer, requests.examples, asks)
     step = _bind_step(recipe, method, models, ranks)
     if recipe.optimization.micro_batch_tokens is None:
-        limits = requests.encoder.max_request_tokens, requests.encoder.max_response_tokens
-        budget = measured_budget(models.student, models.teacher, sum(limits), ranks.number, say)
+        longest = requests.longest_row
+        budget = measured_budget(models.student, models.teacher, longest, ranks.number, say)
         step.settings = replace(step.settings, micro_batch_tokens=budget)
     say(f"training data: {requests.data.summary()}")
     if requests.validation:
@@ -216,7 +194,7 @@ def _check_pair(
         models.student,
         models.teacher if models.comparable else None,  # else it reads only texts
         requests.encoder,
-        requests.data,
+        sets,
         stop=stop,
         names=(recipe.student.model, recipe.teacher.model if recipe.teacher else ""),
         say=say,
@@ -235,47 +213,6 @@ def _stop_set(requests: Requests, models: Models, say: Say) -> tuple[int, ...]:
         ends = tokenizer.convert_ids_to_tokens(sorted(others - own))
         say(f"the teacher ends responses with {ends}, which ends the student's too from now on")
     return tuple(sorted(own | others))
-
-
-def _read_requests(recipe: Recipe, method: Method, say: Say) -> Requests:
-    tokenizer = load_tokenizer(recipe.student.model)
-    encoder = _encoder(recipe, tokenizer, say)
-    columns = recipe.data.columns
-    examples, notes = read_noted(recipe.data.train, columns)
-    data = training_set(examples, encoder)
-    validation = None
-    if recipe.data.validation:
-        held_out, more = read_noted(recipe.data.validation, columns)
-        held_out = held_out[: recipe.evaluation.num_examples]
-        validation = evaluation_set(held_out, encoder)
-        notes += [note for note in more if note not in notes]
-        if sentence := overlap(examples, held_out).sentence():
-            notes.append(str(Finding("PK109", sentence)))
-    answered = [example for example in examples if example.responses]
-    for finding in template_findings(encoder, answered[0]) if answered else ():
-        notes.append(str(Finding("PK206", finding.sentence)))
-    for note in notes:
-        say(note)
-    has_teacher = recipe.teacher is not None
-    preflight.check_data(method, data, validation, recipe.evaluation.metric, has_teacher)
-    return Requests(
-        tokenizer=tokenizer, encoder=encoder, examples=examples, data=data, validation=validation
-    )
-
-
-def _encoder(recipe: Recipe, tokenizer: Any, say: Say) -> Encoder:
-    """The student's encoder, with its teacher's chat template where it has none of its own."""
-    teacher = load_tokenizer(recipe.teacher.model) if recipe.teacher else None
-    shared = teacher is not None and same_tokenizer(tokenizer, teacher)
-    if shared and recipe.data.template == "auto" and adopt_chat_template(tokenizer, teacher):
-        say(
-            "the student's tokenizer has no chat template and takes the teacher's, which is saved "
-            "with it (data.template: alpaca or none does without)"
-        )
-    encoder = Encoder.of_recipe(recipe, tokenizer, date=date_of_run(recipe.output))
-    if shared and (difference := template_difference(encoder, teacher)):
-        say(str(Finding("PK205", difference)))
-    return encoder
 
 
 def _load_models(

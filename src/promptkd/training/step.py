@@ -267,10 +267,11 @@ class Step:
 
     def _packs(self, rollouts: Sequence[Rollout]) -> bool:
         """Whether no model pads rows of these lengths."""
-        longest = max((rollout.num_tokens for rollout in rollouts), default=0)
+        own = max((rollout.num_tokens for rollout in rollouts), default=0)
+        read = max((rollout.for_teacher.num_tokens for rollout in rollouts), default=0)
         teacher = self.teacher
-        return self.student.packs(longest) and (
-            teacher is None or teacher.model.packs(longest + teacher.front_length)
+        return self.student.packs(own) and (
+            teacher is None or teacher.model.packs(read + teacher.front_length)
         )
 
     def _student_states(self, batch: MicroBatch, learns: bool, cost: Cost) -> States:
@@ -283,6 +284,7 @@ class Step:
         self, batch: MicroBatch, learns: bool, cost: Cost, plain: bool = False
     ) -> States:
         assert self.teacher is not None
+        batch = batch.for_teacher
         read = self.teacher.plain_hidden_states if plain else self.teacher.hidden_states
         cost.count_trunk("teacher", self.teacher.model, batch.num_tokens, int(learns))
         with torch.set_grad_enabled(learns), cost.timed("teacher"):
