@@ -1,6 +1,6 @@
 """Teacher, adapted teacher and student, side by side on one request."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import peft
 
 from promptkd.adapters import load_prefix
-from promptkd.config import load_recipe
+from promptkd.config import Recipe, load_recipe
 from promptkd.data import Encoder, Example, date_of_run
 from promptkd.errors import UserError
 from promptkd.generation.sampling import GenerationSettings
@@ -54,15 +54,8 @@ def generate(
     decoding = GenerationSettings.of_recipe(recipe)
     if temperature is not None:
         decoding = replace(decoding, temperature=temperature)
-    voices: list[tuple[str, str, Path | None]] = []
-    if recipe.teacher:
-        voices.append(("teacher", recipe.teacher.model, None))
-        adapter = run / "teacher_adapter"
-        if adapter.is_dir():
-            voices.append(("adapted teacher", recipe.teacher.model, adapter))
-    voices.append(("student", str(run), None))
     responses = {}
-    for author, name, adapter in voices:
+    for author, name, adapter in _voices(run, recipe):
         tokenizer = load_tokenizer(name)
         encoder = Encoder.of_recipe(recipe, tokenizer, date=date_of_run(run))
         model, front = _load_voice(name, adapter, recipe.precision)
@@ -75,6 +68,16 @@ def generate(
         written = engine.generate([ids], [(seed,)], decoding, **front)[0]
         responses[author] = tokenizer.decode(written.token_ids, skip_special_tokens=True).strip()
     return responses
+
+
+def _voices(run: Path, recipe: Recipe) -> Iterator[tuple[str, str, Path | None]]:
+    """Who responds: author, model, adapter."""
+    if recipe.teacher:
+        yield "teacher", recipe.teacher.model, None
+        adapter = run / "teacher_adapter"
+        if adapter.is_dir():
+            yield "adapted teacher", recipe.teacher.model, adapter
+    yield "student", str(run), None
 
 
 def _check_finished(run: Path) -> None:

@@ -158,6 +158,18 @@ class TransformersEngine:
             _forget_weights(model.module)
         model.module.train(learning)
 
+    def _co_authors(
+        self,
+        co_author: CoAuthor | None,
+        products: GenerationMatmuls,
+        requests: list[Tokens],
+        room: int,
+    ) -> "list[_Author]":
+        if co_author is None:
+            return []
+        read = co_author.requests or requests
+        return [_Author(co_author.model, products, read, room=room)]
+
     def _generate_group(
         self,
         model: LanguageModel,
@@ -171,13 +183,10 @@ class TransformersEngine:
     ) -> list[Response]:
         choose = TokenSampler(decoding)
         uniforms = torch.stack([choose.uniforms(seed) for seed in seeds]).to(model.device)
-        past = None if prefix is None else prefix.cache(len(requests))
+        past = prefix.cache(len(requests)) if prefix else None
         room = decoding.max_new_tokens
         own = _Author(model, products, requests, soft_prompt=soft_prompt, past=past, room=room)
-        authors = [own]
-        if co_author:
-            read = co_author.requests or requests
-            authors.append(_Author(co_author.model, products, read, room=room))
+        authors = [own, *self._co_authors(co_author, products, requests, room)]
         history = own.tokens.masked_fill(~own.mask, PADDING)  # padding is part of no n-gram
         rows = torch.arange(len(requests), device=model.device)  # what each live row answers
         token_ids: list[list[int]] = [[] for _ in requests]
