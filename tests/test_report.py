@@ -16,12 +16,13 @@ from promptkd.config import recipe_from_dict
 from promptkd.errors import UserError
 from promptkd.evaluation.evaluate import evaluate
 from promptkd.evaluation.results import Evaluation, Prediction, Score
+from promptkd.report.cells import Cell, Table
 from promptkd.report.data import DataSet, Model, Run, data_sets, read_run, read_runs
 from promptkd.report.findings import answer, best_model, between, distance, headline, warnings
 from promptkd.report.numbers import digits
 from promptkd.report.report import report
 from promptkd.report.responses import embedded, response_sets
-from promptkd.report.tables import Cell, Table, score_table
+from promptkd.report.tables import score_table
 from report_browser import CHROMIUM, HOW_TO_INSTALL, opened
 
 HOSTILE = "</script><img src=x onerror=alert(1)> <!-- {{ 7*7 }} & \"'\u2028 $\\x_1$ ]]>"

@@ -17,6 +17,7 @@ from promptkd.errors import UserError
 from promptkd.evaluation.metrics import check_metrics
 from promptkd.evaluation.results import Evaluation, save_evaluation
 from promptkd.evaluation.scorer import Scorer
+from promptkd.evaluation.size_and_speed import size_and_speed
 from promptkd.evaluation.suites import PAPER_SEEDS, listed, suite_of_files
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
@@ -142,7 +143,7 @@ def evaluate(
     check_context(student.module.config, *limits, name)
     stop = sorted({*stop_ids(tokenizer, student.module), encoder.eos_token_id})
     engine = TransformersEngine(student, stop)
-    results = {}
+    results, measured = {}, {}
     for of_suite, rows in examples.items():
         scorer = Scorer(
             data=evaluation_set(rows, encoder),
@@ -153,6 +154,8 @@ def evaluate(
         )
         shown = tqdm(seeds, unit="seed", desc="responses")
         scores, predictions = scorer.score(engine, student, teacher_model, shown)
+        requests = [example.request_ids for example in scorer.data.examples]
+        measured = measured or size_and_speed(name, student, requests, protocol.decoding)
         evaluation = Evaluation(
             name=of_suite,
             model=name,
@@ -165,6 +168,7 @@ def evaluate(
             decoding=protocol.decoding.to_dict(),
             seeds=tuple(seeds),
             dtype=str(student.dtype).removeprefix("torch."),
+            size_and_speed=measured,
             scores=scores,
             predictions=tuple(predictions),
         )

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from promptkd.report.comparisons import headline, score_name
 from promptkd.report.cost import cost
 from promptkd.report.data import DataSet, Model, Row, Run
 from promptkd.report.figures import (
@@ -16,7 +17,6 @@ from promptkd.report.figures import (
     lines,
     stacked_bars,
 )
-from promptkd.report.findings import headline, score_name
 from promptkd.report.numbers import digits
 
 STEP_CURVES = (
@@ -240,10 +240,18 @@ def _step_figures(
     return made
 
 
+def runs_of_methods(runs: Sequence[Run]) -> dict[str, list[Run]]:
+    """What one line or colour is: a method of a study with all its seeds, else a run."""
+    found: dict[str, list[Run]] = {}
+    for run in runs:
+        found.setdefault(run.method_of_study or run.label, []).append(run)
+    return found
+
+
 def _slot(runs: Sequence[Run], model: Model) -> int:
     """Colour of a model: a run's place, a fixed one for the others, ink (-1) for the teacher."""
     if model.role == "run":
-        return [run.label for run in runs].index(model.label) % 6
+        return [*runs_of_methods(runs)].index(model.label) % 6
     return OTHERS_SLOT[model.role]
 
 

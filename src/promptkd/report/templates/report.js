@@ -165,7 +165,7 @@
     const who = element("p", "who");
     who.append(element("b", "", model.label));
     const facts = [];
-    if (response.score !== null) facts.push("ROUGE-L " + response.score.toFixed(1));
+    if (response.score !== null) facts.push(current.score_name + " " + response.score.toFixed(1));
     facts.push(response.tokens + " tokens");
     if (get("seed").value === "") facts.push("seed " + response.seed);
     who.append(" " + facts.join(", "));
@@ -187,7 +187,7 @@
       if (difference !== null) {
         const size = Math.abs(difference).toFixed(1);
         const sign = Number(size) === 0 ? "\u00b1" : difference < 0 ? "\u2212" : "+";
-        heading += ", ROUGE-L " + sign + size + " against " +
+        heading += ", " + current.score_name + " " + sign + size + " against " +
           current.models[Number(get("other").value)].label;
       }
       entry.append(element("p", "row", heading), textBlock("request", item.request, words));
