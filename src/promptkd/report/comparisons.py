@@ -115,9 +115,9 @@ def score_name(score: str) -> str:
 
 
 def in_words(score: str, value: float) -> str:
-    """A score with its unit: ``exact match 58.3%`` or ``ROUGE-L 21.7``."""
+    """A score with its unit: ``exact match is 58.3%`` or ``ROUGE-L is 21.7``."""
     name, _, unit = score_name(score).partition(", ")
-    return f"{name.lower() if unit else name} {plain(value)}{unit}"
+    return f"{name.lower() if unit else name} is {plain(value)}{unit}"
 
 
 def shown_scores(data: DataSet) -> list[str]:
@@ -190,8 +190,8 @@ def ranking(data: DataSet) -> list[str]:
         head = f"{leader.label} scores best of {len(models)} {kind}"
     gaps = "; ".join(f"against {c.second} {comparison_words(c)}" for c in found)
     teachers = [f" (the teacher: {plain(mean(m, score))})" for m in data.of_role("teacher")]
-    value = f"{_value(leader, score)} for {leader.label}"
-    return [f"{head} {where}.", f"{value}{''.join(teachers[:1])}: {gaps}."]
+    value = f"{leader.label}'s {_value(leader, score)}"
+    return [f"{head} {where}.", f"{value}{''.join(teachers[:1])}; {gaps}."]
 
 
 def statement(data: DataSet, baseline: str) -> list[str]:
@@ -202,7 +202,7 @@ def statement(data: DataSet, baseline: str) -> list[str]:
 def _values(data: DataSet) -> list[str]:
     score = headline(data)
     models = [m for m in data.of_role("run") if score and mean(m, score) is not None]
-    return [f"On {describe(data)}, {m.label} reaches {_value(m, score or '')}." for m in models]
+    return [f"On {describe(data)}, {m.label}'s {_value(m, score or '')}." for m in models]
 
 
 def _against(data: DataSet, baseline: str) -> list[str]:
@@ -215,7 +215,7 @@ def _against(data: DataSet, baseline: str) -> list[str]:
     if not found or other.role == "run":  # the ranking has said it
         return []
     gains = "; ".join(f"{c.first} {comparison_words(c)}" for c in found)
-    return [f"Against {baseline} ({_value(other, score)}): {gains}."]
+    return [f"Against the {baseline}, whose {_value(other, score)}: {gains}."]
 
 
 def _value(model: Model, score: str) -> str:

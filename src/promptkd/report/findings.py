@@ -16,6 +16,7 @@ from promptkd.report.comparisons import (
     in_words,
     mean,
     ranking,
+    score_name,
 )
 from promptkd.report.data import DataSet, Run
 from promptkd.report.numbers import digits, plain
@@ -174,10 +175,12 @@ def _score_sentences(run: Run, sets: Sequence[DataSet]) -> list[str]:
             for model in data.of_role(role)
             if mean(model, score) is not None
         ]
-        beside = " and ".join(f"its {whose} {plain(mean(m, score))}" for whose, m in others)
-        head = f"On {describe(data)}, the student reaches {in_words(score, mean(own, score))}"
+        unit = "%" * score_name(score).endswith("%")
+        beside = ", ".join(f"its {whose} {plain(mean(m, score))}{unit}" for whose, m in others)
+        head = f"On {describe(data)}, the student's {in_words(score, mean(own, score))}"
+        number = own.evaluation.num_examples
         against = [
-            f"Against its {model.label}: {comparison_words(c)}{_power(c)}."
+            f"Against its {model.label}: {comparison_words(c)}{_power(c, number)}."
             for _, model in others
             if (c := between(own, model, score))
         ]
@@ -190,13 +193,13 @@ def _score_sentences(run: Run, sets: Sequence[DataSet]) -> list[str]:
     return [f"On {VALIDATION} its ROUGE-L went from {change[0]:.1f} to {change[1]:.1f}."]
 
 
-def _power(comparison: Comparison) -> str:
+def _power(comparison: Comparison, num_requests: int) -> str:
     """What as many requests would have shown; nothing where a difference is."""
     if comparison.shown or comparison.detectable < 0.05:
         return ""
     return (
-        f"; so many requests would show a difference of {plain(comparison.detectable)} "
-        "four times in five"
+        f"; {num_requests} requests show one of {plain(comparison.detectable)} or more four times "
+        "in five"
     )
 
 
@@ -209,10 +212,15 @@ def _closeness(run: Run, sets: Sequence[DataSet]) -> str:
     values = f"from {digits(found.start)} to {digits(found.end)} nats per token{interval}"
     head = f"On {found.where}, the student"
     if found.closer >= 0.5:
-        return f"{head} came {found.closer:.0f}% closer to its teacher ({values})."
+        return f"{head} came {_percent(found.closer)} closer to its teacher ({values})."
     if found.closer <= -0.5:
         return f"{head} moved away from its teacher ({values})."
     return f"{head} is as far from its teacher as it was ({values})."
+
+
+def _percent(value: float) -> str:
+    """Never 100 where something is left."""
+    return f"{value:.0f}%" if value <= 99.5 or value == 100 else f"{min(value, 99.9):.1f}%"
 
 
 def _savings(run: Run, sets: Sequence[DataSet]) -> list[str]:

@@ -16,6 +16,7 @@ from promptkd.report import plots
 from promptkd.report.cells import Table
 from promptkd.report.comparisons import decoding_words, describe, statement
 from promptkd.report.data import DataSet, Run
+from promptkd.report.exposure_plots import exposure_figures
 from promptkd.report.figures import Figure
 from promptkd.report.findings import answer, distance, leading_run, warnings
 from promptkd.report.opening import example, large_numbers
@@ -213,7 +214,7 @@ def _sections(subject: Subject, sets: Sequence[DataSet], figures: Path) -> list[
             title="Exposure bias",
             lead="Does the student err more after its own text than after the teacher's? Errors "
             "are KL(teacher ‖ student), summed from the first token of the response.",
-            figures=tuple(plots.exposure_figures(runs, figures)),
+            figures=tuple(exposure_figures(runs, figures)),
         ),
         PageSection(
             id="prompt",

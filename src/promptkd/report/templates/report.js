@@ -21,16 +21,6 @@
   });
   applyTheme();
 
-  // Print with everything open, and close again what was closed.
-  let closed = [];
-  window.addEventListener("beforeprint", function () {
-    closed = Array.from(document.querySelectorAll("details:not([open])"));
-    closed.forEach(function (d) { d.open = true; });
-  });
-  window.addEventListener("afterprint", function () {
-    closed.forEach(function (d) { d.open = false; });
-  });
-
   // The browser of responses. Texts only ever enter the page as text nodes.
   const holder = document.getElementById("browser-data");
   if (!holder) return;
