@@ -94,7 +94,7 @@ def write_study(directory: Path, scores: dict[str, Sequence[float]], baseline: s
             write_run(directory / method / f"seed-{seed}", method, score, seed)
     write_others(directory)
     asked = {
-        "methods": dict.fromkeys(scores, {}),
+        "methods": {name: {} for name in scores},
         "seeds": list(range(len(next(iter(scores.values()))))),
         "baseline": baseline,
         "evaluation": {"suite": {"reminders": ["reminders.jsonl"]}},
