@@ -46,9 +46,13 @@ class Comparison:
     every_seed: bool = True
 
     @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+    @property
     def shown(self) -> bool:
         """Whether the data show a difference: the interval excludes zero, the seeds agree."""
-        return self.every_seed and (self.low > 0 or self.high < 0)
+        return self.every_seed and self.excludes_zero
 
     @property
     def detectable(self) -> float:
@@ -157,7 +161,7 @@ def decoding_words(evaluation: Evaluation) -> str:
 def comparison_words(c: Comparison) -> str:
     """``2.1 more, 95% interval 0.9 to 3.3`` or ``no difference shown (+0.1, 95% -0.4 to 0.6)``."""
     if not c.shown:
-        seeds = "" if c.every_seed else ", and training seeds overlap"
+        seeds = ", but training seeds overlap" if c.excludes_zero else ""
         return (
             f"no difference shown ({signed(c.difference)}, 95% interval "
             f"{plain(c.low)} to {plain(c.high)}{seeds})"

@@ -46,7 +46,7 @@ class LargeNumber:
 
 
 @dataclass(frozen=True)
-class Example:
+class Exchange:
     """One request and what everybody answered.
 
     Attributes:
@@ -74,7 +74,7 @@ def large_numbers(subject: Subject, leader: Run, sets: Sequence[DataSet]) -> lis
     ]
 
 
-def example(entry: Row | None) -> Example | None:
+def example(entry: Row | None) -> Exchange | None:
     """The middle one of the requests, by the first model's score; of the page's first data set."""
     if entry is None or entry["score"] is None:
         return None
@@ -86,7 +86,7 @@ def example(entry: Row | None) -> Example | None:
     scored.sort(key=lambda item: (_score_of(item), item["row"]))
     chosen = scored[len(scored) // 2]
     first, value = entry["models"][0], in_words(entry["score"], _score_of(chosen) or 0.0)
-    return Example(
+    return Exchange(
         why=f"Row {chosen['row']} of {entry['name']}: the middle of {len(scored)} requests by "
         f"{first['label']}'s score ({value}).",
         request=_short(chosen["request"]),

@@ -127,7 +127,7 @@ def comparison_cell(comparison: Comparison | None) -> Cell:
     if comparison is None:
         return Cell("not comparable")
     interval = f"[{plain(comparison.low)}, {plain(comparison.high)}]"
-    why = "no difference shown" if comparison.every_seed else "training seeds overlap"
+    why = "training seeds overlap" if comparison.excludes_zero else "no difference shown"
     return Cell(
         signed(comparison.difference), interval if comparison.shown else f"{interval} {why}"
     )
