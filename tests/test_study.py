@@ -492,7 +492,7 @@ def test_a_baseline_whose_runs_all_failed_leaves_nothing_to_compare():
 
 
 def test_a_method_is_bold_only_if_it_is_clear_of_every_other():
-    lines = line("a", 1, 3), line("b", -1, 1), line("teacher", 9, role="teacher")
+    lines = line("a", 1, 3), line("b", -1, 0), line("teacher", 9, role="teacher")
     table = study_table(Findings.of(lines, "data", "b"), 2, [])
     assert [row[0].text for row in table.rows if any(cell.best for cell in row)] == ["a"]
     equal = study_table(Findings.of([*lines, line("c", 2, 2)], "data", "b"), 2, [])

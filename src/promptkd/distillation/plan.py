@@ -187,7 +187,7 @@ class _Builder:
             "report",
             {
                 "command": "report",
-                "runs": [self.place(run), self.place("scores")],
+                "runs": [str(self.order.output)],
                 "output": str(self.order.output),
             },
         )

@@ -17,6 +17,7 @@ from promptkd.errors import UserError
 from promptkd.evaluation.metrics import check_metrics
 from promptkd.evaluation.results import Evaluation, save_evaluation
 from promptkd.evaluation.scorer import Scorer
+from promptkd.evaluation.size_and_speed import size_and_speed
 from promptkd.evaluation.suites import PAPER_SEEDS, listed, suite_of_files
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine

@@ -127,6 +127,7 @@ class Evaluation:
         decoding: how the responses were generated.
         seeds: of the decoding.
         dtype: what matrices were multiplied in.
+        size_and_speed: what the model weighs and how fast it generates; see that module.
     """
 
     name: str
@@ -140,6 +141,7 @@ class Evaluation:
     dtype: str = ""
     teacher: str | None = None
     num_cut_requests: int = 0
+    size_and_speed: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Score] = field(default_factory=dict)
     predictions: tuple[Prediction, ...] = ()
 

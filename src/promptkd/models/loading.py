@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
 from promptkd import kernels
 from promptkd.errors import UserError
@@ -320,6 +321,27 @@ def embedding_rows(module: PreTrainedModel) -> int:
 
 def num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def bytes_in_memory(module: nn.Module) -> int:
+    """Of its weights and buffers as they are loaded; what two layers share counts once."""
+    held = {t.data_ptr(): t.nbytes for t in (*module.parameters(), *module.buffers())}
+    return sum(held.values())
+
+
+def bytes_on_disk(name: str) -> int:
+    """Of the files that hold a model's weights; a LoRA's base counts with it."""
+    arguments = _location(name)
+    place = Path(arguments["pretrained_model_name_or_path"])
+    if "gguf_file" in arguments:
+        return (place / arguments["gguf_file"]).stat().st_size
+    if not place.is_dir():  # a hub id, in the cache that it was loaded from
+        place = Path(str(cached_file(str(place), "config.json"))).parent
+    files = [*place.glob("*.safetensors")] or [*place.glob("*.bin")]
+    base = None
+    if (place / "adapter_config.json").is_file():
+        base = peft.PeftConfig.from_pretrained(str(place)).base_model_name_or_path
+    return sum(file.stat().st_size for file in files) + (bytes_on_disk(base) if base else 0)
 
 
 def _holds_model(path: Path) -> bool:

@@ -72,9 +72,8 @@ def run_study(study: Study) -> Path:
         for label, own in finished.items()
     ]
     _conclude(study, [*lines, *others], failed)
-    begun = [path for run in runs if ((path := Path(run.recipe.output)) / "recipe.yaml").is_file()]
-    if begun:
-        page = report([*begun, *(output / role for role in models)], output)
+    if any((Path(run.recipe.output) / "recipe.yaml").is_file() for run in runs):
+        page = report(output)
         typer.echo(f"\nreport: {page}")
     _refuse_failures(failed, len(runs), output)
     return output
@@ -239,12 +238,15 @@ def _conclude(study: Study, lines: Sequence[Line], failed: Sequence[Failure]) ->
         "data": {name: found.to_dict() for name, found in findings.items()},
         "failed": [asdict(failure) for failure in failed],
     }
-    markdown = [f"## {table.title}\n\n{table.to_markdown()}" for table in tables]
+    markdown = [
+        f"## {table.title}\n\n{found.statement}\n\n{table.to_markdown()}"
+        for table, found in zip(tables, findings.values(), strict=True)
+    ]
     for name, text in (
         ("study.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n"),
         ("table.md", "\n".join(markdown)),
         ("table.tex", "\n".join(table.to_latex() for table in tables)),
     ):
         write_text(output / name, text)
-    for table in tables:
-        typer.echo(f"\n{table.to_text()}")
+    for table, found in zip(tables, findings.values(), strict=True):
+        typer.echo(f"\n{table.to_text()}\n{found.statement}")

@@ -6,24 +6,26 @@ seeds.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from promptkd.evaluation.comparison import Difference, differences
-from promptkd.evaluation.results import Evaluation, Score, totals
-from promptkd.evaluation.statistics import bootstrap_interval, mean_and_deviation
-from promptkd.report.data import DataSet, Model
-from promptkd.report.findings import (
-    Comparison,
+from promptkd.evaluation.results import Evaluation, Score
+from promptkd.report.cells import Cell, Table
+from promptkd.report.comparisons import (
     best_model,
+    between,
     decoding_words,
     describe,
     headline,
     score_name,
     shown_scores,
+    statement,
 )
+from promptkd.report.data import DataSet, Model
 from promptkd.report.numbers import digits, plain
-from promptkd.report.tables import Cell, Table, comparison_cell
+from promptkd.report.pooling import pooled
+from promptkd.report.tables import comparison_cell
 
 HIDDEN = ("exact_match", "cross_entropy")
 """Left out of the table; study.json has them."""
@@ -54,31 +56,10 @@ class Line:
     scores: tuple[Mapping[str, Evaluation], ...]
 
     def model(self, name: str) -> Model | None:
-        """All seeds as one evaluation, so that the report's findings apply; None if all failed."""
+        """All seeds as one model, so that the report's findings apply; None if all failed."""
         if not self.scores:
             return None
-        evaluations = [own[name] for own in self.scores]
-        predictions = tuple(row for e in evaluations for row in e.predictions)
-        pooled = replace(evaluations[0], predictions=predictions)
-        scores = {
-            score: _over_seeds(score, evaluations, pooled)
-            for score in evaluations[0].scores
-            if all(score in evaluation.scores for evaluation in evaluations)
-        }
-        return Model(self.label, self.role, replace(pooled, scores=scores))
-
-
-def _over_seeds(name: str, evaluations: Sequence[Evaluation], pooled: Evaluation) -> Score:
-    by_seed = [evaluation.scores[name].mean for evaluation in evaluations]
-    mean, deviation = mean_and_deviation(by_seed)
-    of_requests = totals(pooled.predictions, name).values()
-    return Score(
-        mean=mean,
-        num_requests=len(of_requests) or None,
-        interval_95=bootstrap_interval(*zip(*of_requests, strict=True)) if of_requests else None,
-        by_seed=tuple(by_seed),
-        deviation_over_seeds=deviation if len(by_seed) > 1 else None,
-    )
+        return pooled(self.label, self.role, [own[name] for own in self.scores])
 
 
 @dataclass(frozen=True)
@@ -112,11 +93,17 @@ class Findings:
     def data(self) -> DataSet:
         return DataSet(self.name, tuple(model for model in self.models.values() if model))
 
+    @property
+    def statement(self) -> str:
+        """What the report of the study says, too."""
+        return " ".join(statement(self.data, self.baseline)) if self.data.models else ""
+
     def to_dict(self) -> dict[str, Any]:
         """Everything that is known, for study.json."""
         record = self.data.evaluation.to_dict()
         return {
             "settings": {k: v for k, v in record.items() if k not in ("model", "scores")},
+            "statement": self.statement,
             "models": [
                 {
                     "label": line.label,
@@ -164,7 +151,7 @@ def study_table(findings: Findings, num_seeds: int, failed: Sequence[Failure]) -
         caption += " Differences are paired by request."
     if len(runs) > 1 and compared:
         caption += (
-            " Bold: better than every other method, each paired interval clear of zero; "
+            " Bold: better than every other method, each difference shown; "
             "intervals are not corrected for the number of comparisons."
         )
     for failure in failed:
@@ -184,20 +171,11 @@ def _seeds(line: Line, num_planned: int) -> str:
 
 
 def _gain(findings: Findings, label: str, score: str) -> Cell:
-    if label == findings.baseline or findings.models[label] is None:
+    model, other = findings.models[label], findings.models[findings.baseline]
+    if label == findings.baseline or model is None:
         return Cell("–")
-    for row in findings.gains.get(label, ()):
-        if row.score == score:
-            return comparison_cell(
-                Comparison(
-                    first=label,
-                    second=findings.baseline,
-                    difference=row.difference,
-                    low=row.low,
-                    high=row.high,
-                )
-            )
-    return comparison_cell(None)
+    alike = other and model.evaluation.protocol == other.evaluation.protocol
+    return comparison_cell(between(model, other, score) if other and alike else None)
 
 
 def _cell(name: str, score: Score, best: bool) -> Cell:

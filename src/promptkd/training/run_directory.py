@@ -7,6 +7,7 @@ from typing import Any
 from promptkd.adapters import merged, save_lora
 from promptkd.composition import Method
 from promptkd.config import Recipe
+from promptkd.data import Encoder, Example
 from promptkd.errors import UserError
 from promptkd.files import (
     read_json,
@@ -19,7 +20,7 @@ from promptkd.models.loading import dtype_of, model_directory
 from promptkd.training import checkpoints, lock
 from promptkd.training.divergence import is_sane
 from promptkd.training.identity import AS_IT_WAS, Change, Resuming, changes, check, identity
-from promptkd.training.model_card import model_card
+from promptkd.training.model_card import Frame, Measured, model_card
 from promptkd.training.setup import Setup
 from promptkd.training.tracking import JsonLines, environment
 
@@ -194,11 +195,24 @@ class RunDirectory:
                 whole.generation_config.eos_token_id = list(setup.stop)
                 whole.save_pretrained(directory)
             setup.tokenizer.save_pretrained(directory)
-            card = model_card(self.recipe, repr(self.method), step, scores)
+            measured = Measured(step, scores, start=self._start_scores())
+            card = model_card(
+                self.recipe, repr(self.method), _frame(setup.requests.encoder), measured
+            )
             write_text(directory / "README.md", card)
         if teacher and self.recipe.teacher and teacher.has_adapter:
             with whole_directory(self.path / "teacher_adapter", "adapter") as directory:
                 teacher.save(directory, self.recipe.teacher.model)
 
+    def _start_scores(self) -> dict[str, float]:
+        rows = (row for row in self.metrics.read() if row["step"] == 0 and "evaluation" in row)
+        return next((row["evaluation"] for row in rows), {})
+
     def finish(self, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", summary)
+
+
+def _frame(encoder: Encoder) -> Frame:
+    """What the student's requests look like, the request itself left open."""
+    text = encoder.render(Example(Frame.REQUEST))
+    return Frame(text, special_tokens=encoder.template != "chat")
