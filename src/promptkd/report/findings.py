@@ -4,7 +4,7 @@ Every claim is about one data set, which it names, and gives the teacher's value
 measured there. A difference is called one only where its paired bootstrap interval excludes zero.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ SCORE_NAMES = {
     "cross_entropy": "Cross-entropy, nats/token",
     "response_length": "Length, tokens",
     "ended": "Ended by itself, %",
+    "repeated_4_grams": "Repeated 4-grams, %",
 }
 
 
@@ -107,7 +108,11 @@ def score_name(score: str) -> str:
 
 def shown_scores(data: DataSet) -> list[str]:
     """Every score that a model of the data set has, ours first."""
-    found = {name for model in data.models for name in model.evaluation.scores}
+    return in_order({name for model in data.models for name in model.evaluation.scores})
+
+
+def in_order(found: Set[str]) -> list[str]:
+    """Names of scores as tables show them, ours first."""
     return [*(n for n in SCORE_NAMES if n in found), *sorted(found - SCORE_NAMES.keys())]
 
 

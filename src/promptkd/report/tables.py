@@ -175,7 +175,7 @@ def score_table(data: DataSet, number: int) -> Table:
             "intervals are not corrected for the number of comparisons."
         )
     return Table(
-        name=f"scores-{number}-{_safe(data.name)}",
+        name=f"scores-{number}-{safe_name(data.name)}",
         title=data.name,
         caption=caption,
         headings=tuple(headings),
@@ -337,6 +337,6 @@ def _latex(text: str) -> str:
     return "".join(LATEX.get(character, character) for character in " ".join(text.split()))
 
 
-def _safe(name: str) -> str:
+def safe_name(name: str) -> str:
     """A data set's name as part of a file name."""
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)[:60]
