@@ -41,8 +41,7 @@ def score_models(
         place = Path(output) / label
         sizes = read_json(place / "size_and_speed.json", [])
         if sizes is None:
-            own = "" if model == teacher else teacher
-            evaluate(model, data, teacher=own, output=place, **asked)
+            evaluate(model, data, teacher=teacher, output=place, **asked)
             sizes = size_and_speed(model, data, asked)
             write_json(place / "size_and_speed.json", sizes)
         record = read_json(place / f"{Path(data).stem}.json", [])

@@ -125,6 +125,7 @@ class Evaluation:
         seeds: of the decoding.
         dtype: what matrices were multiplied in.
         rows: digest of the requests' rows and references, where those are kept elsewhere.
+        date: as of which requests were rendered, for templates that say it.
     """
 
     name: str
@@ -137,6 +138,7 @@ class Evaluation:
     seeds: tuple[int, ...]
     dtype: str = ""
     rows: str = ""
+    date: str = ""
     teacher: str | None = None
     num_cut_requests: int = 0
     scores: dict[str, Score] = field(default_factory=dict)
@@ -156,8 +158,8 @@ class Evaluation:
         if not missing:
             return self
         predictions = tuple(p.scored_by(missing) for p in self.predictions)
-        found = summarise(predictions)
-        added = {name: found[name] for name in missing if name in found}
+        known = [name for name in missing if any(name in p.scores for p in predictions)]
+        added = {name: _over_seeds(predictions, name) for name in known}
         return replace(self, predictions=predictions, scores=self.scores | added)
 
     def scored_anew(self) -> "Evaluation":
@@ -363,6 +365,11 @@ def read_evaluations(directory: Path, notes: list[str] | None = None) -> list[Ev
     return [evaluation for evaluation in found if evaluation is not None]
 
 
+def own_evaluations(directory: Path, notes: list[str] | None = None) -> list[Evaluation]:
+    """Those in a directory itself: other models' are in folders of it."""
+    return [own for p in sorted(directory.glob("*.json")) if (own := read_evaluation(p, notes))]
+
+
 def rescore(directory: str | Path, notes: list[str] | None = None) -> dict[str, dict[str, Any]]:
     """Compute the scores of kept predictions anew, without generating.
 
@@ -373,7 +380,7 @@ def rescore(directory: str | Path, notes: list[str] | None = None) -> dict[str, 
         notes: takes a sentence for every damaged file.
 
     Returns:
-        What each ``NAME.json`` holds now, by NAME.
+        What each ``NAME.json`` holds now, by NAME, or FOLDER/NAME for other models' below.
 
     Raises:
         UserError: if there are no predictions.
@@ -382,12 +389,12 @@ def rescore(directory: str | Path, notes: list[str] | None = None) -> dict[str, 
     if (place / "evaluation").is_dir():
         place = place / "evaluation"
     results = {}
-    for found in read_evaluations(place, notes):
-        if not found.predictions:
-            continue
-        again = found.scored_anew()
-        save_evaluation(place, again)
-        results[found.name] = again.to_dict()
+    for folder in (place, *sorted(path for path in place.rglob("*") if path.is_dir())):
+        for found in own_evaluations(folder, notes):
+            if found.predictions:
+                again = found.scored_anew()
+                save_evaluation(folder, again)
+                results[str((folder / found.name).relative_to(place))] = again.to_dict()
     if not results:
         raise UserError(f"{directory} holds no predictions. Name a run that was evaluated.")
     return results

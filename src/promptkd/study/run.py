@@ -14,7 +14,7 @@ from promptkd.config import SamplingSection
 from promptkd.data import Example, read_examples
 from promptkd.errors import UserError
 from promptkd.evaluation.evaluate import evaluate
-from promptkd.evaluation.results import Evaluation, read_evaluations
+from promptkd.evaluation.results import Evaluation, own_evaluations
 from promptkd.files import write_text
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.methods import build_method
@@ -119,6 +119,7 @@ class StudyScorer:
             metrics=asked.metrics,
             teacher=other,
             precision=self._base.precision,
+            engine=sampling.engine,
             output=directory,
         )
         return self._made(model, directory, other)
@@ -140,7 +141,7 @@ class StudyScorer:
         }
         trained = Path(model) / "summary.json"
         made = {}
-        for found in read_evaluations(directory):
+        for found in own_evaluations(directory):
             rows, written = self._rows.get(found.name, ()), directory / f"{found.name}.json"
             sources = tuple(asked.suite.get(found.name, ()))
             expected = settings | {"data": sources, "num_examples": len(rows)}
