@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from promptkd.config import load_recipe, recipe_from_dict
     from promptkd.distillation.distill import distill
     from promptkd.evaluation.comparison import compare
-    from promptkd.evaluation.evaluate import evaluate
+    from promptkd.evaluation.evaluate import evaluate, evaluate_with
     from promptkd.evaluation.exposure_bias import exposure_bias
     from promptkd.evaluation.prompt_analysis import prompt_analysis
     from promptkd.evaluation.results import rescore
@@ -39,6 +39,7 @@ _HOMES = {
     "compare": "promptkd.evaluation.comparison:compare",
     "distill": "promptkd.distillation.distill:distill",
     "evaluate": "promptkd.evaluation.evaluate:evaluate",
+    "evaluate_with": "promptkd.evaluation.evaluate:evaluate_with",
     "exposure_bias": "promptkd.evaluation.exposure_bias:exposure_bias",
     "generate": "promptkd.evaluation.side_by_side:generate",
     "init_student": "promptkd.pruning:init_student",
@@ -65,6 +66,7 @@ __all__ = [
     "distill",
     "divergences",
     "evaluate",
+    "evaluate_with",
     "exposure_bias",
     "generate",
     "init_student",

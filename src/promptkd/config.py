@@ -52,6 +52,13 @@ def refuse_reserved(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+def known_metric(name: str) -> str:
+    """The name itself; a ValueError with a suggestion if it can't choose a student."""
+    if name not in CRITERIA and not re.fullmatch(r"[\w.]+:\w+", name):
+        raise ValueError(f"unknown metric{suggest(name, [*CRITERIA])}")
+    return name
+
+
 class LoRASection(Section):
     r: int = Field(default=16, ge=1, le=4096, description="rank of the adapters")
     alpha: int = Field(default=32, ge=1, description="the update is scaled by alpha / r")
@@ -222,9 +229,7 @@ class EvaluationSection(Section):
     @field_validator("metric")
     @classmethod
     def _known_metric(cls, value: str) -> str:
-        if value not in CRITERIA and not re.fullmatch(r"[\w.]+:\w+", value):
-            raise ValueError(f"unknown metric{suggest(value, [*CRITERIA])}")
-        return value
+        return known_metric(value)
 
 
 class CheckpointSection(Section):

@@ -16,6 +16,15 @@ def evaluate(
         list[str] | None, typer.Option(help="held-out requests; each file is scored by itself")
     ] = None,
     suite: Annotated[Path | None, typer.Option(help="or a YAML file of named data sets")] = None,
+    like: Annotated[
+        Path | None, typer.Option(help="or an evaluated run: its data and its whole protocol")
+    ] = None,
+    with_: Annotated[
+        str | None,
+        typer.Option(
+            "--with", help="a run's other models too: start,teacher,warm-up", show_default=False
+        ),
+    ] = None,
     seeds: Annotated[list[int] | None, typer.Option(min=0, help="decoding seeds")] = None,
     output: Annotated[Path | None, typer.Option(help="directory for the scores")] = None,
     num_examples: Annotated[int | None, typer.Option(min=1, help="only the first ones")] = None,
@@ -25,37 +34,63 @@ def evaluate(
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy")] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
     top_k: Annotated[int | None, typer.Option(min=0)] = None,
-    no_repeat_ngram_size: Annotated[int, typer.Option(help="6 as the authors' test script")] = 0,
+    no_repeat_ngram_size: Annotated[
+        int | None, typer.Option(min=0, help="6 as the authors' test script")
+    ] = None,
+    engine: Annotated[str | None, typer.Option(help="transformers | vllm")] = None,
     teacher: Annotated[str | None, typer.Option(help="also measure KL(student || teacher)")] = None,
     metric: Annotated[list[str] | None, typer.Option(help="more scores: docs/metrics.md")] = None,
 ) -> None:
     """Write responses to held-out requests, score them, and save both."""
-    if (suite is None) == (not data):
-        raise UserError("Say what to evaluate on: either --data FILE ... or --suite FILE.")
-    from promptkd.evaluation.suites import PAPER_SEEDS, read_suite, suite_of_files
+    if (suite is not None) + bool(data) > 1 or not (suite or data or like):
+        raise UserError(
+            "Say what to evaluate on: either --data FILE ... or --suite FILE, or --like RUN."
+        )
+    if engine not in (None, "transformers", "vllm"):
+        raise UserError(f"--engine is '{engine}'; known: transformers, vllm.")
+    from promptkd.evaluation.suites import read_suite, suite_of_files
 
-    asked = read_suite(suite) if suite else suite_of_files(data or [])
+    asked = read_suite(suite) if suite else suite_of_files(data) if data else None
     from promptkd.evaluation.evaluate import evaluate as run
+    from promptkd.evaluation.evaluate import evaluate_with
+    from promptkd.ranks import Ranks
 
     keep_freed_memory()
-    results = run(
-        model,
-        asked,
-        seeds=seeds or PAPER_SEEDS,
-        output=output,
-        num_examples=num_examples,
-        template=template,
-        max_request_tokens=max_request_tokens,
-        max_response_tokens=max_response_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        no_repeat_ngram_size=no_repeat_ngram_size,
-        teacher=teacher,
-        metrics=metric or (),
-    )
-    show_scores(results)
-    typer.echo(f"scores: {output or Path(model) / 'evaluation'}")
+    ranks = Ranks.of_launch()
+    options: dict[str, Any] = {
+        "like": like,
+        "ranks": ranks,
+        "seeds": seeds,
+        "output": output,
+        "num_examples": num_examples,
+        "template": template,
+        "max_request_tokens": max_request_tokens,
+        "max_response_tokens": max_response_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+        "engine": engine,
+        "teacher": teacher,
+        **({"metrics": metric} if metric else {}),
+    }
+    if with_:
+        found = evaluate_with(model, with_.split(","), asked, **options)
+    else:
+        found = {"": run(model, asked, **options)}
+    if ranks.rank > 0:
+        return
+    for label, results in found.items():
+        if label:
+            typer.echo(f"--- {label}")
+        show_scores(results)
+    typer.echo(f"scores: {output or _scores_of(model)}")
+
+
+def _scores_of(model: str) -> Path:
+    from promptkd.evaluation.named_models import run_of
+
+    return run_of(Path(model)) / "evaluation"
 
 
 @app.command()

@@ -36,8 +36,7 @@ def score_models(
         place = Path(output) / label
         record = read_json(place / f"{Path(data).stem}.json", [])
         if record is None:
-            own = "" if model == teacher else teacher
-            record = evaluate(model, data, teacher=own, output=place, **asked)
+            record = evaluate(model, data, teacher=teacher, output=place, **asked)
         found[label] = record
     return found
 

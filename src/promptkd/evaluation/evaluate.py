@@ -3,116 +3,51 @@
 A score always carries its data, decoding settings, seeds, number of examples and interval.
 """
 
-import datetime
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 from tqdm import tqdm
 
-from promptkd.config import ColumnsSection, Recipe, TeacherSection, load_recipe
-from promptkd.data import Encoder, Example, date_of_run, evaluation_set, read_examples, reads
+from promptkd.config import Recipe, load_recipe
+from promptkd.data import Dataset, Encoder, evaluation_set, reads
 from promptkd.errors import UserError
-from promptkd.evaluation.metrics import check_metrics
+from promptkd.evaluation.named_models import named_models, run_of
+from promptkd.evaluation.protocol import OF_QUESTIONS, Asking, Data, Protocol, Questions
 from promptkd.evaluation.results import Evaluation, save_evaluation
 from promptkd.evaluation.scorer import Scorer
 from promptkd.evaluation.size_and_speed import size_and_speed
-from promptkd.evaluation.suites import PAPER_SEEDS, listed, suite_of_files
-from promptkd.generation.sampling import GenerationSettings
-from promptkd.generation.transformers_engine import TransformersEngine
+from promptkd.generation.transformers_engine import Engine, TransformersEngine
+from promptkd.generation.vllm_engine import VLLMEngine
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import check_context, load_tokenizer, stop_ids
 from promptkd.models.vocabularies import load_pair, same_tokenizer
+from promptkd.ranks import ALONE, Ranks
 
-
-class Asked(TypedDict, total=False):
-    """How a model is asked; what is not given is the run's own, or the recipe's default.
-
-    ``no_repeat_ngram_size`` 6 reproduces the authors' test script; 0, the default, blocks nothing.
-    ``precision`` is auto | bf16 | fp32.
-    """
-
-    template: str | None
-    template_options: Mapping[str, Any] | None
-    max_request_tokens: int | None
-    max_response_tokens: int | None
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    no_repeat_ngram_size: int
-    precision: str | None
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """The same, complete."""
-
-    template: str = "auto"
-    template_options: Mapping[str, Any] = field(default_factory=dict)
-    columns: ColumnsSection = ColumnsSection()
-    max_request_tokens: int = 256
-    decoding: GenerationSettings = GenerationSettings(256)
-    precision: str = "auto"
-
-    @classmethod
-    def of(cls, recipe: Recipe | None, asked: Asked) -> "Protocol":
-        own = cls()
-        if recipe:
-            data = recipe.data
-            own = cls(
-                template=data.template,
-                template_options=data.template_options,
-                columns=data.columns,
-                max_request_tokens=data.max_request_tokens,
-                decoding=GenerationSettings.of_recipe(recipe),
-                precision=recipe.precision,
-            )
-        given: dict[str, Any] = {key: v for key, v in asked.items() if v is not None}
-        if given.get("template", own.template) != own.template:
-            own = replace(own, template_options={})  # they belong to the run's own template
-        if "max_response_tokens" in given:
-            given["max_new_tokens"] = given.pop("max_response_tokens")
-        of_decoding = {
-            k: given.pop(k) for k in [*given] if k in GenerationSettings.__dataclass_fields__
-        }
-        return replace(own, decoding=replace(own.decoding, **of_decoding), **given)
-
-    def encoder(self, tokenizer: Any, date: datetime.date | None) -> Encoder:
-        return Encoder(
-            tokenizer,
-            template=self.template,
-            max_request_tokens=self.max_request_tokens,
-            max_response_tokens=self.decoding.max_new_tokens,
-            template_options=self.template_options,
-            date=date,
-        )
+Records = dict[str, dict[str, Any]]
+"""What NAME.json hold, by NAME."""
 
 
 def evaluate(
     run_or_model: str | Path,
-    data: str | Sequence[str] | Mapping[str, str | Sequence[str]],
+    data: Data | None = None,
     *,
-    seeds: Sequence[int] = PAPER_SEEDS,
-    num_examples: int | None = None,
-    teacher: str | None = None,
+    like: str | Path | None = None,
     output: str | Path | None = None,
-    metrics: Sequence[str] = (),
-    **asked: Unpack[Asked],
+    ranks: Ranks = ALONE,
+    **asked: Unpack[Asking],
 ) -> dict[str, Any]:
     """Score a run's student, or any model, on held-out requests, and save scores and predictions.
 
     Args:
         run_or_model: a run's directory, or a model as ``load_model`` takes it.
-        data: path, glob or hub id; several are scored one by one. A mapping of names to such is a
-            suite; a list in it makes one data set.
-        seeds: decoding seeds; one response per request each.
-        num_examples: only the first ones of each data set.
-        teacher: to measure KL(student || teacher), nats per token; a run's own if not given, which
-            reads what it read in training; "" for none.
+        data: path, glob or hub id; several are scored one by one, each under its own name. A
+            mapping of names to such is a suite; a list in it makes one data set.
+        like: a run that was evaluated, or what another ``evaluate`` wrote to: the same data,
+            template, lengths, decoding, seeds, precision, metrics and teacher, where not given.
         output: directory; ``RUN/evaluation`` by default, needed for a bare model.
-        metrics: beside ROUGE-L and exact match: docs/metrics.md.
-        asked: template, lengths, sampling and precision: see ``Asked``.
+        ranks: the processes that share the requests; every one of them calls this.
+        asked: seeds, metrics, template, lengths, sampling and more: see ``Asking``.
 
     Returns:
         What ``NAME.json`` holds, NAME being the data's; for several, that of each by name.
@@ -120,111 +55,150 @@ def evaluate(
     Raises:
         UserError: if the data or model can't be read.
     """
-    run, name = Path(run_or_model), str(run_or_model)
+    run = Path(run_or_model)
     recipe = _recipe_of(run, output)
-    protocol = Protocol.of(recipe, asked)
-    check_metrics(metrics, len(seeds))
-    suite = data if isinstance(data, Mapping) else suite_of_files(listed(data))
-    voices = _load(name, teacher, recipe, protocol)
-    examples = {
-        key: read_examples(listed(own), protocol.columns, voices.context)[:num_examples]
-        for key, own in suite.items()
-    }
-    results = {}
-    for of_suite, rows in examples.items():
-        scored = _score(voices, rows, protocol, tuple(metrics), seeds)
-        files = tuple(listed(suite[of_suite]))
-        evaluation = Evaluation(name=of_suite, model=name, data=files, **scored)
-        save_evaluation(Path(output) if output is not None else run / "evaluation", evaluation)
-        results[of_suite] = evaluation.to_dict()
+    questions = _questions(run, recipe, data, like, asked)
+    place = Path(output) if output is not None else run / "evaluation"
+    results = answer(str(run_or_model), questions, place, recipe=recipe, ranks=ranks)
     return next(iter(results.values())) if isinstance(data, str) else results
 
 
-@dataclass(frozen=True)
-class Voices:
-    """The model that is scored, its tokenizer and encoder, and the teacher it is compared with.
+def evaluate_with(
+    run: str | Path,
+    others: Sequence[str],
+    data: Data | None = None,
+    *,
+    like: str | Path | None = None,
+    output: str | Path | None = None,
+    ranks: Ranks = ALONE,
+    **asked: Unpack[Asking],
+) -> dict[str, Records]:
+    """Score a run's student, and models that belong to it, by the run's protocol.
 
-    Attributes:
-        teacher_encoder: how the teacher is asked, if it reads other requests.
-        context: the column that only the teacher reads.
+    Args:
+        run: its directory, or that of ``distill``.
+        others: ``start``, ``teacher``, or, where ``distill`` made the run, any model that it
+            scores (``warm-up``).
+        data: see ``evaluate``, as is the rest. The others' scores go to ``RUN/evaluation/OTHER``.
+
+    Returns:
+        The records of each data set: of the student by "student", of each other by its name.
+
+    Raises:
+        UserError: for a name that the run doesn't know, and as ``evaluate``.
     """
-
-    student: LanguageModel
-    tokenizer: Any
-    encoder: Encoder
-    teacher: LanguageModel | None = None
-    teacher_name: str | None = None
-    teacher_encoder: Encoder | None = None
-    context: str | None = None
-
-    @property
-    def stop(self) -> list[int]:
-        return sorted({*stop_ids(self.tokenizer, self.student.module), self.encoder.eos_token_id})
-
-    def without_teacher(self) -> "Voices":
-        return Voices(self.student, self.tokenizer, self.encoder)
+    run = run_of(Path(run))
+    models = named_models(run, others)
+    recipe = _recipe_of(run, None)
+    questions = _questions(run, recipe, data, like, asked)
+    place = Path(output) if output is not None else run / "evaluation"
+    results = {"student": answer(str(run), questions, place, recipe=recipe, ranks=ranks)}
+    for label, model in models.items():
+        results[label] = answer(model, questions, place / label, recipe=recipe, ranks=ranks)
+    return results
 
 
-def _load(name: str, teacher: str | None, recipe: Recipe | None, protocol: Protocol) -> Voices:
-    tokenizer = load_tokenizer(name)
-    encoder = protocol.encoder(tokenizer, date_of_run(Path(name)))
-    section = recipe.teacher if recipe and teacher is None else None
-    teacher, teacher_encoder = _teacher_of(section, encoder) if section else (teacher, None)
-    student, teacher_model = load_pair(name, teacher or None, tokenizer, protocol.precision)
+def answer(
+    model: str,
+    questions: Questions,
+    output: Path,
+    *,
+    recipe: Recipe | None = None,
+    ranks: Ranks = ALONE,
+) -> Records:
+    """Load a model, let it answer, and save what came of it.
+
+    Args:
+        recipe: of the run whose teacher is meant where none is named.
+    """
+    tokenizer, protocol = load_tokenizer(model), questions.protocol
+    teacher_name = _teacher(model, questions.teacher, recipe, tokenizer)
+    encoder = protocol.encoder(tokenizer)
+    briefed = _teacher_encoder(protocol, teacher_name, encoder)
+    student, teacher = load_pair(model, teacher_name, tokenizer, protocol.precision)
     limits = encoder.max_request_tokens, encoder.max_response_tokens
-    check_context(student.module.config, *limits, name)
-    return Voices(
-        student,
-        tokenizer,
-        encoder,
-        teacher=teacher_model,
-        teacher_name=teacher or None,
-        teacher_encoder=teacher_encoder,
-        context=section.context if section else None,
-    )
+    check_context(student.module.config, *limits, model)
+    stop = sorted({*stop_ids(tokenizer, student.module), encoder.eos_token_id})
+    engine = _engine(protocol, student, stop)
+    results, measured = {}, {}
+    for name, rows in questions.rows.items():
+        knows = briefed is None or reads(rows, protocol.context)
+        if not knows:
+            tqdm.write(f"{name} has no '{protocol.context}': no KL to the teacher, which reads it")
+        scorer = Scorer(
+            data=evaluation_set(rows, encoder, briefed if knows else None),
+            tokenizer=tokenizer,
+            stop=stop,
+            decoding=protocol.decoding,
+            ranks=ranks,
+            metrics=questions.metrics,
+        )
+        shown = tqdm(questions.seeds, unit="seed", desc="responses", disable=ranks.rank > 0)
+        scores, predictions = scorer.score(engine, student, teacher if knows else None, shown)
+        requests = [example.request_ids for example in scorer.data.examples]
+        measured = measured or size_and_speed(model, student, requests, protocol.decoding)
+        evaluation = Evaluation(
+            name=name,
+            model=model,
+            teacher=teacher_name if knows else None,
+            data=tuple(questions.sources[name]),
+            **_asked(scorer.data, encoder),
+            decoding=protocol.decoding.to_dict(),
+            seeds=questions.seeds,
+            dtype=str(student.dtype).removeprefix("torch."),
+            size_and_speed=measured,
+            scores=scores,
+            predictions=tuple(predictions),
+        )
+        if ranks.rank == 0:
+            save_evaluation(output, evaluation)
+        results[name] = evaluation.to_dict()
+    return results
 
 
-def _score(
-    voices: Voices,
-    rows: Sequence[Example],
-    protocol: Protocol,
-    metrics: tuple[str, ...],
-    seeds: Sequence[int],
-) -> dict[str, Any]:
-    """What an evaluation says of one data set's responses, and of how they were asked for."""
-    if voices.teacher and not reads(rows, voices.context):
-        tqdm.write(f"no row has '{voices.context}': no KL to the teacher, which reads it")
-        voices = voices.without_teacher()
-    scorer = Scorer(
-        data=evaluation_set(rows, voices.encoder, voices.teacher_encoder),
-        tokenizer=voices.tokenizer,
-        stop=voices.stop,
-        decoding=protocol.decoding,
-        metrics=metrics,
-    )
-    engine = TransformersEngine(voices.student, voices.stop)
-    shown = tqdm(seeds, unit="seed", desc="responses")
-    scores, predictions = scorer.score(engine, voices.student, voices.teacher, shown)
+def _questions(
+    run: Path, recipe: Recipe | None, data: Data | None, like: str | Path | None, asked: Asking
+) -> Questions:
+    given: dict[str, Any] = dict(asked)
+    if like is not None:
+        return Questions.like(Path(like), data, given)
+    if data is None:
+        raise UserError("Say what to evaluate on: data, or an evaluation to follow.")
+    of_questions = {name: given.pop(name) for name in OF_QUESTIONS if name in given}
+    return Questions.of(data, Protocol.of(run, recipe, given), **of_questions)
+
+
+def _teacher(model: str, asked: str | None, recipe: Recipe | None, tokenizer: Any) -> str | None:
+    """Who was asked for, or the run's own if the KL to it is defined; nobody for itself."""
+    if asked is None and recipe and recipe.teacher:
+        own = recipe.teacher.model
+        asked = own if same_tokenizer(tokenizer, load_tokenizer(own)) else ""
+    return None if asked == model else asked or None
+
+
+def _teacher_encoder(protocol: Protocol, name: str | None, encoder: Encoder) -> Encoder | None:
+    """How the run's own teacher is asked, if it reads other requests than the student."""
+    section = protocol.teacher
+    if section is None or section.model != name:
+        return None
+    return encoder.for_teacher(section, load_tokenizer(section.model))
+
+
+def _engine(protocol: Protocol, student: LanguageModel, stop: Sequence[int]) -> Engine:
+    if protocol.engine == "vllm":
+        limits = protocol.max_request_tokens + protocol.decoding.max_new_tokens
+        return VLLMEngine(student, stop, limits)
+    return TransformersEngine(student, stop)
+
+
+def _asked(data: Dataset, encoder: Encoder) -> Mapping[str, Any]:
     return {
-        "teacher": voices.teacher_name,
-        "num_examples": len(scorer.data),
-        "num_cut_requests": scorer.data.num_cut_requests,
-        "template": voices.encoder.template,
-        "max_request_tokens": voices.encoder.max_request_tokens,
-        "decoding": protocol.decoding.to_dict(),
-        "seeds": tuple(seeds),
-        "dtype": str(voices.student.dtype).removeprefix("torch."),
-        "scores": scores,
-        "predictions": tuple(predictions),
+        "num_examples": len(data),
+        "num_cut_requests": data.num_cut_requests,
+        "template": encoder.template,
+        "max_request_tokens": encoder.max_request_tokens,
+        "date": encoder.date.isoformat(),
     }
-
-
-def _teacher_of(section: TeacherSection, encoder: Encoder) -> tuple[str, Encoder | None]:
-    """A run's own teacher, "" if its tokens are others, and how it is asked."""
-    tokenizer = load_tokenizer(section.model)
-    if not same_tokenizer(encoder.tokenizer, tokenizer):
-        return "", None
-    return section.model, encoder.for_teacher(section, tokenizer)
 
 
 def _recipe_of(run: Path, output: str | Path | None) -> Recipe | None:

@@ -81,6 +81,8 @@ class Prediction:
         Raises:
             TypeError, KeyError, ValueError: if it is none.
         """
+        if "request" not in row and "references" not in row:  # kept without: study.stored
+            row = {**row, "request": "", "references": ()}
         names = cls.__dataclass_fields__
         own = {name: value for name, value in row.items() if name in names}
         scores = {k: float(v) for k, v in row.items() if k not in names and v is not None}
@@ -128,6 +130,8 @@ class Evaluation:
         seeds: of the decoding.
         dtype: what matrices were multiplied in.
         size_and_speed: what the model weighs and how fast it generates; see that module.
+        rows: digest of the requests' rows and references, where those are kept elsewhere.
+        date: as of which requests were rendered, for templates that say it.
     """
 
     name: str
@@ -139,6 +143,8 @@ class Evaluation:
     decoding: dict[str, Any]
     seeds: tuple[int, ...]
     dtype: str = ""
+    rows: str = ""
+    date: str = ""
     teacher: str | None = None
     num_cut_requests: int = 0
     size_and_speed: dict[str, Any] = field(default_factory=dict)
@@ -153,14 +159,45 @@ class Evaluation:
         found = totals(self.predictions, score)
         return {index: total / size for index, (total, size) in found.items()}
 
+    def also_scored_by(self, metrics: Sequence[str]) -> "Evaluation":
+        """With the metrics of single responses that it lacks, computed from the predictions."""
+        missing = [name for name in metrics if name not in self.scores]
+        if not missing:
+            return self
+        predictions = tuple(p.scored_by(missing) for p in self.predictions)
+        known = [name for name in missing if any(name in p.scores for p in predictions)]
+        added = {name: _over_seeds(predictions, name) for name in known}
+        return replace(self, predictions=predictions, scores=self.scores | added)
+
+    def scored_anew(self) -> "Evaluation":
+        """Scores of responses computed again; those of models and users' functions stay."""
+        metrics = metrics_of([p.references for p in self.predictions], [*self.scores])
+        own = [name for name in metrics if name in METRICS]
+        predictions = tuple(p.scored_by(own) for p in self.predictions)
+        kept = {name: score for name, score in self.scores.items() if name not in METRICS}
+        scores = kept | summarise(predictions, [*self.scores])
+        return replace(self, scores=scores, predictions=predictions)
+
+    def with_references(self, references: Mapping[int, tuple[str, ...]]) -> "Evaluation":
+        """With the references that ``study.stored`` left out put back, by row.
+
+        Raises:
+            UserError: if they aren't those that were scored.
+        """
+        known = [p for p in self.predictions if references.get(p.index)]
+        predictions = tuple(replace(p, references=references[p.index]) for p in known)
+        if len(known) < len(self.predictions) or rows_digest(predictions) != self.rows:
+            raise UserError(
+                f"{', '.join(self.data)} doesn't hold the references that '{self.name}' was scored "
+                "by: others, or too few. Name the data as it was then."
+            )
+        return replace(self, predictions=predictions)
+
     @property
     def protocol(self) -> str:
         """Equal exactly for evaluations whose scores may be compared: same rows, same decoding."""
-        rows = sorted(
-            {(p.index, json.dumps(list(p.references) or p.request)) for p in self.predictions}
-        )
-        text = json.dumps([rows or self.name, self.settings()], sort_keys=True)
-        return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+        rows = self.rows or (rows_digest(self.predictions) if self.predictions else self.name)
+        return _digest([rows, self.settings()])
 
     def settings(self) -> dict[str, Any]:
         """What two evaluations must share to be compared, beside the requests."""
@@ -186,6 +223,18 @@ class Evaluation:
 
 KEPT_ELSEWHERE = ("name", "predictions")
 """The file's name, and NAME.predictions.jsonl."""
+
+
+def rows_digest(predictions: Iterable[Prediction]) -> str:
+    """Of the rows that were asked: the references, or the request where there are none."""
+    return _digest(
+        sorted({(p.index, json.dumps(list(p.references) or p.request)) for p in predictions})
+    )
+
+
+def _digest(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
 
 def _plain(value: Any) -> Any:
@@ -293,6 +342,7 @@ def read_evaluation(path: Path, notes: list[str] | None = None) -> Evaluation | 
     if record is None or not isinstance(record.get("scores"), dict) or "decoding" not in record:
         return None
     lines = path.with_name(f"{path.stem}.predictions.jsonl")
+    lines = lines if lines.exists() else path.with_name(f"{lines.name}.gz")
     predictions, damaged = read_predictions(lines) if lines.exists() else ([], [])
     if damaged:
         shown = ", ".join(map(str, damaged[:3]))
@@ -322,6 +372,11 @@ def read_evaluations(directory: Path, notes: list[str] | None = None) -> list[Ev
     return [evaluation for evaluation in found if evaluation is not None]
 
 
+def own_evaluations(directory: Path, notes: list[str] | None = None) -> list[Evaluation]:
+    """Those in a directory itself: other models' are in folders of it."""
+    return [own for p in sorted(directory.glob("*.json")) if (own := read_evaluation(p, notes))]
+
+
 def rescore(directory: str | Path, notes: list[str] | None = None) -> dict[str, dict[str, Any]]:
     """Compute the scores of kept predictions anew, without generating.
 
@@ -332,7 +387,7 @@ def rescore(directory: str | Path, notes: list[str] | None = None) -> dict[str, 
         notes: takes a sentence for every damaged file.
 
     Returns:
-        What each ``NAME.json`` holds now, by NAME.
+        What each ``NAME.json`` holds now, by NAME, or FOLDER/NAME for other models' below.
 
     Raises:
         UserError: if there are no predictions.
@@ -341,17 +396,12 @@ def rescore(directory: str | Path, notes: list[str] | None = None) -> dict[str, 
     if (place / "evaluation").is_dir():
         place = place / "evaluation"
     results = {}
-    for found in read_evaluations(place, notes):
-        if not found.predictions:
-            continue
-        metrics = metrics_of([p.references for p in found.predictions], [*found.scores])
-        own = [name for name in metrics if name in METRICS]
-        predictions = tuple(p.scored_by(own) for p in found.predictions)
-        kept = {name: score for name, score in found.scores.items() if name not in METRICS}
-        scores = kept | summarise(predictions, [*found.scores])
-        again = replace(found, scores=scores, predictions=predictions)
-        save_evaluation(place, again)
-        results[found.name] = again.to_dict()
+    for folder in (place, *sorted(path for path in place.rglob("*") if path.is_dir())):
+        for found in own_evaluations(folder, notes):
+            if found.predictions:
+                again = found.scored_anew()
+                save_evaluation(folder, again)
+                results[str((folder / found.name).relative_to(place))] = again.to_dict()
     if not results:
         raise UserError(f"{directory} holds no predictions. Name a run that was evaluated.")
     return results

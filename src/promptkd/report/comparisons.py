@@ -1,6 +1,6 @@
 """Which models differ in which score, and how sure that is, as numbers and in words."""
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ SCORE_NAMES = {
     "cross_entropy": "Cross-entropy, nats/token",
     "response_length": "Length, tokens",
     "ended": "Ended by itself, %",
+    "repeated_4_grams": "Repeated 4-grams, %",
 }
 STANDARD_ERRORS = 2 * 1.96
 """Widths of a 95% interval."""
@@ -126,7 +127,11 @@ def in_words(score: str, value: float) -> str:
 
 def shown_scores(data: DataSet) -> list[str]:
     """Every score that a model of the data set has, ours first."""
-    found = {name for model in data.models for name in model.evaluation.scores}
+    return in_order({name for model in data.models for name in model.evaluation.scores})
+
+
+def in_order(found: Set[str]) -> list[str]:
+    """Names of scores as tables show them, ours first."""
     return [*(n for n in SCORE_NAMES if n in found), *sorted(found - SCORE_NAMES.keys())]
 
 
@@ -196,30 +201,6 @@ def ranking(data: DataSet) -> list[str]:
     teachers = [f" (the teacher: {plain(mean(m, score))})" for m in data.of_role("teacher")]
     value = f"{leader.label}'s {_value(leader, score)}"
     return [f"{head} {where}.", f"{value}{''.join(teachers[:1])}; {gaps}."]
-
-
-def statement(data: DataSet, baseline: str) -> list[str]:
-    """What a study shows on one data set: who is ahead, and what each gained over the baseline."""
-    return [*(ranking(data) or _values(data)), *_against(data, baseline)]
-
-
-def _values(data: DataSet) -> list[str]:
-    score = headline(data)
-    models = [m for m in data.of_role("run") if score and mean(m, score) is not None]
-    return [f"On {describe(data)}, {m.label}'s {_value(m, score or '')}." for m in models]
-
-
-def _against(data: DataSet, baseline: str) -> list[str]:
-    """Every method of a study, and what it gained over whom all are compared with."""
-    score = headline(data)
-    other = next((model for model in data.models if model.label == baseline), None)
-    if score is None or other is None or mean(other, score) is None:
-        return []
-    found = [c for m in data.of_role("run") if m is not other if (c := between(m, other, score))]
-    if not found or other.role == "run":  # the ranking has said it
-        return []
-    gains = "; ".join(f"{c.first} {comparison_words(c)}" for c in found)
-    return [f"Against the {baseline}, whose {_value(other, score)}: {gains}."]
 
 
 def _value(model: Model, score: str) -> str:

@@ -1,6 +1,7 @@
 """The HTML page: which numbers, figures and tables it shows. Its looks are in ``templates/``."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -14,7 +15,7 @@ from markupsafe import Markup
 
 from promptkd.report import plots
 from promptkd.report.cells import Table
-from promptkd.report.comparisons import decoding_words, describe, statement
+from promptkd.report.comparisons import decoding_words, describe
 from promptkd.report.data import DataSet, Run
 from promptkd.report.exposure_plots import exposure_figures
 from promptkd.report.figures import Figure
@@ -97,8 +98,7 @@ def render(subject: Subject, directory: Path) -> str:
 def _answer(subject: Subject, sets: Sequence[DataSet]) -> list[str]:
     if subject.study is None:
         return answer(subject.runs, sets)
-    baseline = subject.study.baseline
-    said = [sentence for data in sets for sentence in statement(data, baseline)]
+    said = [s for text in subject.study.statements for s in re.split(r"(?<=\.) (?=\D)", text)]
     return said or ["No run of the study is scored yet."]
 
 

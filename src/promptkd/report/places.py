@@ -15,12 +15,13 @@ from promptkd.report.pooling import by_method
 
 @dataclass(frozen=True)
 class StudyOutline:
-    """What study.json says was compared."""
+    """What study.json says was compared, and what came of it in words."""
 
     methods: tuple[str, ...]
     seeds: tuple[int, ...]
     baseline: str
     suite: tuple[str, ...]
+    statements: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,7 @@ def _read_study(path: Path) -> Subject:
         seeds=tuple(asked["seeds"]),
         baseline=asked["baseline"],
         suite=tuple(asked["evaluation"]["suite"]),
+        statements=tuple(filter(None, record.get("statements", ()))),
     )
     places = {
         place: method

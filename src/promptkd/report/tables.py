@@ -76,7 +76,7 @@ def score_table(data: DataSet, number: int, baseline: str | None = None) -> Tabl
             "intervals are not corrected for the number of comparisons."
         )
     return Table(
-        name=f"scores-{number}-{_safe(data.name)}",
+        name=f"scores-{number}-{safe_name(data.name)}",
         title=data.name,
         caption=caption,
         headings=tuple(headings),
@@ -289,6 +289,6 @@ def _score_cell(evaluation: Evaluation, name: str, best: bool) -> Cell:
     return Cell(text, detail, best)
 
 
-def _safe(name: str) -> str:
+def safe_name(name: str) -> str:
     """A data set's name as part of a file name."""
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)[:60]
