@@ -11,6 +11,7 @@ from promptkd.errors import UserError
 
 @app.command()
 def evaluate(
+    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="a run's directory, or any model")],
     data: Annotated[
         list[str] | None, typer.Option(help="held-out requests; each file is scored by itself")
@@ -42,49 +43,53 @@ def evaluate(
     metric: Annotated[list[str] | None, typer.Option(help="more scores: docs/metrics.md")] = None,
 ) -> None:
     """Write responses to held-out requests, score them, and save both."""
+    _check_sources(data, suite, like)
+    if engine not in (None, "transformers", "vllm"):
+        raise UserError(f"--engine is '{engine}'; known: transformers, vllm.")
+    named = ("model", "data", "suite", "with_", "metric")
+    options = {name: value for name, value in ctx.params.items() if name not in named}
+    if metric:
+        options["metrics"] = metric
+    found = _evaluated(model, (with_ or "").split(","), _sources(data, suite), options)
+    for label, results in found.items():
+        if label:
+            typer.echo(f"--- {label}")
+        show_scores(results)
+    if found:
+        typer.echo(f"scores: {output or _scores_of(model)}")
+
+
+def _check_sources(data: list[str] | None, suite: Path | None, like: Path | None) -> None:
     if (suite is not None) + bool(data) > 1 or not (suite or data or like):
         raise UserError(
             "Say what to evaluate on: either --data FILE ... or --suite FILE, or --like RUN."
         )
-    if engine not in (None, "transformers", "vllm"):
-        raise UserError(f"--engine is '{engine}'; known: transformers, vllm.")
+
+
+def _sources(data: list[str] | None, suite: Path | None) -> Any:
+    """Files by data set; None where another evaluation says it."""
     from promptkd.evaluation.suites import read_suite, suite_of_files
 
-    asked = read_suite(suite) if suite else suite_of_files(data) if data else None
+    if suite:
+        return read_suite(suite)
+    return suite_of_files(data) if data else None
+
+
+def _evaluated(
+    model: str, others: list[str], sources: Any, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The records by model; nothing on processes that only help."""
     from promptkd.evaluation.evaluate import evaluate as run
     from promptkd.evaluation.evaluate import evaluate_with
     from promptkd.ranks import Ranks
 
     keep_freed_memory()
     ranks = Ranks.of_launch()
-    options: dict[str, Any] = {
-        "like": like,
-        "ranks": ranks,
-        "seeds": seeds,
-        "output": output,
-        "num_examples": num_examples,
-        "template": template,
-        "max_request_tokens": max_request_tokens,
-        "max_response_tokens": max_response_tokens,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
-        "no_repeat_ngram_size": no_repeat_ngram_size,
-        "engine": engine,
-        "teacher": teacher,
-        **({"metrics": metric} if metric else {}),
-    }
-    if with_:
-        found = evaluate_with(model, with_.split(","), asked, **options)
+    if any(others):
+        found: dict[str, Any] = evaluate_with(model, others, sources, ranks=ranks, **options)
     else:
-        found = {"": run(model, asked, **options)}
-    if ranks.rank > 0:
-        return
-    for label, results in found.items():
-        if label:
-            typer.echo(f"--- {label}")
-        show_scores(results)
-    typer.echo(f"scores: {output or _scores_of(model)}")
+        found = {"": run(model, sources, ranks=ranks, **options)}
+    return found if ranks.rank == 0 else {}
 
 
 def _scores_of(model: str) -> Path:

@@ -3,14 +3,15 @@
 A score always carries its data, decoding settings, seeds, number of examples and interval.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
 from tqdm import tqdm
 
 from promptkd.config import Recipe, load_recipe
-from promptkd.data import Dataset, Encoder, evaluation_set, reads
+from promptkd.data import Encoder, Example, evaluation_set, reads
 from promptkd.errors import UserError
 from promptkd.evaluation.named_models import named_models, run_of
 from promptkd.evaluation.protocol import OF_QUESTIONS, Asking, Data, Protocol, Questions
@@ -111,49 +112,96 @@ def answer(
     Args:
         recipe: of the run whose teacher is meant where none is named.
     """
-    tokenizer, protocol = load_tokenizer(model), questions.protocol
-    teacher_name = _teacher(model, questions.teacher, recipe, tokenizer)
-    encoder = protocol.encoder(tokenizer)
-    briefed = _teacher_encoder(protocol, teacher_name, encoder)
-    student, teacher = load_pair(model, teacher_name, tokenizer, protocol.precision)
-    limits = encoder.max_request_tokens, encoder.max_response_tokens
-    check_context(student.module.config, *limits, model)
-    stop = sorted({*stop_ids(tokenizer, student.module), encoder.eos_token_id})
-    engine = _engine(protocol, student, stop)
+    voices = _load(model, questions, recipe)
     results, measured = {}, {}
     for name, rows in questions.rows.items():
-        knows = briefed is None or reads(rows, protocol.context)
-        if not knows:
-            tqdm.write(f"{name} has no '{protocol.context}': no KL to the teacher, which reads it")
-        scorer = Scorer(
-            data=evaluation_set(rows, encoder, briefed if knows else None),
-            tokenizer=tokenizer,
-            stop=stop,
-            decoding=protocol.decoding,
-            ranks=ranks,
-            metrics=questions.metrics,
-        )
+        asked = voices
+        if voices.briefed and not reads(rows, questions.protocol.context):
+            column = questions.protocol.context
+            tqdm.write(f"{name} has no '{column}': no KL to the teacher, which reads it")
+            asked = replace(voices, teacher=None, teacher_name=None, briefed=None)
+        scorer = asked.scorer(rows, questions, ranks)
         shown = tqdm(questions.seeds, unit="seed", desc="responses", disable=ranks.rank > 0)
-        scores, predictions = scorer.score(engine, student, teacher if knows else None, shown)
+        scores, predictions = scorer.score(asked.engine, asked.student, asked.teacher, shown)
         requests = [example.request_ids for example in scorer.data.examples]
-        measured = measured or size_and_speed(model, student, requests, protocol.decoding)
+        measured = measured or size_and_speed(
+            model, asked.student, requests, questions.protocol.decoding
+        )
         evaluation = Evaluation(
             name=name,
             model=model,
-            teacher=teacher_name if knows else None,
             data=tuple(questions.sources[name]),
-            **_asked(scorer.data, encoder),
-            decoding=protocol.decoding.to_dict(),
             seeds=questions.seeds,
-            dtype=str(student.dtype).removeprefix("torch."),
             size_and_speed=measured,
             scores=scores,
             predictions=tuple(predictions),
+            **asked.settings(scorer),
         )
         if ranks.rank == 0:
             save_evaluation(output, evaluation)
         results[name] = evaluation.to_dict()
     return results
+
+
+@dataclass(frozen=True)
+class Voices:
+    """The model that answers, and the teacher that it is compared with.
+
+    Attributes:
+        briefed: how the teacher is asked, if it reads other requests than the student.
+    """
+
+    student: LanguageModel
+    tokenizer: Any
+    encoder: Encoder
+    engine: Engine
+    stop: Sequence[int]
+    teacher: LanguageModel | None
+    teacher_name: str | None
+    briefed: Encoder | None
+
+    def scorer(self, rows: Sequence[Example], questions: Questions, ranks: Ranks) -> Scorer:
+        return Scorer(
+            data=evaluation_set(rows, self.encoder, self.briefed),
+            tokenizer=self.tokenizer,
+            stop=self.stop,
+            decoding=questions.protocol.decoding,
+            ranks=ranks,
+            metrics=questions.metrics,
+        )
+
+    def settings(self, scorer: Scorer) -> dict[str, Any]:
+        """How it was asked, as an evaluation records it."""
+        return {
+            "teacher": self.teacher_name,
+            "num_examples": len(scorer.data),
+            "num_cut_requests": scorer.data.num_cut_requests,
+            "template": self.encoder.template,
+            "max_request_tokens": self.encoder.max_request_tokens,
+            "date": self.encoder.date.isoformat(),
+            "decoding": scorer.decoding.to_dict(),
+            "dtype": str(self.student.dtype).removeprefix("torch."),
+        }
+
+
+def _load(model: str, questions: Questions, recipe: Recipe | None) -> Voices:
+    tokenizer, protocol = load_tokenizer(model), questions.protocol
+    teacher_name = _teacher(model, questions.teacher, recipe, tokenizer)
+    encoder = protocol.encoder(tokenizer)
+    student, teacher = load_pair(model, teacher_name, tokenizer, protocol.precision)
+    limits = encoder.max_request_tokens, encoder.max_response_tokens
+    check_context(student.module.config, *limits, model)
+    stop = sorted({*stop_ids(tokenizer, student.module), encoder.eos_token_id})
+    return Voices(
+        student=student,
+        tokenizer=tokenizer,
+        encoder=encoder,
+        engine=_engine(protocol, student, stop),
+        stop=stop,
+        teacher=teacher,
+        teacher_name=teacher_name,
+        briefed=_teacher_encoder(protocol, teacher_name, encoder),
+    )
 
 
 def _questions(
@@ -189,16 +237,6 @@ def _engine(protocol: Protocol, student: LanguageModel, stop: Sequence[int]) -> 
         limits = protocol.max_request_tokens + protocol.decoding.max_new_tokens
         return VLLMEngine(student, stop, limits)
     return TransformersEngine(student, stop)
-
-
-def _asked(data: Dataset, encoder: Encoder) -> Mapping[str, Any]:
-    return {
-        "num_examples": len(data),
-        "num_cut_requests": data.num_cut_requests,
-        "template": encoder.template,
-        "max_request_tokens": encoder.max_request_tokens,
-        "date": encoder.date.isoformat(),
-    }
 
 
 def _recipe_of(run: Path, output: str | Path | None) -> Recipe | None:

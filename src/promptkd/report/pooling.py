@@ -21,7 +21,8 @@ def pooled(label: str, role: str, evaluations: Sequence[Evaluation]) -> Model:
     }
     measured = [e.size_and_speed for e in evaluations]
     whole = replace(whole, scores=scores, size_and_speed=_over_runs(measured))
-    return Model(label, role, whole, tuple(evaluations) if role == "run" else ())
+    of_seeds = tuple(evaluations) if role == "run" else ()
+    return Model(label, role, whole, training_seeds=of_seeds)
 
 
 def _over_seeds(name: str, evaluations: Sequence[Evaluation], whole: Evaluation) -> Score:

@@ -42,7 +42,8 @@ class Line:
         if self.role != "run":
             return self
         places = [self.seeds.index(seed) for seed in seeds]
-        return Line(self.label, self.role, tuple(seeds), tuple(self.scores[p] for p in places))
+        own = tuple(self.scores[place] for place in places)
+        return Line(self.label, self.role, tuple(seeds), scores=own)
 
     def protocols(self, names: Sequence[str]) -> set[tuple[str, ...]]:
         return {tuple(own[name].protocol for name in names) for own in self.scores}

@@ -38,7 +38,7 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class Measured:
+class Validated:
     """Scores on the validation data: of this student, and of its start."""
 
     step: int
@@ -46,7 +46,7 @@ class Measured:
     start: Mapping[str, float]
 
 
-def model_card(recipe: Recipe, method: str, frame: Frame, measured: Measured) -> str:
+def model_card(recipe: Recipe, method: str, frame: Frame, measured: Validated) -> str:
     """Markdown with Hugging Face's front matter: what was distilled from what, how, how well."""
     teacher = recipe.teacher.model if recipe.teacher else None
     of = public_name(teacher) if teacher else "no teacher"
@@ -86,10 +86,12 @@ def model_card(recipe: Recipe, method: str, frame: Frame, measured: Measured) ->
     return "\n".join(lines)
 
 
-def _metadata(recipe: Recipe, measured: Measured) -> ModelCardData:
+def _metadata(recipe: Recipe, measured: Validated) -> ModelCardData:
     teacher = recipe.teacher.model if recipe.teacher else None
     card = card_of(teacher) if teacher else {}
-    bases = dict.fromkeys([*origin(recipe.student.model), *(origin(teacher) if teacher else [])])
+    bases: dict[str, None] = dict.fromkeys(
+        [*origin(recipe.student.model), *(origin(teacher) if teacher else [])]
+    )
     data_ids = [name for source in recipe.data.train if (name := _data_id(source))]
     name = public_name(recipe.output)
     return ModelCardData(
@@ -141,7 +143,7 @@ def _gaps(metadata: ModelCardData, recipe: Recipe) -> list[str]:
     return [line for text in lines for line in (text, "")]
 
 
-def _scores(recipe: Recipe, measured: Measured) -> list[str]:
+def _scores(recipe: Recipe, measured: Validated) -> list[str]:
     if not measured.scores:
         return []
     sampling, data = recipe.sampling, recipe.data

@@ -20,7 +20,7 @@ from promptkd.models.loading import dtype_of, model_directory
 from promptkd.training import checkpoints, lock
 from promptkd.training.divergence import is_sane
 from promptkd.training.identity import AS_IT_WAS, Change, Resuming, changes, check, identity
-from promptkd.training.model_card import Frame, Measured, model_card
+from promptkd.training.model_card import Frame, Validated, model_card
 from promptkd.training.setup import Setup
 from promptkd.training.tracking import JsonLines, environment
 
@@ -195,7 +195,7 @@ class RunDirectory:
                 whole.generation_config.eos_token_id = list(setup.stop)
                 whole.save_pretrained(directory)
             setup.tokenizer.save_pretrained(directory)
-            measured = Measured(step, scores, start=self._start_scores())
+            measured = Validated(step, scores, start=self._start_scores())
             card = model_card(
                 self.recipe, repr(self.method), _frame(setup.requests.encoder), measured
             )
