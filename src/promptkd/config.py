@@ -52,6 +52,10 @@ def refuse_reserved(options: dict[str, Any]) -> dict[str, Any]:
     return options
 
 
+THE_STUDENT = "student"
+"""As ``teacher.model``: the student itself."""
+
+
 class LoRASection(Section):
     r: int = Field(default=16, ge=1, le=4096, description="rank of the adapters")
     alpha: int = Field(default=32, ge=1, description="the update is scaled by alpha / r")
@@ -70,7 +74,15 @@ class TeacherSection(Section):
     """Who the teacher is, and what it reads that the student doesn't."""
 
     model: Name = Field(
-        description="hub id, directory, a .gguf file, or a finished run's directory"
+        description="hub id, directory, a .gguf file, a finished run's directory, or student: the "
+        "student itself"
+    )
+    follow: Literal["frozen", "ema", "live"] = Field(
+        default="frozen",
+        description="with model: student: as it started, its moving average, or as it is now",
+    )
+    ema_decay: float = Field(
+        default=0.999, ge=0, lt=1, description="what a step leaves of the moving average"
     )
     system: Name | None = Field(
         default=None, description="a system message that only the teacher reads: text or file"
@@ -96,6 +108,14 @@ class TeacherSection(Section):
     @classmethod
     def _options_of_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
         return refuse_reserved(value)
+
+    @model_validator(mode="after")
+    def _only_the_student_moves(self) -> "TeacherSection":
+        if self.follow != "frozen" and self.model != THE_STUDENT:
+            raise ValueError(
+                f"follow is {self.follow}, but the model is {self.model}: only model: student moves"
+            )
+        return self
 
     @property
     def reads_more(self) -> bool:
@@ -260,6 +280,14 @@ class Recipe(Section):
                 "teacher's own column is read by nobody else"
             )
         return self
+
+    def teacher_model(self, run: str | Path | None = None) -> str:
+        """The name to load the teacher by, as it starts or as a finished ``run`` left it."""
+        assert self.teacher is not None, "asked for where there is one"
+        if self.teacher.model != THE_STUDENT:
+            return self.teacher.model
+        left = {"ema": f"{run}/teacher", "live": f"{run}/student"}
+        return left.get(self.teacher.follow, self.student.model) if run else self.student.model
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_none=True)

@@ -132,8 +132,10 @@ def evaluate(
     suite = data if isinstance(data, Mapping) else suite_of_files(listed(data))
     tokenizer = load_tokenizer(name)
     encoder = protocol.encoder(tokenizer, date_of_run(run))
-    section = recipe.teacher if recipe and teacher is None else None
-    teacher, teacher_encoder = _teacher_of(section, encoder) if section else (teacher, None)
+    section, teacher_encoder = None, None
+    if recipe and recipe.teacher and teacher is None:
+        section, teacher = recipe.teacher, recipe.teacher_model(run)
+        teacher, teacher_encoder = _asked(section, teacher, encoder)
     context = section.context if section else None
     examples = {
         key: read_examples(listed(own), protocol.columns, context)[:num_examples]
@@ -178,12 +180,12 @@ def evaluate(
     return next(iter(results.values())) if isinstance(data, str) else results
 
 
-def _teacher_of(section: TeacherSection, encoder: Encoder) -> tuple[str, Encoder | None]:
+def _asked(section: TeacherSection, name: str, encoder: Encoder) -> tuple[str, Encoder | None]:
     """A run's own teacher, "" if its tokens are others, and how it is asked."""
-    tokenizer = load_tokenizer(section.model)
+    tokenizer = load_tokenizer(name)
     if not same_tokenizer(encoder.tokenizer, tokenizer):
         return "", None
-    return section.model, encoder.for_teacher(section, tokenizer)
+    return name, encoder.for_teacher(section, tokenizer)
 
 
 def _recipe_of(run: Path, output: str | Path | None) -> Recipe | None:

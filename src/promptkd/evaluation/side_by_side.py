@@ -58,10 +58,10 @@ def generate(
         decoding = replace(decoding, temperature=temperature)
     voices: list[tuple[str, str, Path | None]] = []
     if recipe.teacher:
-        voices.append(("teacher", recipe.teacher.model, None))
+        voices.append(("teacher", recipe.teacher_model(run), None))
         adapter = run / "teacher_adapter"
         if adapter.is_dir():
-            voices.append(("adapted teacher", recipe.teacher.model, adapter))
+            voices.append(("adapted teacher", recipe.teacher_model(run), adapter))
     voices.append(("student", str(run), None))
     responses = {}
     for author, name, adapter in voices:

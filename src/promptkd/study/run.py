@@ -50,7 +50,7 @@ def run_study(study: Study) -> Path:
     _write_recipes(runs)
     models = {"start": base.student.model}
     if base.teacher:
-        models["teacher"] = base.teacher.model
+        models["teacher"] = base.teacher_model()
     total, others = len(models) + len(runs), []
     for number, (role, model) in enumerate(models.items(), start=1):
         typer.echo(f"{number} of {total}: scores of the {role}, {model}")
@@ -96,9 +96,9 @@ class StudyScorer:
         }
         self._teacher = ""
         if base.teacher:
-            tokenizers = load_tokenizer(base.student.model), load_tokenizer(base.teacher.model)
+            tokenizers = load_tokenizer(base.student.model), load_tokenizer(base.teacher_model())
             if same_tokenizer(*tokenizers):
-                self._teacher = base.teacher.model
+                self._teacher = base.teacher_model()
 
     def score(self, model: str, directory: Path, *, teacher: bool) -> Scores:
         """Evaluate on every data set that ``directory`` has no scores of, and give all of them.

@@ -51,6 +51,8 @@ class TrainingStep:
         ]
         generated = time.perf_counter()
         metrics = setup.step(rollouts, step, max_steps)
+        if setup.models.average:
+            setup.models.average.update()
         if setup.teacher:
             setup.teacher.observe(metrics.loss, (step + 1) / max_steps)
         row = describe_step(step, rollouts, metrics, setup.stop, ranks)
