@@ -199,3 +199,23 @@ def test_a_teacher_that_teaches_nothing_is_refused(pair, tmp_path, method, teach
 def test_opcd_is_gkd_over_a_teacher_that_must_know_more():
     assert opcd().needs_context
     assert BATCH == 4
+
+
+# -- lengths that grow
+
+
+@pytest.mark.parametrize("method", ["gkd", "kd", "seqkd"])
+def test_responses_grow_with_their_schedule_whoever_writes(pair, tmp_path, method, monkeypatch):
+    monkeypatch.setenv("PROMPTKD_CACHE", str(tmp_path / "cache"))
+    data = {"columns": {"ignore": ["hint"]}, "max_response_tokens": {"start": 2, "end": 6}}
+    raw = recipe(pair, tmp_path / "run", {"name": method}, teacher={"system": None}, data=data)
+    assert raw.data.longest_response == 6
+    api.train(raw)
+    longest = [row["num_tokens"] / BATCH for row in metrics(tmp_path / "run")]
+    assert longest[0] <= 2 < longest[1] <= 4 < longest[2] <= 6
+
+
+@pytest.mark.parametrize("value", [0, "many", {"start": 0, "end": 4}, {"start": 4}])
+def test_a_length_that_is_none_is_refused_in_a_sentence(pair, tmp_path, value):
+    with pytest.raises(UserError, match=r"'data.max_response_tokens'.*\{start: 64, end: 256\}"):
+        recipe(pair, tmp_path / "run", {"name": "gkd"}, data={"max_response_tokens": value})

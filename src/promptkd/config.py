@@ -6,10 +6,17 @@ Keys follow Hugging Face's names where one exists. Defaults are those of PromptK
 
 import re
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from promptkd.errors import UserError
 from promptkd.keys import Name, Section, read_keys, read_yaml, shown, suggest, validate
@@ -165,6 +172,13 @@ class ColumnsSection(Section):
         return self
 
 
+class LengthSchedule(Section):
+    """How long responses may be in the first step and in the last one, linear in between."""
+
+    start: int = Field(ge=1)
+    end: int = Field(ge=1)
+
+
 class DataSection(Section):
     train: tuple[Name, ...] = Field(
         min_length=1, description="path, glob or hub id, or a list of them"
@@ -180,7 +194,28 @@ class DataSection(Section):
     )
     columns: ColumnsSection = ColumnsSection()
     max_request_tokens: int = Field(default=256, ge=1)
-    max_response_tokens: int = Field(default=256, ge=1)
+    max_response_tokens: int | LengthSchedule = Field(
+        default=256, description="or {start: 64, end: 256}: responses that grow over training"
+    )
+
+    @field_validator("max_response_tokens", mode="before")
+    @classmethod
+    def _number_or_schedule(cls, value: Any) -> int | LengthSchedule:
+        kind: Any = LengthSchedule if isinstance(value, dict) else Annotated[int, Field(ge=1)]
+        try:
+            return TypeAdapter(kind).validate_python(value)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = "".join(f"{part}: " for part in fault["loc"])
+            raise ValueError(
+                f"{where}{fault['msg']}; a number, or {{start: 64, end: 256}}"
+            ) from None
+
+    @property
+    def longest_response(self) -> int:
+        """Tokens of the longest response at any step, which evaluations allow."""
+        limits = self.max_response_tokens
+        return limits if isinstance(limits, int) else max(limits.start, limits.end)
 
     @field_validator("train", "validation", mode="before")
     @classmethod

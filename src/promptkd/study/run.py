@@ -120,7 +120,7 @@ class StudyScorer:
             num_examples=asked.num_examples,
             template=data.template,
             max_request_tokens=data.max_request_tokens,
-            max_response_tokens=data.max_response_tokens,
+            max_response_tokens=data.longest_response,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,

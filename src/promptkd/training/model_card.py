@@ -33,7 +33,7 @@ def model_card(recipe: Recipe, method: str, step: int, scores: dict[str, float])
         lines += [
             f"Validation ({', '.join(recipe.data.validation)}; one response per request, "
             f"temperature {sampling.temperature}, top-p {sampling.top_p}, top-k {sampling.top_k}, "
-            f"at most {recipe.data.max_response_tokens} tokens):",
+            f"at most {recipe.data.longest_response} tokens):",
             "",
             "| score | value |",
             "|---|---|",
