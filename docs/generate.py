@@ -13,13 +13,14 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import typer
 from typer.main import get_command
 
 from promptkd.cli import app
 from promptkd.composition import TEACHERS, Method
+from promptkd.config import TeacherSection
 from promptkd.divergences import DIVERGENCES
 from promptkd.findings import CHECKS
 from promptkd.methods import METHODS
@@ -32,14 +33,15 @@ PACKAGE = ROOT / "src" / "promptkd"
 def methods_table() -> str:
     """One row per method, read off the composition that its defaults give."""
     lines = [
-        "| method | responses written by | minimised at each token | teacher |",
-        "|---|---|---|---|",
+        "| method | responses written by | minimised at each token | teacher | which reads |",
+        "|---|---|---|---|---|",
     ]
     for name, function in METHODS.items():
         method = function()
         writers = dict.fromkeys(describe(term.rollouts) for term in method.terms)
         objectives = dict.fromkeys(describe_term(term) for term in method.terms)
         cells = [f"`{name}`", "; ".join(writers), "; ".join(objectives), teacher_of(method)]
+        cells.append(reading_of(method))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -117,6 +119,23 @@ def teacher_of(method: Method) -> str:
         return words
     towards, back = describe(adaptation.towards_student), describe(adaptation.towards_itself)
     return f"{words}, moved by {towards} to the student and {back} to itself"
+
+
+def reading_of(method: Method) -> str:
+    if method.teacher is None:
+        return "–"
+    return "more than the student" if method.needs_context else "the same, or more"
+
+
+def teacher_keys() -> str:
+    """The recipe's keys on who the teacher is and what it reads."""
+    rows = ["| key | default | |", "|---|---|---|"]
+    for name, field in TeacherSection.model_fields.items():
+        default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+        kinds = [f"`{kind}`" for kind in get_args(field.annotation) if isinstance(kind, str)]
+        choices = f"{', '.join(kinds)}: " if kinds else ""
+        rows.append(f"| `teacher.{name}` | {default} | {choices}{field.description} |")
+    return "\n".join(rows)
 
 
 def commands() -> str:
@@ -228,6 +247,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "methods table": methods_table,
     "methods": method_pages,
     "options": option_table,
+    "teacher keys": teacher_keys,
     "findings": findings,
     "commands": commands,
     "command line": command_pages,

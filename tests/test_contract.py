@@ -54,8 +54,11 @@ def pairs(tmp_path_factory):
 def recipe(directory, output, method, max_steps=2, **overrides):
     """A short run; its validation loss steers the methods that ask for it."""
     data = {"max_response_tokens": 8}
-    if build_method(**method).needs_validation:
+    built = build_method(**method)
+    if built.needs_validation:
         data["validation"] = str(directory / "validation.jsonl")
+    if built.needs_context:
+        overrides["teacher"] = {"context_template": "{{ request }} ~ {{ response }}"}
     raw = tiny.recipe(
         directory,
         method=method,

@@ -82,7 +82,7 @@ def recipe_defaults(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[s
         section = next(
             (o for o in options if inspect.isclass(o) and issubclass(o, BaseModel)), None
         )
-        if section is not None:
+        if section is not None and not isinstance(field.default, int):
             found |= recipe_defaults(section, f"{prefix}{key}.")
         else:
             found[prefix + key] = ... if field.is_required() else field.default

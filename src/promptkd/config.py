@@ -6,10 +6,17 @@ Keys follow Hugging Face's names where one exists. Defaults are those of PromptK
 
 import re
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from promptkd.errors import UserError
 from promptkd.keys import Name, Section, read_keys, read_yaml, shown, suggest, validate
@@ -59,6 +66,10 @@ def known_metric(name: str) -> str:
     return name
 
 
+THE_STUDENT = "student"
+"""As ``teacher.model``: the student itself."""
+
+
 class LoRASection(Section):
     r: int = Field(default=16, ge=1, le=4096, description="rank of the adapters")
     alpha: int = Field(default=32, ge=1, description="the update is scaled by alpha / r")
@@ -77,7 +88,15 @@ class TeacherSection(Section):
     """Who the teacher is, and what it reads that the student doesn't."""
 
     model: Name = Field(
-        description="hub id, directory, a .gguf file, or a finished run's directory"
+        description="hub id, directory, a .gguf file, a finished run's directory, or student: the "
+        "student itself"
+    )
+    follow: Literal["frozen", "ema", "live"] = Field(
+        default="frozen",
+        description="with model: student: as it started, its moving average, or as it is now",
+    )
+    ema_decay: float = Field(
+        default=0.999, ge=0, lt=1, description="what a step leaves of the moving average"
     )
     system: Name | None = Field(
         default=None, description="a system message that only the teacher reads: text or file"
@@ -103,6 +122,14 @@ class TeacherSection(Section):
     @classmethod
     def _options_of_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
         return refuse_reserved(value)
+
+    @model_validator(mode="after")
+    def _only_the_student_moves(self) -> "TeacherSection":
+        if self.follow != "frozen" and self.model != THE_STUDENT:
+            raise ValueError(
+                f"follow is {self.follow}, but the model is {self.model}: only model: student moves"
+            )
+        return self
 
     @property
     def reads_more(self) -> bool:
@@ -152,6 +179,13 @@ class ColumnsSection(Section):
         return self
 
 
+class LengthSchedule(Section):
+    """How long responses may be in the first step and in the last one, linear in between."""
+
+    start: int = Field(ge=1)
+    end: int = Field(ge=1)
+
+
 class DataSection(Section):
     train: tuple[Name, ...] = Field(
         min_length=1, description="path, glob or hub id, or a list of them"
@@ -167,7 +201,28 @@ class DataSection(Section):
     )
     columns: ColumnsSection = ColumnsSection()
     max_request_tokens: int = Field(default=256, ge=1)
-    max_response_tokens: int = Field(default=256, ge=1)
+    max_response_tokens: int | LengthSchedule = Field(
+        default=256, description="or {start: 64, end: 256}: responses that grow over training"
+    )
+
+    @field_validator("max_response_tokens", mode="before")
+    @classmethod
+    def _number_or_schedule(cls, value: Any) -> int | LengthSchedule:
+        kind: Any = LengthSchedule if isinstance(value, dict) else Annotated[int, Field(ge=1)]
+        try:
+            return TypeAdapter(kind).validate_python(value)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = "".join(f"{part}: " for part in fault["loc"])
+            raise ValueError(
+                f"{where}{fault['msg']}; a number, or {{start: 64, end: 256}}"
+            ) from None
+
+    @property
+    def longest_response(self) -> int:
+        """Tokens of the longest response at any step, which evaluations allow."""
+        limits = self.max_response_tokens
+        return limits if isinstance(limits, int) else max(limits.start, limits.end)
 
     @field_validator("train", "validation", mode="before")
     @classmethod
@@ -268,6 +323,14 @@ class Recipe(Section):
                 "teacher's own column is read by nobody else"
             )
         return self
+
+    def teacher_model(self, run: str | Path | None = None) -> str:
+        """The name to load the teacher by, as it starts or as a finished ``run`` left it."""
+        assert self.teacher is not None, "asked for where there is one"
+        if self.teacher.model != THE_STUDENT:
+            return self.teacher.model
+        left = {"ema": f"{run}/teacher", "live": f"{run}/student"}
+        return left.get(self.teacher.follow, self.student.model) if run else self.student.model
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_none=True)

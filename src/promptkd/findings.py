@@ -85,6 +85,12 @@ CHECKS = (
         meaning="Validation requests are in the training data: scores will flatter.",
         remedy="Hold out other rows.",
     ),
+    Check(
+        "PK110",
+        "refused",
+        meaning="The method teaches what only its teacher reads, and the teacher reads no more.",
+        remedy="Set `teacher.context`, `teacher.system` or `teacher.context_template`.",
+    ),
     # 2xx: the pair of models, and the machine
     Check(
         "PK201",
@@ -107,8 +113,9 @@ CHECKS = (
     Check(
         "PK204",
         "refused",
-        meaning="The student has its teacher's weights.",
-        remedy="Name another student, or make one: `promptkd init-student`.",
+        meaning="The student has its teacher's weights and reads what its teacher reads.",
+        remedy="Name another student, make one (`promptkd init-student`), or let the teacher know "
+        "more: `teacher.context`.",
     ),
     Check(
         "PK205",

@@ -37,6 +37,12 @@ class EncodedExample:
     references: tuple[str, ...]
     teacher_request_ids: tuple[int, ...] | None = None
 
+    def within(self, limit: int) -> "EncodedExample":
+        """With at most ``limit`` tokens of its reference."""
+        if self.response_ids is None or len(self.response_ids) <= limit:
+            return self
+        return replace(self, response_ids=self.response_ids[:limit])
+
     def request_of(self, teacher: bool) -> tuple[int, ...]:
         """As the teacher reads it, or the student."""
         return (self.teacher_request_ids if teacher else None) or self.request_ids
@@ -99,7 +105,7 @@ class Encoder:
             tokenizer,
             template=data.template,
             max_request_tokens=data.max_request_tokens,
-            max_response_tokens=max_response_tokens or data.max_response_tokens,
+            max_response_tokens=max_response_tokens or data.longest_response,
             template_options=data.template_options,
             date=date,
         )

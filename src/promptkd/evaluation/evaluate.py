@@ -60,7 +60,7 @@ def evaluate(
     recipe = _recipe_of(run, output)
     questions = _questions(run, recipe, data, like, asked)
     place = Path(output) if output is not None else run / "evaluation"
-    results = answer(str(run_or_model), questions, place, recipe=recipe, ranks=ranks)
+    results = answer(str(run_or_model), questions, place, ranks=ranks)
     return next(iter(results.values())) if isinstance(data, str) else results
 
 
@@ -93,26 +93,15 @@ def evaluate_with(
     recipe = _recipe_of(run, None)
     questions = _questions(run, recipe, data, like, asked)
     place = Path(output) if output is not None else run / "evaluation"
-    results = {"student": answer(str(run), questions, place, recipe=recipe, ranks=ranks)}
+    results = {"student": answer(str(run), questions, place, ranks=ranks)}
     for label, model in models.items():
-        results[label] = answer(model, questions, place / label, recipe=recipe, ranks=ranks)
+        results[label] = answer(model, questions, place / label, ranks=ranks)
     return results
 
 
-def answer(
-    model: str,
-    questions: Questions,
-    output: Path,
-    *,
-    recipe: Recipe | None = None,
-    ranks: Ranks = ALONE,
-) -> Records:
-    """Load a model, let it answer, and save what came of it.
-
-    Args:
-        recipe: of the run whose teacher is meant where none is named.
-    """
-    voices = _load(model, questions, recipe)
+def answer(model: str, questions: Questions, output: Path, *, ranks: Ranks = ALONE) -> Records:
+    """Load a model, let it answer, and save what came of it."""
+    voices = _load(model, questions)
     results, measured = {}, {}
     for name, rows in questions.rows.items():
         asked = voices
@@ -184,9 +173,9 @@ class Voices:
         }
 
 
-def _load(model: str, questions: Questions, recipe: Recipe | None) -> Voices:
+def _load(model: str, questions: Questions) -> Voices:
     tokenizer, protocol = load_tokenizer(model), questions.protocol
-    teacher_name = _teacher(model, questions.teacher, recipe, tokenizer)
+    teacher_name = _teacher(model, questions, tokenizer)
     encoder = protocol.encoder(tokenizer)
     student, teacher = load_pair(model, teacher_name, tokenizer, protocol.precision)
     limits = encoder.max_request_tokens, encoder.max_response_tokens
@@ -216,20 +205,19 @@ def _questions(
     return Questions.of(data, Protocol.of(run, recipe, given), **of_questions)
 
 
-def _teacher(model: str, asked: str | None, recipe: Recipe | None, tokenizer: Any) -> str | None:
+def _teacher(model: str, questions: Questions, tokenizer: Any) -> str | None:
     """Who was asked for, or the run's own if the KL to it is defined; nobody for itself."""
-    if asked is None and recipe and recipe.teacher:
-        own = recipe.teacher.model
+    asked, own = questions.teacher, questions.protocol.teacher_model
+    if asked is None and own:
         asked = own if same_tokenizer(tokenizer, load_tokenizer(own)) else ""
     return None if asked == model else asked or None
 
 
 def _teacher_encoder(protocol: Protocol, name: str | None, encoder: Encoder) -> Encoder | None:
     """How the run's own teacher is asked, if it reads other requests than the student."""
-    section = protocol.teacher
-    if section is None or section.model != name:
+    if protocol.teacher is None or name is None or protocol.teacher_model != name:
         return None
-    return encoder.for_teacher(section, load_tokenizer(section.model))
+    return encoder.for_teacher(protocol.teacher, load_tokenizer(name))
 
 
 def _engine(protocol: Protocol, student: LanguageModel, stop: Sequence[int]) -> Engine:

@@ -123,12 +123,13 @@ def load_run(
             "student with one. Add 'teacher: {model: ...}' to its recipe."
         )
     tokenizer = load_tokenizer(str(directory))
-    student, teacher = load_pair(str(directory), recipe.teacher.model, tokenizer, precision)
+    name_of_teacher = recipe.teacher_model(directory)
+    student, teacher = load_pair(str(directory), name_of_teacher, tokenizer, precision)
     assert teacher is not None, "there is one"
     encoder = Encoder.of_recipe(
         recipe, tokenizer, date=date_of_run(directory), max_response_tokens=max_new_tokens
     )
-    for model, name in ((student, f"{directory}"), (teacher, recipe.teacher.model)):
+    for model, name in ((student, f"{directory}"), (teacher, name_of_teacher)):
         lengths = encoder.max_request_tokens, encoder.max_response_tokens
         check_context(model.module.config, *lengths, name)
     stop = {*stop_ids(tokenizer, student.module), *stop_ids(tokenizer, teacher.module)}
@@ -138,9 +139,9 @@ def load_run(
         recipe=recipe,
         tokenizer=tokenizer,
         encoder=encoder,
-        teacher_encoder=encoder.for_teacher(recipe.teacher, load_tokenizer(recipe.teacher.model)),
+        teacher_encoder=encoder.for_teacher(recipe.teacher, load_tokenizer(name_of_teacher)),
         student=student,
         teacher=teacher,
-        teacher_name=recipe.teacher.model,
+        teacher_name=name_of_teacher,
         stop=tuple(sorted(stop)),
     )

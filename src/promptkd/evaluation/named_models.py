@@ -35,7 +35,7 @@ def named_models(run: Path, names: Sequence[str]) -> dict[str, str]:
     recipe = load_recipe(run / "recipe.yaml")
     known = {"start": recipe.student.model}
     if recipe.teacher:
-        known["teacher"] = recipe.teacher.model
+        known["teacher"] = recipe.teacher_model(run)
     of_all = _of_distillation(run.parent)
     known |= {name: model for name, model in of_all.items() if Path(model) != run}
     for name in names:

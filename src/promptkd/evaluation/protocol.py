@@ -57,6 +57,7 @@ class Protocol:
 
     Attributes:
         teacher: of the run: what its teacher reads.
+        teacher_model: the name to load it by.
     """
 
     template: str = "auto"
@@ -68,6 +69,7 @@ class Protocol:
     engine: str = "transformers"
     date: datetime.date | None = None
     teacher: TeacherSection | None = None
+    teacher_model: str | None = None
 
     @property
     def context(self) -> str | None:
@@ -90,6 +92,7 @@ class Protocol:
                 engine=recipe.sampling.engine,
                 date=date_of_run(run),
                 teacher=recipe.teacher,
+                teacher_model=recipe.teacher_model(run) if recipe.teacher else None,
             )
         given: dict[str, Any] = {key: v for key, v in asked.items() if v is not None}
         if given.get("template", own.template) != own.template:

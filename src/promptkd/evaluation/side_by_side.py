@@ -73,10 +73,10 @@ def generate(
 def _voices(run: Path, recipe: Recipe) -> Iterator[tuple[str, str, Path | None]]:
     """Who responds: author, model, adapter."""
     if recipe.teacher:
-        yield "teacher", recipe.teacher.model, None
+        yield "teacher", recipe.teacher_model(run), None
         adapter = run / "teacher_adapter"
         if adapter.is_dir():
-            yield "adapted teacher", recipe.teacher.model, adapter
+            yield "adapted teacher", recipe.teacher_model(run), adapter
     yield "student", str(run), None
 
 

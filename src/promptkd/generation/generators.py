@@ -1,6 +1,7 @@
 """Who can write in a run: the student, the teacher (its responses kept on disk), or both."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -55,8 +56,12 @@ class Authors:
             return self.engine
         return TransformersEngine(self.student, self.engine.stop_ids.tolist())
 
-    def writers(self, step: int, max_steps: int) -> Writers:
-        """What the sources of one step (counted from 0) may ask for."""
+    def writers(self, step: int, max_steps: int, limit: int) -> Writers:
+        """What the sources of one step (counted from 0) may ask for.
+
+        Responses have at most ``limit`` tokens; the teacher's, which are kept, are cut there.
+        """
+        decoding = replace(self.decoding, max_new_tokens=limit)
 
         def rollouts(
             examples: Sequence[EncodedExample], responses: Sequence[Response], author: str
@@ -69,14 +74,14 @@ class Authors:
         def asked(examples: Sequence[EncodedExample]) -> tuple[Any, Any, GenerationSettings]:
             requests = [example.request_ids for example in examples]
             seeds = [(self.seed, step, example.index) for example in examples]
-            return requests, seeds, self.decoding
+            return requests, seeds, decoding
 
         def by_student(examples: Sequence[EncodedExample]) -> list[Rollout]:
             return rollouts(examples, self.engine.generate(*asked(examples)), "student")
 
         def by_teacher(examples: Sequence[EncodedExample]) -> list[Rollout]:
             assert self._teacher is not None, "the method's source says asks_teacher"
-            return self._teacher.write(examples)
+            return [cut(rollout, limit) for rollout in self._teacher.write(examples)]
 
         def by_both(examples: Sequence[EncodedExample], share: float) -> list[Rollout]:
             assert self._co_author is not None, "the method's source says asks_teacher"
@@ -94,6 +99,13 @@ class Authors:
             step=step,
             encode=lambda text: tuple(self.encoder.tokenizer(text).input_ids),
         )
+
+
+def cut(rollout: Rollout, limit: int) -> Rollout:
+    """The first ``limit`` tokens of a response."""
+    if len(rollout.response_ids) <= limit:
+        return rollout
+    return replace(rollout, response_ids=rollout.response_ids[:limit])
 
 
 class TeacherAuthor:

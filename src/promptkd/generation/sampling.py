@@ -44,7 +44,7 @@ class GenerationSettings:
     def of_recipe(cls, recipe: Recipe) -> "GenerationSettings":
         """As the recipe's run samples in training and validation, where nothing is blocked."""
         s = recipe.sampling
-        return cls(recipe.data.max_response_tokens, s.temperature, s.top_p, s.top_k)
+        return cls(recipe.data.longest_response, s.temperature, s.top_p, s.top_k)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -49,7 +49,7 @@ def run_study(study: Study) -> Path:
     _write_recipes(runs)
     models = {"start": base.student.model}
     if base.teacher:
-        models["teacher"] = base.teacher.model
+        models["teacher"] = base.teacher_model()
     total = len(models) + len(runs)
     for number, (role, model) in enumerate(models.items(), start=1):
         typer.echo(f"{number} of {total}: scores of the {role}, {model}")
@@ -87,9 +87,9 @@ class StudyScorer:
         }
         self._teacher = ""
         if base.teacher:
-            tokenizers = load_tokenizer(base.student.model), load_tokenizer(base.teacher.model)
+            tokenizers = load_tokenizer(base.student.model), load_tokenizer(base.teacher_model())
             if same_tokenizer(*tokenizers):
-                self._teacher = base.teacher.model
+                self._teacher = base.teacher_model()
 
     def score(self, model: str, directory: Path, *, teacher: bool) -> Scores:
         """Evaluate on every data set that ``directory`` has no scores of, and give all of them.
@@ -111,7 +111,7 @@ class StudyScorer:
             num_examples=asked.num_examples,
             template=data.template,
             max_request_tokens=data.max_request_tokens,
-            max_response_tokens=data.max_response_tokens,
+            max_response_tokens=data.longest_response,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,

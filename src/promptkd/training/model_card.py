@@ -69,7 +69,7 @@ def model_card(recipe: Recipe, method: str, frame: Frame, measured: Validated) -
             template=frame.template,
             request=Frame.REQUEST,
             special=frame.special_tokens,
-            tokens=recipe.data.max_response_tokens,
+            tokens=recipe.data.longest_response,
         ),
         "```",
         "",
@@ -89,13 +89,12 @@ def model_card(recipe: Recipe, method: str, frame: Frame, measured: Validated) -
 def _metadata(recipe: Recipe, measured: Validated) -> ModelCardData:
     teacher = recipe.teacher.model if recipe.teacher else None
     card = card_of(teacher) if teacher else {}
-    bases: dict[str, None] = dict.fromkeys(
-        [*origin(recipe.student.model), *(origin(teacher) if teacher else [])]
-    )
+    names = [recipe.student.model, *([teacher] if teacher else [])]
+    bases: list[Any] = [*dict.fromkeys(known for name in names for known in origin(name))]
     data_ids = [name for source in recipe.data.train if (name := _data_id(source))]
     name = public_name(recipe.output)
     return ModelCardData(
-        base_model=list(bases) or None,
+        base_model=bases or None,
         license=card.get("license"),
         language=card.get("language"),
         datasets=data_ids or None,
@@ -158,7 +157,7 @@ def _scores(recipe: Recipe, measured: Validated) -> list[str]:
         "",
         f"At most {recipe.evaluation.num_examples} requests, one response each, without interval; "
         f"temperature {sampling.temperature}, top-p {sampling.top_p}, top-k {sampling.top_k}, at "
-        f"most {data.max_response_tokens} tokens. These requests chose this step. Scores on "
+        f"most {data.longest_response} tokens. These requests chose this step. Scores on "
         "held-out data, with intervals and the teacher's beside them, are in the run's report.",
         "",
         "| score | start | this student |",

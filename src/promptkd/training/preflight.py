@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from promptkd.composition import Method
-from promptkd.config import Recipe
+from promptkd.config import THE_STUDENT, Recipe, TeacherSection
 from promptkd.data import Dataset, Encoder
 from promptkd.errors import UserError
 from promptkd.evaluation.finished_run import TEACHER_LIMIT
@@ -62,6 +62,36 @@ def check_data(
                 "PK104",
             )
         check_criterion(metric, references)
+
+
+def check_reads_more(method: Method, section: TeacherSection | None) -> None:
+    """Refuse a method that copies a teacher's context from a teacher that has none.
+
+    Raises:
+        UserError: naming the keys that give it one.
+    """
+    if method.needs_context and not (section and section.reads_more):
+        raise UserError(
+            f"The method '{method.name}' teaches what its teacher reads and the student doesn't, "
+            "but the teacher reads nothing more. Set teacher.context (a column), teacher.system or "
+            "teacher.context_template.",
+            "PK110",
+        )
+
+
+def check_self_teacher(section: TeacherSection, encoder: Encoder | None, teacher: Teacher) -> None:
+    """Refuse a student that copies itself: its teacher must read or say something else.
+
+    Raises:
+        UserError: naming what may differ.
+    """
+    says_more = teacher.front_length > 0 or bool(teacher.parameters())
+    if section.model == THE_STUDENT and encoder is None and not says_more:
+        raise UserError(
+            "The teacher is the student itself and reads the same requests: there is nothing to "
+            "learn from it. Set teacher.context or teacher.system, or use method.name=promptkd.",
+            "PK204",
+        )
 
 
 def check_contexts(recipe: Recipe, context: str | None, validates_teacher: bool) -> None:

@@ -86,6 +86,7 @@ def read_requests(recipe: Recipe, method: Method, say: Say) -> Requests:
         notes.append(str(Finding("PK206", finding.sentence)))
     for note in notes:
         say(note)
+    preflight.check_reads_more(method, recipe.teacher)
     has_teacher = recipe.teacher is not None
     preflight.check_data(method, data, validation, recipe.evaluation.metric, has_teacher)
     return Requests(
@@ -104,7 +105,7 @@ def _encoders(recipe: Recipe, tokenizer: Any, say: Say) -> tuple[Encoder, Encode
 
     A student without a chat template takes its teacher's.
     """
-    teacher = load_tokenizer(recipe.teacher.model) if recipe.teacher else None
+    teacher = load_tokenizer(recipe.teacher_model()) if recipe.teacher else None
     shared = teacher is not None and same_tokenizer(tokenizer, teacher)
     if shared and recipe.data.template == "auto" and adopt_chat_template(tokenizer, teacher):
         say(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from promptkd import kernels
 from promptkd.adapters import add_lora
 from promptkd.composition import Method
-from promptkd.config import Recipe
+from promptkd.config import THE_STUDENT, Recipe
 from promptkd.data import Dataset, steps_of_epochs
 from promptkd.errors import UserError
 from promptkd.findings import Finding
@@ -37,6 +37,11 @@ from promptkd.teachers import Teacher
 from promptkd.training import preflight
 from promptkd.training.launch import describe
 from promptkd.training.requests import Requests, read_requests
+from promptkd.training.self_teacher import (
+    MovingAverage,
+    refuse_moving_author,
+    self_teacher,
+)
 from promptkd.training.step import Learner, Step, StepSettings
 from promptkd.training.token_budget import measured_budget
 
@@ -50,6 +55,7 @@ class Models:
     Attributes:
         plain_teacher: the recipe's teacher as it came; None if there is none.
         teacher: the same, as the method uses it; None if the method doesn't.
+        average: of the student, where that is its teacher.
         comparable: whether student and teacher share a token table, so KLs can be measured.
     """
 
@@ -58,6 +64,7 @@ class Models:
     teacher: Teacher | None
     teacher_tokenizer: Any
     comparable: bool
+    average: MovingAverage | None = None
 
 
 @dataclass(frozen=True)
@@ -196,7 +203,7 @@ def _check_pair(
         requests.encoder,
         sets,
         stop=stop,
-        names=(recipe.student.model, recipe.teacher.model if recipe.teacher else ""),
+        names=(recipe.student.model, recipe.teacher_model() if recipe.teacher else ""),
         say=say,
     )
 
@@ -223,16 +230,22 @@ def _load_models(
     module = _load_student(recipe, dtype, device)
     vocabulary = embedding_rows(module)
     plain_teacher, teacher, teacher_tokenizer, comparable = None, None, None, False
+    average = None
     if recipe.teacher and (method.needs_teacher or requests.validation):
-        name = recipe.teacher.model
+        name = recipe.teacher_model()
         teacher_tokenizer = load_tokenizer(name)
-        other = load_model(name, dtype, device, recipe.attention).requires_grad_(False)
+        if recipe.teacher.model == THE_STUDENT:
+            refuse_moving_author(recipe.teacher, method)
+            other, average = self_teacher(recipe.teacher, module, name, dtype)
+        else:
+            other = load_model(name, dtype, device, recipe.attention).requires_grad_(False)
         rows = embedding_rows(other)
         tokenizers = requests.tokenizer, teacher_tokenizer
         comparable = same_tokenizer(*tokenizers)
         if method.compares_tokens or comparable:
             vocabulary = rows = shared_vocabulary(*tokenizers, module, other)
-        if not recipe.student.lora and same_weights(module, other):
+        alike = requests.teacher_encoder is None and not recipe.student.lora
+        if recipe.teacher.model != THE_STUDENT and alike and same_weights(module, other):
             raise UserError(
                 f"The student {recipe.student.model} has its teacher's weights: there is nothing "
                 "to learn from it. Name another student, or make one: promptkd init-student.",
@@ -241,6 +254,7 @@ def _load_models(
         plain_teacher = proven(LanguageModel(other, rows, dtype), f"the teacher {name}")
         if method.teacher is not None:
             teacher = method.teacher.build(plain_teacher, teacher_tokenizer)
+            preflight.check_self_teacher(recipe.teacher, requests.teacher_encoder, teacher)
     student = LanguageModel(module, vocabulary, dtype)
     return Models(
         student=proven(student, f"the student {recipe.student.model}"),
@@ -248,6 +262,7 @@ def _load_models(
         teacher=teacher,
         teacher_tokenizer=teacher_tokenizer,
         comparable=comparable,
+        average=average,
     )
 
 
