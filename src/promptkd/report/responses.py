@@ -48,6 +48,7 @@ def _evaluated(data: DataSet) -> Row:
                 {
                     "row": p.index,
                     "request": p.request,
+                    "told": p.teacher_request,
                     "references": list(p.references),
                     "responses": [[] for _ in data.models],
                 },
@@ -75,6 +76,7 @@ def _sampled(run: Run) -> Row:
             {
                 "row": sample["index"],
                 "request": sample["request"],
+                "told": sample.get("teacher_request"),
                 "references": sample["references"],
                 "responses": [[] for _ in steps],
             },
