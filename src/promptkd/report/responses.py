@@ -50,6 +50,7 @@ def _evaluated(data: DataSet) -> Row:
                 {
                     "row": p.index,
                     "request": p.request,
+                    "told": p.teacher_request,
                     "references": list(p.references),
                     "responses": [[] for _ in data.models],
                 },
@@ -81,6 +82,7 @@ def _sampled(run: Run) -> Row:
             {
                 "row": sample["index"],
                 "request": sample["request"],
+                "told": sample.get("teacher_request"),
                 "references": sample["references"],
                 "responses": [[] for _ in steps],
             },

@@ -181,6 +181,7 @@
           current.models[Number(get("other").value)].label;
       }
       entry.append(element("p", "row", heading), textBlock("request", item.request, words));
+      if (item.told) entry.append(textBlock("reference", item.told, words, "The teacher read"));
       item.references.forEach(function (reference) {
         entry.append(textBlock("reference", reference, words, "Reference"));
       });
