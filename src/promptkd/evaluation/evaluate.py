@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from promptkd.config import ColumnsSection, Recipe, load_recipe
 from promptkd.data import Encoder, date_of_run, evaluation_set, read_examples
@@ -152,8 +152,8 @@ def evaluate(
             decoding=protocol.decoding,
             metrics=tuple(metrics),
         )
-        shown = tqdm(seeds, unit="seed", desc="responses")
-        scores, predictions = scorer.score(engine, student, teacher_model, shown)
+        with tqdm(seeds, unit="seed", desc=f"responses to {of_suite}") as shown:
+            scores, predictions = scorer.score(engine, student, teacher_model, shown)
         requests = [example.request_ids for example in scorer.data.examples]
         measured = measured or size_and_speed(name, student, requests, protocol.decoding)
         evaluation = Evaluation(

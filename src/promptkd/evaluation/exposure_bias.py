@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import tensor
+from tqdm.auto import tqdm
 
 from promptkd.data import Dataset, evaluation_set, read_examples
 from promptkd.divergences import forward_kl
@@ -227,20 +228,25 @@ def exposure_bias(
             "Give at least two."
         )
     decoding = finished.decoding(AUTHORS_BLOCKED_NGRAM if authors_script else 0)
-    gaps = [
-        measure_gaps(
-            generate_responses(
-                TransformersEngine(author, finished.stop), dataset, decoding, seeds, num_samples
-            ),
-            finished.student,
-            finished.teacher,
-            decoding.max_new_tokens,
-            micro_batch_tokens,
-            authors_script=authors_script,
-            stop=finished.stop,
-        )
-        for author in (finished.student, finished.teacher)
-    ]
+    gaps = []
+    with tqdm(total=4, unit="pass") as bar:
+        for who, author in (("student", finished.student), ("teacher", finished.teacher)):
+            bar.set_description(f"the {who} responds")
+            engine = TransformersEngine(author, finished.stop)
+            responses = generate_responses(engine, dataset, decoding, seeds, num_samples)
+            bar.update()
+            bar.set_description(f"errors on the {who}'s text")
+            measured = measure_gaps(
+                responses,
+                finished.student,
+                finished.teacher,
+                decoding.max_new_tokens,
+                micro_batch_tokens,
+                authors_script=authors_script,
+                stop=finished.stop,
+            )
+            gaps.append(measured)
+            bar.update()
     if exposure_curve(*gaps).teacher_gap[-1] <= NO_GAP:
         raise UserError(
             f"The student of {run} gives the same probabilities as its teacher on the teacher's "

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from promptkd.composition import Method
 from promptkd.data import Dataset, evaluation_set, read_examples, training_set
@@ -41,6 +42,8 @@ from promptkd.teachers import load_soft_prompt, prompt_vectors
 from promptkd.token_losses import Reader, token_losses
 
 TOKENS_AT_ONCE = 16384
+WORK_PER_SET = 4
+"""What the progress bar counts: three authors respond, then their KLs are taken."""
 """Embeddings compared in one piece; bounds the memory, not the result."""
 
 DEFINITION = {
@@ -155,11 +158,11 @@ def prompt_analysis(
         "drift": [],
         "responses": [],
     }
-    for name, dataset in sets.items():
-        for part, rows in _analyse_set(
-            cast, name, dataset, seed, num_shown, micro_batch_tokens
-        ).items():
-            parts[part] += rows
+    with tqdm(total=WORK_PER_SET * len(sets), unit="pass", desc="reading models") as bar:
+        for name, dataset in sets.items():
+            found = _analyse_set(cast, name, dataset, seed, num_shown, micro_batch_tokens, bar)
+            for part, rows in found.items():
+                parts[part] += rows
     result = {
         "run": str(run),
         "teacher": finished.teacher_name,
@@ -237,16 +240,27 @@ def compare_with_tokens(
 
 
 def _analyse_set(
-    cast: Cast, name: str, data: Dataset, seed: int, num_shown: int, micro_batch_tokens: int
+    cast: Cast,
+    name: str,
+    data: Dataset,
+    seed: int,
+    num_shown: int,
+    micro_batch_tokens: int,
+    bar: Any,
 ) -> dict[str, list[dict[str, Any]]]:
     """The rows of one set of requests, by part of the result."""
     run, decoding = cast.run, cast.run.decoding()
     by_teacher = TransformersEngine(run.teacher, run.stop)
-    written = {
-        "student": predict(TransformersEngine(run.student, run.stop), data, decoding, seed),
-        "plain": predict(by_teacher, data, decoding, seed),
-        "prompted": predict(by_teacher, data, decoding, seed, soft_prompt=cast.soft_prompt),
-    }
+    by_student = TransformersEngine(run.student, run.stop)
+    written = {}
+    for author, engine, front in (
+        ("student", by_student, {}),
+        ("plain", by_teacher, {}),
+        ("prompted", by_teacher, {"soft_prompt": cast.soft_prompt}),
+    ):
+        bar.set_description(f"{name}: responses, {author}")
+        written[author] = predict(engine, data, decoding, seed, **front)
+        bar.update()
     predictions = {
         author: score(rollouts, data, run.tokenizer, run.stop, seed)
         for author, rollouts in written.items()
@@ -255,6 +269,7 @@ def _analyse_set(
     if data.has_references:
         forced["reference"] = reference_rollouts(data.examples)
     table, differences, drift = [], [], []
+    bar.set_description(f"{name}: KLs")
     for whose, rollouts in forced.items():
         nats = cast.nats(rollouts, micro_batch_tokens)
         sums = {key: [values.sum().item() for values in rows] for key, rows in nats.items()}
@@ -270,6 +285,7 @@ def _analyse_set(
         drift.append(
             {**where, **_with_interval("kl_prompted_plain", sums["prompted|plain"], counts)}
         )
+    bar.update()
     for row in differences:
         row |= _text_differences(predictions["plain"], predictions["prompted"])
     shown = [

@@ -89,11 +89,12 @@ def model_card(recipe: Recipe, method: str, frame: Frame, measured: Measured) ->
 def _metadata(recipe: Recipe, measured: Measured) -> ModelCardData:
     teacher = recipe.teacher.model if recipe.teacher else None
     card = card_of(teacher) if teacher else {}
-    bases = dict.fromkeys([*origin(recipe.student.model), *(origin(teacher) if teacher else [])])
+    names = [recipe.student.model, *([teacher] if teacher else [])]
+    bases: list[Any] = [*dict.fromkeys(known for name in names for known in origin(name))]
     data_ids = [name for source in recipe.data.train if (name := _data_id(source))]
     name = public_name(recipe.output)
     return ModelCardData(
-        base_model=list(bases) or None,
+        base_model=bases or None,
         license=card.get("license"),
         language=card.get("language"),
         datasets=data_ids or None,
@@ -130,9 +131,8 @@ def _gaps(metadata: ModelCardData, recipe: Recipe) -> list[str]:
     ]
     lines = []
     if missing:
-        lines += [
-            f"Not known to the run, to be added above before publishing: {', '.join(missing)}."
-        ]
+        listed = ", ".join(missing)
+        lines += [f"Not known to the run, to be added above before publishing: {listed}."]
     if _is_lora(recipe) and not hub_id(recipe.student.model):
         lines += [
             "The adapter's base is a directory of the machine that trained it: publish that too, "
