@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from promptkd.config import Recipe, load_recipe
 from promptkd.data import Encoder, Example, evaluation_set, reads
@@ -110,8 +110,9 @@ def answer(model: str, questions: Questions, output: Path, *, ranks: Ranks = ALO
             tqdm.write(f"{name} has no '{column}': no KL to the teacher, which reads it")
             asked = replace(voices, teacher=None, teacher_name=None, briefed=None)
         scorer = asked.scorer(rows, questions, ranks)
-        shown = tqdm(questions.seeds, unit="seed", desc="responses", disable=ranks.rank > 0)
-        scores, predictions = scorer.score(asked.engine, asked.student, asked.teacher, shown)
+        bar = {"unit": "seed", "desc": f"responses to {name}", "disable": ranks.rank > 0}
+        with tqdm(questions.seeds, **bar) as shown:
+            scores, predictions = scorer.score(asked.engine, asked.student, asked.teacher, shown)
         requests = [example.request_ids for example in scorer.data.examples]
         measured = measured or size_and_speed(
             model, asked.student, requests, questions.protocol.decoding

@@ -23,6 +23,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import tensor
+from tqdm.auto import tqdm
 
 from promptkd.data import Dataset
 from promptkd.divergences import forward_kl
@@ -280,10 +281,15 @@ def _generate_by_both(
     num_samples: int,
 ) -> list[Responses]:
     """The student's responses, and the plain teacher's."""
-    return [
-        generate_responses(TransformersEngine(author, run.stop), data, decoding, seeds, num_samples)
-        for author in (run.student, run.teacher)
-    ]
+    responses = []
+    for who, author in (bar := tqdm({"student": run.student, "teacher": run.teacher}.items())):
+        bar.set_description(f"the {who} responds")
+        engine, by_teacher = TransformersEngine(author, run.stop), who == "teacher"
+        asked = generate_responses(
+            engine, data, decoding, seeds, num_samples, by_teacher=by_teacher
+        )
+        responses.append(asked)
+    return responses
 
 
 def _gaps(run: FinishedRun, responses: list[Responses], **how: Any) -> list[Gaps]:
@@ -293,7 +299,8 @@ def _gaps(run: FinishedRun, responses: list[Responses], **how: Any) -> list[Gaps
         UserError: if there is no gap at all.
     """
     num_steps = run.encoder.max_response_tokens
-    gaps = [measure_gaps(own, run.student, run.teacher, num_steps, **how) for own in responses]
+    shown = tqdm(responses, desc="errors on either's text")
+    gaps = [measure_gaps(own, run.student, run.teacher, num_steps, **how) for own in shown]
     if exposure_curve(*gaps).teacher_gap[-1] <= NO_GAP:
         raise UserError(
             f"The student of {run.directory} gives the same probabilities as its teacher on the "

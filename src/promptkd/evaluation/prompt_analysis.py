@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from promptkd.composition import Method
 from promptkd.data import Dataset, training_set
@@ -44,6 +45,8 @@ MICRO_BATCH_TOKENS = 4096
 """Tokens per forward pass, padding included."""
 TOKENS_AT_ONCE = 16384
 """Embeddings compared in one piece; bounds the memory, not the result."""
+WORK_PER_SET = 4
+"""What the progress bar counts: three authors respond, then their KLs are taken."""
 
 DEFINITION = {
     "kl_teacher_first_student": "KL(teacher || student before training), nats per response token",
@@ -143,7 +146,8 @@ def prompt_analysis(
     cast = Cast(finished, replace(first, vocabulary=finished.student.vocabulary), final)
     sources = [data] if isinstance(data, str) else list(data or finished.recipe.data.validation)
     sets = _requests(finished, sources, num_examples)
-    analysed = [_analyse_set(cast, name, own, seed, num_shown) for name, own in sets.items()]
+    with tqdm(total=WORK_PER_SET * len(sets), unit="pass") as bar:
+        analysed = [_analyse_set(cast, *own, seed, num_shown, bar) for own in sets.items()]
     result = finished.protocol(finished.decoding()) | {
         "first_student": finished.recipe.student.model,
         "method": repr(method),
@@ -224,18 +228,21 @@ def compare_with_tokens(
 
 
 def _analyse_set(
-    cast: Cast, name: str, data: Dataset, seed: int, num_shown: int
+    cast: Cast, name: str, data: Dataset, seed: int, num_shown: int, bar: Any
 ) -> dict[str, list[dict[str, Any]]]:
     """The rows of one set of requests, by part of the result."""
     run, decoding = cast.run, cast.run.decoding()
     by_teacher = TransformersEngine(run.teacher, run.stop)
-    written = {
-        "student": predict(TransformersEngine(run.student, run.stop), data, decoding, seed),
-        "plain": predict(by_teacher, data, decoding, seed, by_teacher=True),
-        "prompted": predict(
-            by_teacher, data, decoding, seed, by_teacher=True, soft_prompt=cast.soft_prompt
-        ),
-    }
+    by_student = TransformersEngine(run.student, run.stop)
+    written = {}
+    for author, engine, front in (
+        ("student", by_student, {}),
+        ("plain", by_teacher, {"by_teacher": True}),
+        ("prompted", by_teacher, {"by_teacher": True, "soft_prompt": cast.soft_prompt}),
+    ):
+        bar.set_description(f"{name}: responses, {author}")
+        written[author] = predict(engine, data, decoding, seed, **front)
+        bar.update()
     predictions = {
         author: score(rollouts, data, run.tokenizer, run.stop, seed)
         for author, rollouts in written.items()
@@ -244,6 +251,7 @@ def _analyse_set(
     if data.has_references:
         forced["reference"] = reference_rollouts(data.examples)
     table, differences, drift = [], [], []
+    bar.set_description(f"{name}: KLs")
     for whose, rollouts in forced.items():
         nats = cast.nats(rollouts)
         sums = {key: [values.sum().item() for values in rows] for key, rows in nats.items()}
@@ -259,6 +267,7 @@ def _analyse_set(
         drift.append(
             {**where, **_with_interval("kl_prompted_plain", sums["prompted|plain"], counts)}
         )
+    bar.update()
     for row in differences:
         row |= _text_differences(predictions["plain"], predictions["prompted"])
     shown = _shown(name, predictions, num_shown)

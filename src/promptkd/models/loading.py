@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import torch
 from torch import nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,

@@ -131,9 +131,8 @@ def _gaps(metadata: ModelCardData, recipe: Recipe) -> list[str]:
     ]
     lines = []
     if missing:
-        lines += [
-            f"Not known to the run, to be added above before publishing: {', '.join(missing)}."
-        ]
+        listed = ", ".join(missing)
+        lines += [f"Not known to the run, to be added above before publishing: {listed}."]
     if _is_lora(recipe) and not hub_id(recipe.student.model):
         lines += [
             "The adapter's base is a directory of the machine that trained it: publish that too, "
