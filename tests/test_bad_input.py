@@ -56,6 +56,13 @@ def refusal(pair, tmp_path, capfd):
     return train
 
 
+@pytest.mark.parametrize("other", [{"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 5}], ids=str)
+def test_an_estimate_from_sampled_tokens_under_another_law(refusal, other):
+    sentence = refusal(method={"name": "opd"}, sampling=other)
+    assert "have to come from the student's own law" in sentence
+    assert "(PK111)" in sentence
+
+
 def test_a_missing_data_file(refusal):
     assert "none.jsonl does not exist" in refusal(data={"train": "/nowhere/none.jsonl"})
 

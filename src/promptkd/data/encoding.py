@@ -4,7 +4,7 @@ import datetime
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,17 @@ from promptkd.files import read_json
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """An example as the student reads it. ``response_ids`` ends with EOS unless it was cut."""
+    """An example as the student reads it. ``response_ids`` ends with EOS unless it was cut.
+
+    Attributes:
+        where: the row's file and line, for messages.
+    """
 
     index: int
     request_ids: tuple[int, ...]
     response_ids: tuple[int, ...] | None
     references: tuple[str, ...]
+    where: str = field(default="", compare=False)
 
 
 def date_of_run(directory: str | Path) -> datetime.date | None:
@@ -140,6 +145,7 @@ class Encoder:
             request_ids=self.request_ids(example),
             response_ids=response,
             references=references,
+            where=example.where,
         )
 
     def without_end(self, text: str) -> str:

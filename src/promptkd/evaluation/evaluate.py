@@ -151,6 +151,7 @@ def evaluate(
             decoding=protocol.decoding,
             metrics=tuple(metrics),
         )
+        tqdm.write(f"{of_suite}: {scorer.data.summary()}")
         shown = tqdm(seeds, unit="seed", desc="responses")
         scores, predictions = scorer.score(engine, student, teacher_model, shown)
         evaluation = Evaluation(

@@ -31,6 +31,7 @@ class Response:
     token_ids: Tokens
     student_logprobs: tuple[float, ...] = ()
     teacher_logprobs: tuple[float, ...] = ()
+    sampling_logprobs: tuple[float, ...] = ()
 
     def annotations(self) -> dict[str, tuple[float, ...]]:
         """The logprobs by name, if there are any."""
@@ -39,6 +40,7 @@ class Response:
         return {
             "student_logprobs": self.student_logprobs,
             "teacher_logprobs": self.teacher_logprobs,
+            "sampling_logprobs": self.sampling_logprobs,
         }
 
 
@@ -156,8 +158,8 @@ class TransformersEngine:
         prefix: Past | None,
         co_author: CoAuthor | None,
     ) -> list[Response]:
-        choose = TokenSampler(decoding)
-        uniforms = torch.stack([choose.uniforms(seed) for seed in seeds]).to(model.device)
+        sampler = TokenSampler(decoding)
+        uniforms = torch.stack([sampler.uniforms(seed) for seed in seeds]).to(model.device)
         past = None if prefix is None else prefix.cache(len(requests))
         tokens, mask = left_pad(requests, model.device)
         capacity = tokens.shape[1] + decoding.max_new_tokens
@@ -167,21 +169,24 @@ class TransformersEngine:
         history = tokens.masked_fill(~mask, PADDING)  # padding is part of no n-gram
         rows = torch.arange(len(tokens), device=model.device)  # which request each live row answers
         token_ids: list[list[int]] = [[] for _ in requests]
-        logprobs: list[list[list[float]]] = [[[] for _ in requests] for _ in authors]
+        noted = [*authors, sampler] if co_author else []
+        logprobs: list[list[list[float]]] = [[[] for _ in requests] for _ in noted]
         for time in range(decoding.max_new_tokens):
             spoken = [author.next_scores(tokens, mask) for author in authors]
             mixed = spoken[0]
             if co_author:
                 spoken = [scores.log_softmax(-1) for scores in spoken]
                 mixed = _mixture(spoken[0], spoken[1], co_author.share)
-            chosen = choose(mixed, uniforms[rows, time], history)
+            law = sampler.warp(mixed, history)
+            chosen = sampler.choose(law, uniforms[rows, time])
             for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
                 token_ids[row].append(token)
             if co_author:
-                for author, values in enumerate(spoken):
-                    picked = values.gather(-1, chosen[:, None])[:, 0].tolist()
-                    for row, value in zip(rows.tolist(), picked, strict=True):
-                        logprobs[author][row].append(value)
+                picked = [scores.gather(-1, chosen[:, None])[:, 0] for scores in spoken]
+                picked.append(sampler.logprobs_of(chosen, law))
+                for values, own in zip(picked, logprobs, strict=True):
+                    for row, value in zip(rows.tolist(), values.tolist(), strict=True):
+                        own[row].append(value)
             going_on = ~torch.isin(chosen, self.stop_ids)
             if not going_on.any():
                 break
@@ -209,11 +214,11 @@ def _responses(
 ) -> list[Response]:
     """Each up to its stop token; with logprobs where there are those of two models."""
     ended = [_cut_after_stop(ids, stop) for ids in token_ids]
-    if len(logprobs) == 1:
+    if not logprobs:
         return [Response(ids) for ids in ended]
     return [
-        Response(ids, tuple(own[: len(ids)]), tuple(other[: len(ids)]))
-        for ids, own, other in zip(ended, *logprobs, strict=True)
+        Response(ids, *(tuple(values[: len(ids)]) for values in noted))
+        for ids, *noted in zip(ended, *logprobs, strict=True)
     ]
 
 

@@ -107,9 +107,10 @@ def _load_adapted(name: str, directory: Path, dtype: torch.dtype) -> PreTrainedM
         raise UserError(_no_model(name, error)) from None
     base = config.base_model_name_or_path
     if config.peft_type != peft.PeftType.LORA:
+        kind = str(config.peft_type).rpartition(".")[2]
         raise UserError(
-            f"{name} is an adapter of the kind {config.peft_type}, which can't be merged into a "
-            "model. Name a LoRA, or a whole model."
+            f"{name} is an adapter of the kind {kind}, which can't be merged "
+            "into a model. Name a LoRA, or a whole model."
         )
     if not base:
         raise UserError(

@@ -166,6 +166,7 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     if recipe.precision == "bf16" and not native_bf16(device):
         finding = "this CPU emulates bf16, about 10 times slower than fp32: set precision=auto."
         say(str(Finding("PK207", finding)))
+    preflight.check_sampling(method, recipe.sampling)
     requests = _read_requests(recipe, method, say)
     about = describe(requests.encoder, compute_dtype(recipe.precision, device), device, ranks)
     say(", ".join(f"{name} {value}" for name, value in about.items()))
@@ -256,8 +257,9 @@ def _read_requests(recipe: Recipe, method: Method, say: Say) -> Requests:
         notes.append(str(Finding("PK206", finding.sentence)))
     for note in notes:
         say(note)
-    has_teacher = recipe.teacher is not None
-    preflight.check_data(method, data, validation, recipe.evaluation.metric, has_teacher)
+    metric, has_teacher = recipe.evaluation.metric, recipe.teacher is not None
+    for found in preflight.check_data(method, data, validation, metric, has_teacher):
+        say(str(found))
     return Requests(
         tokenizer=tokenizer, encoder=encoder, examples=examples, data=data, validation=validation
     )
