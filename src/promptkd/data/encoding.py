@@ -39,8 +39,16 @@ class EncodedExample:
 
 def date_of_run(directory: str | Path) -> datetime.date | None:
     """The date as of which a run renders its requests, as recorded; None before it began."""
-    record = read_json(Path(directory) / "environment.json", [])
-    return datetime.date.fromisoformat(record["date"]) if record and "date" in record else None
+    path = Path(directory) / "environment.json"
+    record = read_json(path, [])
+    if not record or "date" not in record:
+        return None
+    try:
+        return datetime.date.fromisoformat(record["date"])
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{path} has the date {record['date']!r}, written by somebody else. Write YYYY-MM-DD."
+        ) from None
 
 
 class Encoder:
@@ -127,6 +135,8 @@ class Encoder:
         ids = self.tokenizer(text, add_special_tokens=special).input_ids
         if ids and ids[-1] == self.tokenizer.eos_token_id and special:
             ids = ids[:-1]  # some tokenizers end every text; a request goes on
+        if not ids:
+            raise UserError(f"{example.at}the template {self.template} makes no token of the row.")
         return tuple(ids)
 
     def response_ids(self, text: str) -> tuple[int, ...]:

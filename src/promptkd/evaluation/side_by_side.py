@@ -14,6 +14,7 @@ from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.loading import (
+    adapter_config,
     compute_dtype,
     default_device,
     embedding_rows,
@@ -66,7 +67,7 @@ def generate(
         tokenizer = load_tokenizer(name)
         encoder = Encoder.of_recipe(recipe, tokenizer, date=date_of_run(run))
         module: Any = load_model(name, dtype, device)
-        kind = peft.PeftConfig.from_pretrained(str(adapter)).peft_type if adapter else None
+        kind = adapter_config(adapter).peft_type if adapter else None
         if kind == peft.PeftType.LORA:
             module = peft.PeftModel.from_pretrained(module, str(adapter)).merge_and_unload()
         model = proven(LanguageModel(module, embedding_rows(module), dtype), name)

@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from promptkd.config import Recipe
+from promptkd.errors import NotFinite
 
 BLOCK = 256
 """Tokens whose probabilities are summed at once before one of them is looked for."""
@@ -113,6 +114,8 @@ class TokenSampler:
         blocks = F.pad(weights, (0, -scores.shape[1] % BLOCK)).unflatten(-1, (-1, BLOCK))
         sums = blocks.sum(-1).cumsum(-1)
         threshold = uniforms[:, None] * sums[:, -1:]
+        if not torch.isfinite(threshold).all():
+            raise NotFinite("What the model says next is NaN or infinite: its weights diverged.")
         block = _first_above(sums, threshold)
         threshold = (threshold - F.pad(sums, (1, 0)).gather(1, block)).clamp_min_(0)
         within = blocks[torch.arange(len(blocks), device=block.device), block[:, 0]].cumsum(-1)
