@@ -153,7 +153,7 @@ ROWS = {
     ),
     "references that are empty": (
         {"instruction": "x", "output": ["", ""]},
-        "train.jsonl:1 of data.train has none",
+        "train.jsonl:1 has none",
     ),
 }
 

@@ -90,7 +90,8 @@ def test_a_method_that_needs_references_on_data_without(refusal, tmp_path, metho
     tiny.write_data(tmp_path / "d.jsonl", with_output=False)
     options = {"rollouts": "reference"} if method == "promptkd" else {}
     sentence = refusal(method={"name": method} | options, data={"train": str(tmp_path / "d.jsonl")})
-    assert sentence.startswith(f"The method '{method}' learns from reference responses, but row 0")
+    assert sentence.startswith(f"The method '{method}' learns from reference responses, but ")
+    assert "d.jsonl:1 has none" in sentence
 
 
 def test_a_metric_that_needs_references_on_data_without(refusal, tmp_path):

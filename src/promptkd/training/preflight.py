@@ -36,7 +36,7 @@ def check_data(
         missing = first.where or f"row {first.index} (counted from 0)"
         raise UserError(
             f"The method '{method.name}' learns from reference responses, but {missing} "
-            "of data.train has none. Add an 'output' column, or use rollouts "
+            "has none. Add an 'output' column, or use rollouts "
             "written by the student: method.name=promptkd, or gkd with student_share=1.",
             "PK101",
         )
