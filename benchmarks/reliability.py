@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -45,14 +46,14 @@ class Laboratory:
         tiny.save_pair(place)
         tiny.write_data(place / "train.jsonl", 12)
         tiny.write_data(place / "valid.jsonl", 4)
-        self.expected = {}
-        self.seconds = {}
-        for method in METHODS:
-            started = time.perf_counter()
-            command, output = self.command(method)
-            assert ended(start(command)) == 0
-            self.seconds[method] = time.perf_counter() - started
-            self.expected[method] = runs.result(output)
+
+    @cache  # noqa: B019 - one laboratory per process
+    def alone(self, method: str) -> tuple[dict[str, Any], float]:
+        """What a run that nobody disturbs ends with, and its seconds."""
+        started = time.perf_counter()
+        command, output = self.command(method)
+        assert ended(start(command)) == 0
+        return runs.result(output), time.perf_counter() - started
 
     def command(self, method: str) -> tuple[list[str], Path]:
         """``promptkd train`` with a fresh output, which is also given."""
@@ -68,12 +69,12 @@ class Laboratory:
 
     def is_as_expected(self, method: str, output: Path) -> bool:
         """Whether student and adapter are, bit for bit; lines that were damaged are lost."""
-        found, expected = runs.result(output), self.expected[method]
+        found, expected = runs.result(output), self.alone(method)[0]
         return all(found[name] == expected[name] for name in expected if "/" in name)
 
     def finishes(self, method: str, command: list[str], output: Path) -> bool:
         """Whether the same command ends with what it would have without an interruption."""
-        return ended(start(command)) == 0 and runs.result(output) == self.expected[method]
+        return ended(start(command)) == 0 and runs.result(output) == self.alone(method)[0]
 
 
 def start(command: list[str], before: Callable[[], Any] = lambda: None) -> int:
@@ -97,21 +98,28 @@ def ended(process: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
 
 
+def note(found: dict[str, Any]) -> None:
+    """What was found so far, for who waits."""
+    print(json.dumps(found), file=sys.stderr, flush=True)
+
+
 def signals(laboratory: Laboratory, number: signal.Signals, per_method: int) -> dict[str, Any]:
     """A signal at a random moment, then the same command until it is done."""
     dice = random.Random(SEED)
     found = {"tried": 0, "interrupted": 0, "equal": 0, "exit codes": {}}
-    for method in METHODS:
-        for _ in range(per_method):
+    for _ in range(per_method):
+        for method in METHODS:
+            seconds = laboratory.alone(method)[1]
             command, output = laboratory.command(method)
             process = start(command)
-            time.sleep(dice.uniform(0.1, 1) * laboratory.seconds[method])
+            time.sleep(dice.uniform(0.1, 1) * seconds)
             os.kill(process, number)  # one that has ended waits to be asked for its exit code
             code = ended(process)
             found["tried"] += 1
             found["interrupted"] += code != 0
             found["exit codes"][str(code)] = found["exit codes"].get(str(code), 0) + 1
             found["equal"] += laboratory.finishes(method, command, output)
+            note(found)
     return found
 
 
@@ -128,6 +136,7 @@ def full_disk(laboratory: Laboratory) -> dict[str, Any]:
         found["tried"] += 1
         found["one sentence"] += ended(start(command, limit)) in (0, 1)
         found["equal"] += laboratory.finishes("promptkd", command, output)
+        note(found)
     return found
 
 
@@ -163,6 +172,7 @@ def damage(laboratory: Laboratory) -> dict[str, Any]:
                 found["refused"] += 1
             else:
                 found["other"].append(f"{name}: exit {code}")
+            note(found)
     return found
 
 
@@ -175,6 +185,7 @@ def two_processes(laboratory: Laboratory) -> dict[str, Any]:
         found["tried"] += 1
         found["one trained"] += codes == [0, 1]
         found["equal"] += laboratory.finishes("promptkd", command, output)
+        note(found)
     return found
 
 

@@ -182,11 +182,8 @@ class TransformersEngine:
             for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
                 token_ids[row].append(token)
             if co_author:
-                picked = [scores.gather(-1, chosen[:, None])[:, 0] for scores in spoken]
-                picked.append(sampler.logprobs_of(chosen, law))
-                for values, own in zip(picked, logprobs, strict=True):
-                    for row, value in zip(rows.tolist(), values.tolist(), strict=True):
-                        own[row].append(value)
+                own = [scores.gather(-1, chosen[:, None])[:, 0] for scores in spoken]
+                _note(logprobs, rows, [*own, sampler.logprobs_of(chosen, law)])
             going_on = ~torch.isin(chosen, self.stop_ids)
             if not going_on.any():
                 break
@@ -199,6 +196,13 @@ class TransformersEngine:
                 for author in authors:
                     author.keep(keep)
         return _responses(token_ids, logprobs, self.stop_ids.tolist())
+
+
+def _note(logprobs: list[list[list[float]]], rows: Tensor, chosen: Sequence[Tensor]) -> None:
+    """Append what each noted law says of the tokens just chosen, one per live row."""
+    for of_law, values in zip(logprobs, chosen, strict=True):
+        for row, value in zip(rows.tolist(), values.tolist(), strict=True):
+            of_law[row].append(value)
 
 
 def _mixture(
