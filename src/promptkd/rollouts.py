@@ -5,7 +5,6 @@ once. Sources are frozen; what they must remember lives in a ``state`` dictionar
 the trainer and is saved with every checkpoint.
 """
 
-import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -212,7 +211,8 @@ class TeacherMixed(Stateless):
 
     Each response is annotated with what a policy gradient needs, in nats, per token:
 
-        sampling_logprobs  log p~(y_t), so that w_t = q(y_t) / p~(y_t)
+        sampling_logprobs  of y_t under the law that it was drawn from: p~ with the recipe's
+                           temperature, top_p and top_k; w_t = q(y_t) / that
         advantages         what follows y_t: the mean over t' > t of log p(y_t') - log q(y_t')
 
     Source: MiniLLM, arXiv:2306.08543, section 2.2 (teacher-mixed sampling, length normalisation).
@@ -232,10 +232,11 @@ class TeacherMixed(Stateless):
     def _annotate(self, rollout: Rollout) -> Rollout:
         student = rollout.annotations["student_logprobs"]
         teacher = rollout.annotations["teacher_logprobs"]
-        pairs = list(zip(student, teacher, strict=True))
-        mixed = tuple(_log_mixture(own, other, self.share) for own, other in pairs)
-        rewards = [other - own for own, other in pairs]
-        notes = {"sampling_logprobs": mixed, "advantages": length_normalized_returns(rewards)}
+        rewards = [other - own for own, other in zip(student, teacher, strict=True)]
+        notes = {
+            "sampling_logprobs": rollout.annotations["sampling_logprobs"],
+            "advantages": length_normalized_returns(rewards),
+        }
         return replace(rollout, annotations=notes)
 
 
@@ -252,14 +253,6 @@ def length_normalized_returns(rewards: Sequence[float]) -> tuple[float, ...]:
         returns.append(later / number if number else 0.0)
         later += reward
     return tuple(reversed(returns))
-
-
-def _log_mixture(student: float, teacher: float, share: float) -> float:
-    if share == 0:
-        return student
-    first, second = math.log1p(-share) + student, math.log(share) + teacher
-    largest = max(first, second)
-    return largest + math.log(math.exp(first - largest) + math.exp(second - largest))
 
 
 @dataclass(frozen=True)

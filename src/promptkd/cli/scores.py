@@ -33,7 +33,7 @@ def evaluate(
     max_request_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     max_response_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    top_p: Annotated[float | None, typer.Option(min=1e-6, max=1)] = None,
     top_k: Annotated[int | None, typer.Option(min=0)] = None,
     no_repeat_ngram_size: Annotated[
         int | None, typer.Option(min=0, help="6 as the authors' test script")
@@ -154,10 +154,14 @@ def exposure_bias(
     data: Annotated[
         list[str] | None, typer.Option(help="requests; the run's validation data if not given")
     ] = None,
-    num_examples: Annotated[int, typer.Option(help="only the first ones")] = 500,
-    num_samples: Annotated[int, typer.Option(help="responses per request, seed and author")] = 1,
-    seeds: Annotated[list[int] | None, typer.Option(help="of the sampling")] = None,
-    max_response_tokens: Annotated[int | None, typer.Option(help="else the run's own")] = None,
+    num_examples: Annotated[int, typer.Option(min=1, help="only the first ones")] = 500,
+    num_samples: Annotated[
+        int, typer.Option(min=1, help="responses per request, seed and author")
+    ] = 1,
+    seeds: Annotated[list[int] | None, typer.Option(min=0, help="of the sampling")] = None,
+    max_response_tokens: Annotated[
+        int | None, typer.Option(min=1, help="else the run's own")
+    ] = None,
     precision: Annotated[str, typer.Option(help="auto | bf16 | fp32")] = "fp32",
     authors_script: Annotated[
         bool, typer.Option(help="the authors' script, defects included, in a file of its own")
@@ -194,8 +198,10 @@ def analyse_prompt(
     data: Annotated[
         list[str] | None, typer.Option(help="requests; the run's validation data if not given")
     ] = None,
-    num_examples: Annotated[int, typer.Option(help="of training and held-out data each")] = 100,
-    seed: Annotated[int, typer.Option(help="of the responses")] = 10,
+    num_examples: Annotated[
+        int, typer.Option(min=1, help="of training and held-out data each")
+    ] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="of the responses")] = 10,
     precision: Annotated[str, typer.Option(help="auto | bf16 | fp32")] = "fp32",
 ) -> None:
     """Where the soft prompt went, and what the teacher says differently for it."""

@@ -218,7 +218,9 @@ def _tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
             value = json.loads(value)
         except (ValueError, RecursionError):
             raise UserError(f"{where}: the tools aren't JSON: {value[:80]!r}.") from None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+    if not isinstance(value, list) or not all(
+        isinstance(tool, dict) and isinstance(tool.get("function", {}), dict) for tool in value
+    ):
         raise UserError(f"{where}: the tools are {value!r:.80}, not a list of objects.")
     return tuple(value)
 
@@ -229,4 +231,4 @@ def _responses(value: Any, where: str) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(item, str) for item in values):
         raise UserError(f"{where}: the response is {value!r}, neither a text nor a list of texts.")
-    return tuple(values)
+    return tuple(filter(None, values))

@@ -3,7 +3,7 @@
 import datetime
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class EncodedExample:
     Attributes:
         request_ids: as the student reads it.
         teacher_request_ids: as the teacher does; None where both read the same.
+        where: the row's file and line, for messages.
     """
 
     index: int
@@ -36,6 +37,7 @@ class EncodedExample:
     response_ids: tuple[int, ...] | None
     references: tuple[str, ...]
     teacher_request_ids: tuple[int, ...] | None = None
+    where: str = field(default="", compare=False)
 
     def within(self, limit: int) -> "EncodedExample":
         """With at most ``limit`` tokens of its reference."""
@@ -50,8 +52,16 @@ class EncodedExample:
 
 def date_of_run(directory: str | Path) -> datetime.date | None:
     """The date as of which a run renders its requests, as recorded; None before it began."""
-    record = read_json(Path(directory) / "environment.json", [])
-    return datetime.date.fromisoformat(record["date"]) if record and "date" in record else None
+    path = Path(directory) / "environment.json"
+    record = read_json(path, [])
+    if not record or "date" not in record:
+        return None
+    try:
+        return datetime.date.fromisoformat(record["date"])
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{path} has the date {record['date']!r}, written by somebody else. Write YYYY-MM-DD."
+        ) from None
 
 
 class Encoder:
@@ -178,6 +188,8 @@ class Encoder:
         ids = self.tokenizer(text, add_special_tokens=special).input_ids
         if ids and ids[-1] == self.tokenizer.eos_token_id and special:
             ids = ids[:-1]  # some tokenizers end every text; a request goes on
+        if not ids:
+            raise UserError(f"{example.at}the template {self.template} makes no token of the row.")
         return tuple(ids)
 
     def response_ids(self, text: str) -> tuple[int, ...]:
@@ -196,6 +208,7 @@ class Encoder:
             request_ids=self.request_ids(example),
             response_ids=response,
             references=references,
+            where=example.where,
         )
 
     def without_end(self, text: str) -> str:

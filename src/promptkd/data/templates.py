@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 import jinja2.sandbox
 
 from promptkd.data.examples import Example, Turn
@@ -68,7 +69,8 @@ def render(template: str, example: Example) -> str:
     try:
         return whole.render(instruction=example.instruction, input=example.input)
     except Exception as error:  # the template is the user's program and may raise anything
-        raise UserError(f"{example.at}data.template {template} fails: {error}. Mend it.") from None
+        said = str(error) or type(error).__name__
+        raise UserError(f"{example.at}data.template {template} fails: {said}. Mend it.") from None
 
 
 def render_chat(
@@ -146,7 +148,7 @@ def refuse_lost_text(text: str, example: Example) -> None:
     Raises:
         UserError: naming the turn or the tool.
     """
-    for turn in example.messages:
+    for turn in chat_turns(example):
         said = turn["content"].rpartition("</think>")[2].strip()
         calls = [_name(call) for call in turn.get("tool_calls", ())]
         for part in (said, *calls):
@@ -187,6 +189,11 @@ def template_of(name: str) -> jinja2.Template:
                 "an existing Jinja file."
             ) from None
     try:
+        reads = jinja2.meta.find_undeclared_variables(SANDBOX.parse(text))
+        if "instruction" not in reads:
+            raise UserError(
+                f"data.template {name} never reads 'instruction', which is the request."
+            )
         return SANDBOX.from_string(text)
     except jinja2.TemplateError as error:
         raise UserError(f"data.template {name} fails: {error}.") from None

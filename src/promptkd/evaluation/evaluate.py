@@ -117,6 +117,8 @@ def answer(model: str, questions: Questions, output: Path, *, ranks: Ranks = ALO
         measured = measured or size_and_speed(
             model, asked.student, requests, questions.protocol.decoding
         )
+        if ranks.rank == 0:
+            tqdm.write(f"{name}: {scorer.data.summary()}")
         evaluation = Evaluation(
             name=name,
             model=model,

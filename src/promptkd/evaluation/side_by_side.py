@@ -15,6 +15,7 @@ from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.loading import (
+    adapter_config,
     compute_dtype,
     default_device,
     embedding_rows,
@@ -92,7 +93,7 @@ def _load_voice(
     device = default_device()
     dtype = compute_dtype(precision, device)
     module: Any = load_model(name, dtype, device)
-    kind = peft.PeftConfig.from_pretrained(str(adapter)).peft_type if adapter else None
+    kind = adapter_config(adapter).peft_type if adapter else None
     if kind == peft.PeftType.LORA:
         module = peft.PeftModel.from_pretrained(module, str(adapter)).merge_and_unload()
     model = proven(LanguageModel(module, embedding_rows(module), dtype), name)

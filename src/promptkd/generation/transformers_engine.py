@@ -31,6 +31,7 @@ class Response:
     token_ids: Tokens
     student_logprobs: tuple[float, ...] = ()
     teacher_logprobs: tuple[float, ...] = ()
+    sampling_logprobs: tuple[float, ...] = ()
 
     def annotations(self) -> dict[str, tuple[float, ...]]:
         """The logprobs by name, if there are any."""
@@ -39,6 +40,7 @@ class Response:
         return {
             "student_logprobs": self.student_logprobs,
             "teacher_logprobs": self.teacher_logprobs,
+            "sampling_logprobs": self.sampling_logprobs,
         }
 
 
@@ -181,30 +183,30 @@ class TransformersEngine:
         prefix: Past | None,
         co_author: CoAuthor | None,
     ) -> list[Response]:
-        choose = TokenSampler(decoding)
-        uniforms = torch.stack([choose.uniforms(seed) for seed in seeds]).to(model.device)
+        sampler = TokenSampler(decoding)
+        uniforms = torch.stack([sampler.uniforms(seed) for seed in seeds]).to(model.device)
         past = prefix.cache(len(requests)) if prefix else None
         room = decoding.max_new_tokens
-        own = _Author(model, products, requests, soft_prompt=soft_prompt, past=past, room=room)
-        authors = [own, *self._co_authors(co_author, products, requests, room)]
-        history = own.tokens.masked_fill(~own.mask, PADDING)  # padding is part of no n-gram
+        first = _Author(model, products, requests, soft_prompt=soft_prompt, past=past, room=room)
+        authors = [first, *self._co_authors(co_author, products, requests, room)]
+        history = first.tokens.masked_fill(~first.mask, PADDING)  # padding is part of no n-gram
         rows = torch.arange(len(requests), device=model.device)  # what each live row answers
         token_ids: list[list[int]] = [[] for _ in requests]
-        logprobs: list[list[list[float]]] = [[[] for _ in requests] for _ in authors]
+        noted = [*authors, sampler] if co_author else []
+        logprobs: list[list[list[float]]] = [[[] for _ in requests] for _ in noted]
         for time in range(decoding.max_new_tokens):
             spoken = [author.next_scores() for author in authors]
             mixed = spoken[0]
             if co_author:
                 spoken = [scores.log_softmax(-1) for scores in spoken]
                 mixed = _mixture(spoken[0], spoken[1], co_author.share)
-            chosen = choose(mixed, uniforms[rows, time], history)
+            law = sampler.warp(mixed, history)
+            chosen = sampler.choose(law, uniforms[rows, time])
             for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
                 token_ids[row].append(token)
             if co_author:
-                for author, values in enumerate(spoken):
-                    picked = values.gather(-1, chosen[:, None])[:, 0].tolist()
-                    for row, value in zip(rows.tolist(), picked, strict=True):
-                        logprobs[author][row].append(value)
+                own = [scores.gather(-1, chosen[:, None])[:, 0] for scores in spoken]
+                _note(logprobs, rows, [*own, sampler.logprobs_of(chosen, law)])
             going_on = ~torch.isin(chosen, self.stop_ids)
             if not going_on.any():
                 break
@@ -217,6 +219,13 @@ class TransformersEngine:
                 for author in authors:
                     author.keep(keep)
         return _responses(token_ids, logprobs, self.stop_ids.tolist())
+
+
+def _note(logprobs: list[list[list[float]]], rows: Tensor, chosen: Sequence[Tensor]) -> None:
+    """Append what each noted law says of the tokens just chosen, one per live row."""
+    for of_law, values in zip(logprobs, chosen, strict=True):
+        for row, value in zip(rows.tolist(), values.tolist(), strict=True):
+            of_law[row].append(value)
 
 
 def _mixture(
@@ -232,11 +241,11 @@ def _responses(
 ) -> list[Response]:
     """Each up to its stop token; with logprobs where there are those of two models."""
     ended = [_cut_after_stop(ids, stop) for ids in token_ids]
-    if len(logprobs) == 1:
+    if not logprobs:
         return [Response(ids) for ids in ended]
     return [
-        Response(ids, tuple(own[: len(ids)]), tuple(other[: len(ids)]))
-        for ids, own, other in zip(ended, *logprobs, strict=True)
+        Response(ids, *(tuple(values[: len(ids)]) for values in noted))
+        for ids, *noted in zip(ended, *logprobs, strict=True)
     ]
 
 

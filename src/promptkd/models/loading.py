@@ -106,15 +106,13 @@ def _load(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 def _load_adapted(name: str, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     """A LoRA merged into its base; tokens that were added with it get their rows first."""
-    try:
-        config = peft.PeftConfig.from_pretrained(str(directory))
-    except Exception as error:
-        raise UserError(_no_model(name, error)) from None
+    config = adapter_config(directory)
     base = config.base_model_name_or_path
     if config.peft_type != peft.PeftType.LORA:
+        kind = str(config.peft_type).rpartition(".")[2]
         raise UserError(
-            f"{name} is an adapter of the kind {config.peft_type}, which can't be merged into a "
-            "model. Name a LoRA, or a whole model."
+            f"{name} is an adapter of the kind {kind}, which can't be merged "
+            "into a model. Name a LoRA, or a whole model."
         )
     if not base:
         raise UserError(
@@ -132,6 +130,22 @@ def _load_adapted(name: str, directory: Path, dtype: torch.dtype) -> PreTrainedM
         except Exception as error:
             raise UserError(_no_model(name, error)) from None
     return whole.merge_and_unload()
+
+
+def adapter_config(directory: Path) -> Any:
+    """What adapter_config.json says.
+
+    Raises:
+        UserError: if it is damaged, or names the adapter itself as its base.
+    """
+    try:
+        config = peft.PeftConfig.from_pretrained(str(directory))
+    except Exception as error:  # of every kind, as the file may be damaged in any way
+        raise UserError(f"{directory}: its adapter_config.json can't be read: {error}.") from None
+    base = config.base_model_name_or_path
+    if base and Path(base).resolve() == directory.resolve():
+        raise UserError(f"{directory} is an adapter that names itself as its base. Mend it there.")
+    return config
 
 
 def check_weights(name: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
@@ -217,7 +231,7 @@ def text_config(name: str) -> Any:
     arguments = _location(name)
     directory = Path(arguments["pretrained_model_name_or_path"])
     if (directory / "adapter_config.json").is_file():
-        base = peft.PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+        base = adapter_config(directory).base_model_name_or_path
         return text_config(base or name)
     try:
         return AutoConfig.from_pretrained(**arguments).get_text_config()
@@ -243,7 +257,7 @@ def load_tokenizer(name: str) -> Any:
     directory = Path(arguments["pretrained_model_name_or_path"])
     is_adapter = (directory / "adapter_config.json").is_file()
     if is_adapter and not (directory / "tokenizer_config.json").is_file():
-        base = peft.PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+        base = adapter_config(directory).base_model_name_or_path
         if base:
             return load_tokenizer(base)
     try:
@@ -268,7 +282,13 @@ def stop_ids(tokenizer: Any, module: PreTrainedModel) -> tuple[int, ...]:
     ids = {tokenizer.eos_token_id}
     configured = module.generation_config.eos_token_id if module.generation_config else None
     if configured is not None:
-        ids.update(configured if isinstance(configured, list) else [configured])
+        given = configured if isinstance(configured, list) else [configured]
+        if not all(isinstance(token, int) for token in given):
+            raise UserError(
+                f"The generation_config.json of {module.name_or_path} has eos_token_id "
+                f"{configured!r}, which is no token id. Mend it there."
+            )
+        ids.update(given)
     return tuple(sorted(ids))
 
 
@@ -308,6 +328,8 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    if precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"The precision is '{precision}'; known: auto, bf16, fp32.")
     if precision == "auto":
         precision = "bf16" if native_bf16(device) else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32

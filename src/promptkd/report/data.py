@@ -117,7 +117,7 @@ def read_run(path: Path, label: str) -> Run:
     """
     try:
         recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}/recipe.yaml is not valid YAML: {error}") from None
     if not isinstance(recipe, dict):
         raise UserError(f"{path}/recipe.yaml holds no keys, so {path} is not a run of promptkd.")
@@ -159,6 +159,9 @@ def read_lines(path: Path, notes: list[str]) -> list[Row]:
     if not path.exists():
         return []
     rows, damaged = read_json_lines(path)
+    other = [line for line, row in rows.items() if not isinstance(row.get("step"), int)]
+    damaged = sorted([*damaged, *other])
+    rows = {line: row for line, row in rows.items() if line not in other}
     if damaged:
         shown = ", ".join(map(str, damaged[:3]))
         notes.append(f"{path}: {len(damaged)} damaged lines are left out (line {shown}).")

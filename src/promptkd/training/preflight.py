@@ -7,31 +7,37 @@ import torch
 from torch import Tensor
 
 from promptkd.composition import Method
-from promptkd.config import THE_STUDENT, Recipe, TeacherSection
+from promptkd.config import THE_STUDENT, Recipe, SamplingSection, TeacherSection
 from promptkd.data import Dataset, Encoder
 from promptkd.errors import UserError
 from promptkd.evaluation.finished_run import TEACHER_LIMIT
 from promptkd.evaluation.metrics import NEED_REFERENCES, check_criterion
+from promptkd.findings import Finding
 from promptkd.micro_batches import pad
 from promptkd.models.language_model import LanguageModel, select_responses
 from promptkd.models.loading import check_context, embedding_rows
+from promptkd.objectives import Objective, SampledToken, Weighted
 from promptkd.rollouts import Rollout
 from promptkd.teachers import Teacher
 
 
 def check_data(
     method: Method, data: Dataset, validation: Dataset | None, metric: str, has_teacher: bool
-) -> None:
+) -> list[Finding]:
     """Refuse what the method or the metric can't use.
+
+    Returns:
+        What is only worth a warning.
 
     Raises:
         UserError: if references are needed and missing, or a teacher is.
     """
     if method.needs_references and not data.has_references:
-        missing = next(e.index for e in data.examples if e.response_ids is None)
+        first = next(e for e in data.examples if e.response_ids is None)
+        missing = first.where or f"row {first.index} (counted from 0)"
         raise UserError(
-            f"The method '{method.name}' learns from reference responses, but row {missing} "
-            "(counted from 0) of data.train has none. Add an 'output' column, or use rollouts "
+            f"The method '{method.name}' learns from reference responses, but {missing} "
+            "has none. Add an 'output' column, or use rollouts "
             "written by the student: method.name=promptkd, or gkd with student_share=1.",
             "PK101",
         )
@@ -61,7 +67,34 @@ def check_data(
                 "none. Add them, or use evaluation.metric=reverse_kl_to_teacher.",
                 "PK104",
             )
-        check_criterion(metric, references)
+        if left_out := check_criterion(metric, references):
+            return [Finding("PK110", left_out)]
+    return []
+
+
+def check_sampling(method: Method, sampling: SamplingSection) -> None:
+    """Refuse an estimate from sampled tokens where they come from another law than the student's.
+
+    Its expectation would be another loss. MiniLLM's weights correct for the law; these can't.
+
+    Raises:
+        UserError: with the settings to take.
+    """
+    plain = sampling.temperature == 1 and sampling.top_p == 1 and sampling.top_k == 0
+    if not plain and any(_samples_tokens(term.objective) for term in method.terms):
+        raise UserError(
+            f"The method '{method.name}' estimates KL(student || teacher) from the tokens that the "
+            f"student samples, so they have to come from the student's own law; sampling has "
+            f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, top_k "
+            f"{sampling.top_k}. Set 1, 1 and 0, or use gkd, which compares whole vocabularies.",
+            "PK111",
+        )
+
+
+def _samples_tokens(objective: Objective) -> bool:
+    if isinstance(objective, Weighted):
+        return any(_samples_tokens(part) for _, part in objective.parts)
+    return isinstance(objective, SampledToken)
 
 
 def check_reads_more(method: Method, section: TeacherSection | None) -> None:
@@ -75,7 +108,7 @@ def check_reads_more(method: Method, section: TeacherSection | None) -> None:
             f"The method '{method.name}' teaches what its teacher reads and the student doesn't, "
             "but the teacher reads nothing more. Set teacher.context (a column), teacher.system or "
             "teacher.context_template.",
-            "PK110",
+            "PK112",
         )
 
 
@@ -146,7 +179,8 @@ def check_token_ids(datasets: Sequence[Dataset], tokenizer: Any, vocabulary: int
         if highest >= vocabulary:
             token = tokenizer.convert_ids_to_tokens(highest)
             raise UserError(
-                f"Row {example.index} (counted from 0) holds the token {token!r} (id {highest}), "
+                f"{example.where or f'Row {example.index} (counted from 0)'}: the text holds the "
+                f"token {token!r} (id {highest}), "
                 f"but the student has only {vocabulary} embedding rows. Take the text out, or use "
                 "the tokenizer that belongs to the model.",
                 "PK108",

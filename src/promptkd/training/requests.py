@@ -87,8 +87,9 @@ def read_requests(recipe: Recipe, method: Method, say: Say) -> Requests:
     for note in notes:
         say(note)
     preflight.check_reads_more(method, recipe.teacher)
-    has_teacher = recipe.teacher is not None
-    preflight.check_data(method, data, validation, recipe.evaluation.metric, has_teacher)
+    metric, has_teacher = recipe.evaluation.metric, recipe.teacher is not None
+    for found in preflight.check_data(method, data, validation, metric, has_teacher):
+        say(str(found))
     return Requests(
         tokenizer=tokenizer,
         encoder=encoder,

@@ -78,8 +78,8 @@ class RunDirectory:
         if not self._record.exists():
             return None
         record = read_json(self._record, [])
-        whole = record is not None and {"recipe", "method"} <= record.get("identity", {}).keys()
-        if not whole:
+        known = (record or {}).get("identity")
+        if not isinstance(known, dict) or not isinstance(known.get("recipe"), dict):
             raise UserError(
                 f"{self._record} is damaged, so nobody can say which run this is. Put a copy of it "
                 "back, or choose another output; student/ can still be used as it is."

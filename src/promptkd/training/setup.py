@@ -150,6 +150,7 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     if recipe.precision == "bf16" and not native_bf16(device):
         finding = "this CPU emulates bf16, about 10 times slower than fp32: set precision=auto."
         say(str(Finding("PK207", finding)))
+    preflight.check_sampling(method, recipe.sampling)
     requests = read_requests(recipe, method, say)
     about = describe(requests.encoder, compute_dtype(recipe.precision, device), device, ranks)
     say(", ".join(f"{name} {value}" for name, value in about.items()))

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from promptkd.composition import Method, Term
 from promptkd.divergences import LogProbs, PerToken
-from promptkd.errors import UserError
+from promptkd.errors import NotFinite
 from promptkd.micro_batches import MicroBatch, split_by_length
 from promptkd.models.language_model import LanguageModel, select_responses
 from promptkd.objectives import Losses, States, Tiling, TokenView, accumulate
@@ -66,7 +66,7 @@ class Cost:
             self.flops["losses"] += 2 * passes * state.head.vocabulary * width * num_tokens
 
 
-class LossNotFinite(UserError):
+class LossNotFinite(NotFinite):
     """A loss or gradient is NaN or infinite; nothing was updated with it."""
 
 

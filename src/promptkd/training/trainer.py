@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from promptkd.composition import Method
 from promptkd.config import Recipe
-from promptkd.errors import Stopped, UserError
+from promptkd.errors import NotFinite, Stopped, UserError
 from promptkd.ranks import Ranks
 from promptkd.training.identity import AS_IT_WAS, Resuming
 from promptkd.training.launch import refuse_unknown_launch
@@ -22,7 +22,6 @@ from promptkd.training.rehearsal import rehearse
 from promptkd.training.run_directory import RunDirectory
 from promptkd.training.setup import set_up
 from promptkd.training.state import RunState, SourceStates
-from promptkd.training.step import LossNotFinite
 from promptkd.training.stopping import StopRequest
 from promptkd.training.tracking import check_trackers
 from promptkd.training.training_step import TrainingStep
@@ -129,8 +128,8 @@ class Trainer:
     def _step(self) -> dict[str, Any]:
         try:
             row = self.take_step(self.step_number)
-        except LossNotFinite as error:
-            raise LossNotFinite(f"{error} {self.directory.way_back(self.step_number)}") from None
+        except NotFinite as error:
+            raise NotFinite(f"{error} {self.directory.way_back(self.step_number)}") from None
         self.step_number += 1
         self._log(row)
         return row
