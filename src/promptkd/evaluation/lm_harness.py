@@ -5,13 +5,13 @@ The harness is optional (``pip install 'promptkd[lm-eval]'``) and imported only 
 
 import importlib
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from promptkd.errors import UserError
 from promptkd.evaluation.named_models import named_models, run_of
 from promptkd.files import write_json, write_text
-from promptkd.keys import suggest
 from promptkd.models.loading import compute_dtype, default_device, load_model, load_tokenizer
 
 KEPT = ("results", "versions", "n-shot", "n-samples", "higher_is_better", "configs")
@@ -122,9 +122,10 @@ def _refuse_unknown(tasks: Sequence[str], known: Sequence[str], match: Any) -> N
         if is_file and not Path(task).is_file():
             raise UserError(f"The task file {task} doesn't exist.")
         if not is_file and not match([task]):
+            near = get_close_matches(task, known, n=1)  # it knows thousands
             raise UserError(
-                f"lm-evaluation-harness has no task '{task}'{suggest(task, [*known])}. "
-                "Or name a YAML file of a task."
+                f"lm-evaluation-harness has no task '{task}'"
+                f"{f'; did you mean {near[0]!r}?' if near else '.'} Or name a YAML file of a task."
             )
 
 
