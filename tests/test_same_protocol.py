@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM
 
 import runs
 import tiny
@@ -117,6 +119,28 @@ def test_a_model_is_asked_like_a_run_was_without_repeating_anything(run, scored,
     lines = [runs.json_lines(d / "test.predictions.jsonl") for d in (tmp_path, run / "evaluation")]
     assert [r["request"] for r in lines[0]] == [r["request"] for r in lines[1]]
     assert compare(tmp_path, run)
+
+
+def test_responses_are_likely_under_the_teacher_as_the_teacher_itself_says(run, tmp_path):
+    data, name = str(run.parent / "test.jsonl"), "teacher_cross_entropy"
+    found = evaluate(
+        run, data, seeds=(3,), metrics=[name], precision="fp32", output=tmp_path, num_examples=3
+    )
+    teacher = AutoModelForCausalLM.from_pretrained(run.parent / "teacher", dtype=torch.float64)
+    tokenizer = tiny.tokenizer()
+    total, num_tokens = 0.0, 0
+    for row in runs.json_lines(tmp_path / "test.predictions.jsonl"):
+        if not row["ended"] and len(row["response"]) == row["num_tokens"]:  # its tokens, exactly
+            request, response = (tokenizer(row[k]).input_ids for k in ("request", "response"))
+            logits = teacher(torch.tensor([request + response])).logits[0, len(request) - 1 : -1]
+            own = torch.nn.functional.cross_entropy(logits, torch.tensor(response)).item()
+            assert row[name] == pytest.approx(own, rel=1e-4)
+            num_tokens += len(response)
+        total += row[name] * row["num_tokens"]
+    assert num_tokens > 0
+    rows = runs.json_lines(tmp_path / "test.predictions.jsonl")
+    mean = total / sum(row["num_tokens"] for row in rows)
+    assert found["scores"][name]["mean"] == pytest.approx(mean)
 
 
 def test_what_is_given_beside_like_is_asked_otherwise(run, scored, tmp_path):

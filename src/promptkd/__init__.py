@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from promptkd.evaluation.comparison import compare
     from promptkd.evaluation.evaluate import evaluate, evaluate_with
     from promptkd.evaluation.exposure_bias import exposure_bias
+    from promptkd.evaluation.lm_harness import lm_eval
     from promptkd.evaluation.prompt_analysis import prompt_analysis
     from promptkd.evaluation.results import rescore
     from promptkd.evaluation.side_by_side import generate
@@ -44,6 +45,7 @@ _HOMES = {
     "generate": "promptkd.evaluation.side_by_side:generate",
     "init_student": "promptkd.pruning:init_student",
     "judge_responses": "promptkd.judge.judge:judge",
+    "lm_eval": "promptkd.evaluation.lm_harness:lm_eval",
     "load_recipe": "promptkd.config:load_recipe",
     "load_study": "promptkd.study.file:load_study",
     "Method": "promptkd.composition:Method",
@@ -71,6 +73,7 @@ __all__ = [
     "generate",
     "init_student",
     "judge_responses",
+    "lm_eval",
     "load_recipe",
     "load_study",
     "methods",

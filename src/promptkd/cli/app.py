@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 FAILED, DEFECT, INTERRUPTED = 1, 70, 130
 """Exit codes, as docs/cli.md lists them; 2 is a wrong command line."""
-SEVERAL = ("--seeds", "--data", "--held-out", "--set", "--calibration", "--metric")
+SEVERAL = ("--seeds", "--data", "--held-out", "--set", "--calibration", "--metric", "--tasks")
 
 
 def show_scores(results: dict[str, Any]) -> None:

@@ -56,7 +56,7 @@ def evaluate(
             typer.echo(f"--- {label}")
         show_scores(results)
     if found:
-        typer.echo(f"scores: {output or _scores_of(model)}")
+        typer.echo(f"scores: {output or _run_of(Path(model)) / 'evaluation'}")
 
 
 def _check_sources(data: list[str] | None, suite: Path | None, like: Path | None) -> None:
@@ -92,10 +92,44 @@ def _evaluated(
     return found if ranks.rank == 0 else {}
 
 
-def _scores_of(model: str) -> Path:
+def _run_of(directory: Path) -> Path:
     from promptkd.evaluation.named_models import run_of
 
-    return run_of(Path(model)) / "evaluation"
+    return run_of(directory)
+
+
+@app.command("lm-eval")
+def lm_eval(
+    run: Annotated[Path, typer.Argument(help="a finished run's directory")],
+    tasks: Annotated[list[str], typer.Option(help="names of the harness, or YAML files of tasks")],
+    with_: Annotated[
+        str | None, typer.Option("--with", help="the run's other models too: start,teacher")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first of each task")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="else the task's own")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    precision: Annotated[str, typer.Option(help="auto | bf16 | fp32")] = "auto",
+    chat: Annotated[bool, typer.Option("--chat", help="by the chat template")] = False,
+) -> None:
+    """Run tasks of lm-evaluation-harness on a run's student; the table stays in the run."""
+    if precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"--precision is '{precision}'; known: auto, bf16, fp32.")
+    from promptkd.evaluation.lm_harness import lm_eval as evaluate_tasks
+    from promptkd.evaluation.lm_harness import table
+
+    keep_freed_memory()
+    found = evaluate_tasks(
+        run,
+        tasks,
+        others=with_.split(",") if with_ else (),
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        precision=precision,
+        chat=chat,
+    )
+    typer.echo(table(found))
+    typer.echo(f"results: {_run_of(run) / 'lm_eval'}")
 
 
 @app.command()

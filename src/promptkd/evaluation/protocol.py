@@ -9,7 +9,12 @@ from typing import Any, TypedDict
 from promptkd.config import ColumnsSection, Recipe, TeacherSection, load_recipe
 from promptkd.data import Encoder, Example, date_of_run, read_examples
 from promptkd.errors import UserError
-from promptkd.evaluation.metrics import METRICS, check_metrics, of_all_responses
+from promptkd.evaluation.metrics import (
+    METRICS,
+    TEACHER_CROSS_ENTROPY,
+    check_metrics,
+    of_all_responses,
+)
 from promptkd.evaluation.results import Evaluation, own_evaluations
 from promptkd.evaluation.suites import PAPER_SEEDS, listed, suite_of_files
 from promptkd.generation.sampling import GenerationSettings
@@ -211,11 +216,12 @@ def _asked_of(made: Sequence[Evaluation]) -> dict[str, Any]:
     """What was asked for when these were made, as ``Asking`` has it."""
     first = made[0]
     names = dict.fromkeys(name for own in made for name in own.scores)
+    known = {*METRICS, TEACHER_CROSS_ENTROPY}
     decoding = {k: v for k, v in first.decoding.items() if k in Asking.__annotations__}
     return decoding | {
         "seeds": first.seeds,
         "teacher": first.teacher,
-        "metrics": [n for n in names if n in METRICS or ":" in n or of_all_responses(n)],
+        "metrics": [n for n in names if n in known or ":" in n or of_all_responses(n)],
         "template": first.template,
         "max_request_tokens": first.max_request_tokens,
         "max_response_tokens": first.decoding["max_new_tokens"],

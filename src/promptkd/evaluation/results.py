@@ -11,6 +11,7 @@ from typing import Any
 from promptkd.errors import UserError
 from promptkd.evaluation.metrics import (
     METRICS,
+    TEACHER_CROSS_ENTROPY,
     distinct_n,
     metrics_of,
     of_all_responses,
@@ -22,7 +23,7 @@ from promptkd.files import read_json, read_json_lines, write_json, write_json_li
 
 MEASURED = ("response_length", "ended")
 """What is known of every response, whatever it is scored by."""
-TOKEN_MEANS = ("reverse_kl_to_teacher", "reverse_kl_without_context")
+TOKEN_MEANS = ("reverse_kl_to_teacher", "reverse_kl_without_context", TEACHER_CROSS_ENTROPY)
 """Nats per token: means over response tokens, so long responses count for more."""
 
 
@@ -165,8 +166,8 @@ class Evaluation:
         if not missing:
             return self
         predictions = tuple(p.scored_by(missing) for p in self.predictions)
-        known = [name for name in missing if any(name in p.scores for p in predictions)]
-        added = {name: _over_seeds(predictions, name) for name in known}
+        defined = {name for p in predictions for name in p.scores if name in missing}
+        added = {name: _over_seeds(predictions, name) for name in sorted(defined)}
         return replace(self, predictions=predictions, scores=self.scores | added)
 
     def scored_anew(self) -> "Evaluation":
@@ -368,8 +369,7 @@ def read_predictions(path: Path) -> tuple[list[Prediction], list[int]]:
 
 def read_evaluations(directory: Path, notes: list[str] | None = None) -> list[Evaluation]:
     """Every evaluation below a directory, in the order of their paths."""
-    found = (read_evaluation(path, notes) for path in sorted(directory.rglob("*.json")))
-    return [evaluation for evaluation in found if evaluation is not None]
+    return [own for p in sorted(directory.rglob("*.json")) if (own := read_evaluation(p, notes))]
 
 
 def own_evaluations(directory: Path, notes: list[str] | None = None) -> list[Evaluation]:

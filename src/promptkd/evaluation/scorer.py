@@ -5,8 +5,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from promptkd.data import Dataset
-from promptkd.evaluation.metrics import metrics_of
+from promptkd.evaluation.metrics import TEACHER_CROSS_ENTROPY, metrics_of
 from promptkd.evaluation.results import Prediction, Score, summarise
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine
@@ -123,6 +125,9 @@ class Scorer:
             found = score(rollouts, self.data, self.tokenizer, self.stop, seed, self.metrics)
             if teacher:
                 found = _with_distances(found, rollouts, student, teacher, self.micro_batch_tokens)
+            if teacher and TEACHER_CROSS_ENTROPY in self.metrics:
+                nats = cross_entropies(rollouts, teacher, self.micro_batch_tokens)
+                found = _with_score(found, TEACHER_CROSS_ENTROPY, nats)
             predictions += sorted(self.ranks.gather(found), key=lambda p: p.index)
         scores = summarise(predictions, self.metrics)
         if any(example.response_ids is not None for example in self.data.examples):
@@ -142,12 +147,20 @@ def _with_distances(
     micro_batch_tokens: int,
 ) -> list[Prediction]:
     """With KL(student || teacher) on the student's own responses, in nats per token."""
-    found = {"reverse_kl_to_teacher": distances(rollouts, student, teacher, micro_batch_tokens)}
+    nats = distances(rollouts, student, teacher, micro_batch_tokens)
+    found = _with_score(predictions, "reverse_kl_to_teacher", nats)
     if any(rollout.teacher_request_ids is not None for rollout in rollouts):
         alike = [replace(rollout, teacher_request_ids=None) for rollout in rollouts]
         nats = distances(alike, student, teacher, micro_batch_tokens)
-        found["reverse_kl_without_context"] = nats
+        found = _with_score(found, "reverse_kl_without_context", nats)
+    return found
+
+
+def _with_score(
+    predictions: Sequence[Prediction], name: str, nats: Sequence[Tensor]
+) -> list[Prediction]:
+    """With the mean over each response's tokens."""
     return [
-        replace(p, scores=p.scores | {name: nats[i].mean().item() for name, nats in found.items()})
-        for i, p in enumerate(predictions)
+        replace(p, scores=p.scores | {name: own.mean().item()})
+        for p, own in zip(predictions, nats, strict=True)
     ]

@@ -20,6 +20,7 @@ SCORE_NAMES = {
     "final_answer": "Final answer, %",
     "reverse_kl_to_teacher": "KL to teacher, nats/token",
     "cross_entropy": "Cross-entropy, nats/token",
+    "teacher_cross_entropy": "Cross-entropy under the teacher, nats/token",
     "response_length": "Length, tokens",
     "ended": "Ended by itself, %",
     "repeated_4_grams": "Repeated 4-grams, %",

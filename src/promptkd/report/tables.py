@@ -274,7 +274,7 @@ def _baseline(data: DataSet, score: str, chosen: str | None) -> Model | None:
 
 def _score_cell(evaluation: Evaluation, name: str, best: bool) -> Cell:
     score = evaluation.scores[name]
-    nats = name in ("reverse_kl_to_teacher", "cross_entropy")
+    nats = name in ("reverse_kl_to_teacher", "cross_entropy", "teacher_cross_entropy")
     text = digits(score.mean) if nats else f"{score.mean:.1f}"
     interval, detail = score.interval_95, ""
     if interval:

@@ -5,7 +5,7 @@ from promptkd.report.comparisons import describe, in_words, listed, score_name
 from promptkd.report.numbers import digits, plain
 from promptkd.study.findings import Findings, Gain
 
-NATS = ("reverse_kl_to_teacher", "cross_entropy")
+NATS = ("reverse_kl_to_teacher", "cross_entropy", "teacher_cross_entropy")
 
 
 def statement(findings: Findings) -> str:
