@@ -17,7 +17,7 @@ from promptkd.evaluation.comparison import compare
 from promptkd.evaluation.evaluate import evaluate, evaluate_with
 from promptkd.evaluation.protocol import Protocol
 from promptkd.evaluation.results import rescore
-from promptkd.report.data import data_sets, read_runs
+from promptkd.report.places import read_subject
 
 SETTINGS = ("decoding", "seeds", "num_examples", "template", "max_request_tokens", "dtype", "data")
 
@@ -91,7 +91,7 @@ def test_comparing_and_scoring_anew_find_each_models_own(run, scored):
 
 
 def test_a_report_has_all_of_them_on_one_data_set(run, scored):
-    (data,) = data_sets(*read_runs([run]))
+    (data,) = read_subject([run]).data_sets()
     assert {(m.label, m.role) for m in data.models} >= {("run", "run"), ("teacher", "teacher")}
     assert len(data.models) == 4
 

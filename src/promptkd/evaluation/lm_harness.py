@@ -37,32 +37,25 @@ def lm_eval(
         others: ``start``, ``teacher``, ...: see ``evaluate_with``.
         limit: only the first examples of each task.
         num_fewshot: examples in front of each request; the task's own if not given.
-        batch_size: requests at a time.
         precision: auto | bf16 | fp32.
         chat: render requests by the tokenizer's chat template.
 
     Returns:
-        The harness's results, "student" and each other by name. ``RUN/lm_eval/NAME.json`` and
-        ``RUN/lm_eval/table.md`` hold them.
+        The harness's results by model, as ``RUN/lm_eval/NAME.json`` and ``table.md`` hold them.
 
     Raises:
         UserError: if the harness isn't installed, or knows no such task.
     """
     harness = _harness()
-    run = run_of(Path(run))
-    if not (run / "student").is_dir():
-        raise UserError(f"{run} has no student/ yet: let its training finish first.")
+    run = _finished(run)
     models = {"student": str(run), **named_models(run, others)}
     manager = harness.tasks.TaskManager()
     _refuse_unknown(tasks, manager.all_tasks, manager.match_tasks)
     found = {}
     for label, model in models.items():
-        tokenizer, device = load_tokenizer(model), default_device()
-        module = load_model(model, compute_dtype(precision, device), device)
+        speaker = _speaker(harness, model, precision, batch_size)
         results = harness.simple_evaluate(
-            model=harness.models.huggingface.HFLM(
-                pretrained=module, tokenizer=tokenizer, batch_size=batch_size
-            ),
+            model=speaker,
             tasks=list(tasks),
             task_manager=manager,
             limit=limit,
@@ -70,15 +63,27 @@ def lm_eval(
             apply_chat_template=chat,
             log_samples=False,
         )
-        asked = {"limit": limit, "chat": chat, "dtype": str(module.dtype).removeprefix("torch.")}
-        found[label] = {
-            "model": model,
-            **asked,
-            **{key: results[key] for key in (*KEPT, *KEPT_VERSIONS)},
-        }
+        asked = {"model": model, "limit": limit, "chat": chat, "dtype": str(speaker.model.dtype)}
+        found[label] = asked | {key: results[key] for key in (*KEPT, *KEPT_VERSIONS)}
         write_json(run / "lm_eval" / f"{label}.json", _plain(found[label]))
     write_text(run / "lm_eval" / "table.md", table(found))
     return found
+
+
+def _finished(directory: str | Path) -> Path:
+    run = run_of(Path(directory))
+    if not (run / "student").is_dir():
+        raise UserError(f"{run} has no student/ yet: let its training finish first.")
+    return run
+
+
+def _speaker(harness: Any, model: str, precision: str, batch_size: int) -> Any:
+    """A model as the harness asks it."""
+    device = default_device()
+    module = load_model(model, compute_dtype(precision, device), device)
+    return harness.models.huggingface.HFLM(
+        pretrained=module, tokenizer=load_tokenizer(model), batch_size=batch_size
+    )
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:

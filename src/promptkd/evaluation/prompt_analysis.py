@@ -146,8 +146,7 @@ def prompt_analysis(
     cast = Cast(finished, replace(first, vocabulary=finished.student.vocabulary), final)
     sources = [data] if isinstance(data, str) else list(data or finished.recipe.data.validation)
     sets = _requests(finished, sources, num_examples)
-    with tqdm(total=WORK_PER_SET * len(sets), unit="pass") as bar:
-        analysed = [_analyse_set(cast, *own, seed, num_shown, bar) for own in sets.items()]
+    analysed = _analyse(cast, sets, seed, num_shown)
     result = finished.protocol(finished.decoding()) | {
         "first_student": finished.recipe.student.model,
         "method": repr(method),
@@ -160,6 +159,13 @@ def prompt_analysis(
     }
     write_json(Path(run) / "prompt_analysis.json", result)
     return result
+
+
+def _analyse(
+    cast: Cast, sets: Mapping[str, Dataset], seed: int, num_shown: int
+) -> list[dict[str, list[dict[str, Any]]]]:
+    with tqdm(total=WORK_PER_SET * len(sets), unit="pass") as bar:
+        return [_analyse_set(cast, *own, seed, num_shown, bar) for own in sets.items()]
 
 
 def _requests(run: FinishedRun, sources: list[str], num_examples: int) -> dict[str, Dataset]:

@@ -46,6 +46,12 @@ class Requests:
     data: Dataset
     validation: Dataset | None
 
+    def say(self, say: Say) -> None:
+        """What was read, cut and dropped."""
+        say(f"training data: {self.data.summary()}")
+        if self.validation:
+            say(f"validation data: {self.validation.summary()}")
+
     @property
     def longest_row(self) -> int:
         """Tokens of the longest request that either model may read, with its response."""

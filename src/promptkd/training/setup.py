@@ -176,9 +176,7 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
         longest = requests.longest_row
         budget = measured_budget(models.student, models.teacher, longest, ranks.number, say)
         step.settings = replace(step.settings, micro_batch_tokens=budget)
-    say(f"training data: {requests.data.summary()}")
-    if requests.validation:
-        say(f"validation data: {requests.validation.summary()}")
+    requests.say(say)
     return Setup(
         requests=requests,
         models=models,
