@@ -47,7 +47,8 @@ def evaluate(
     if engine not in (None, "transformers", "vllm"):
         raise UserError(f"--engine is '{engine}'; known: transformers, vllm.")
     named = ("model", "data", "suite", "with_", "metric")
-    options = {name: value for name, value in ctx.params.items() if name not in named}
+    given = {name: value for name, value in ctx.params.items() if name not in named}
+    options = {name: None if value in ([], ()) else value for name, value in given.items()}
     if metric:
         options["metrics"] = metric
     found = _evaluated(model, (with_ or "").split(","), _sources(data, suite), options)

@@ -37,7 +37,6 @@ def lm_eval(
         others: ``start``, ``teacher``, ...: see ``evaluate_with``.
         limit: only the first examples of each task.
         num_fewshot: examples in front of each request; the task's own if not given.
-        precision: auto | bf16 | fp32.
         chat: render requests by the tokenizer's chat template.
 
     Returns:

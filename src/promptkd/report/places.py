@@ -71,8 +71,6 @@ def read_subject(paths: Sequence[Path]) -> Subject:
             seconds |= _seconds(path / "stages")
         elif (path / "recipe.yaml").is_file():
             run_paths.append(path)
-            own = sorted(p for p in (path / "evaluation").glob("*") if p.is_dir())
-            others += [named for place in own for named in _evaluations_below(place)]
         else:
             found = _evaluations_below(path)
             if not found:
