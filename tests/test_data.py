@@ -236,7 +236,11 @@ def test_an_unknown_template_is_refused():
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
-    [("{{ question }}", "'question' is undefined"), ("{% if %}", "Expected an expression")],
+    [
+        ("{{ instruction }} {{ question }}", "'question' is undefined"),
+        ("{{ question }}", "never reads 'instruction'"),
+        ("{% if %}", "Expected an expression"),
+    ],
 )
 def test_a_template_file_that_cannot_be_rendered_is_refused(tmp_path, text, complaint):
     path = tmp_path / "quiz.jinja"

@@ -16,7 +16,7 @@ from promptkd.errors import UserError
 from promptkd.evaluation.comparison import compare
 from promptkd.evaluation.evaluate import evaluate, evaluate_with
 from promptkd.evaluation.protocol import Protocol
-from promptkd.evaluation.results import rescore
+from promptkd.evaluation.rescoring import rescore
 from promptkd.report.places import read_subject
 
 SETTINGS = ("decoding", "seeds", "num_examples", "template", "max_request_tokens", "dtype", "data")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from promptkd.evaluation.exposure_bias import exposure_bias
     from promptkd.evaluation.lm_harness import lm_eval
     from promptkd.evaluation.prompt_analysis import prompt_analysis
-    from promptkd.evaluation.results import rescore
+    from promptkd.evaluation.rescoring import rescore
     from promptkd.evaluation.side_by_side import generate
     from promptkd.judge.judge import judge as judge_responses
     from promptkd.pruning import init_student
@@ -51,7 +51,7 @@ _HOMES = {
     "Method": "promptkd.composition:Method",
     "prompt_analysis": "promptkd.evaluation.prompt_analysis:prompt_analysis",
     "recipe_from_dict": "promptkd.config:recipe_from_dict",
-    "rescore": "promptkd.evaluation.results:rescore",
+    "rescore": "promptkd.evaluation.rescoring:rescore",
     "run_study": "promptkd.study.run:run_study",
     "Term": "promptkd.composition:Term",
     "train": "promptkd.api:train",

@@ -11,6 +11,12 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 
+def leave() -> None:
+    """End the talk of the processes; torn down by the exit instead, its threads may abort one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 @dataclass(frozen=True)
 class Ranks:
     """One of ``number`` processes, counted from 0; a single process needs nobody."""

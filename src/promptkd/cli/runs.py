@@ -81,11 +81,13 @@ def train(
 
     loaded = load_recipe(recipe, overrides or [])
     from promptkd.api import train as run
+    from promptkd.ranks import leave
 
     keep_freed_memory()
 
     directory = run(loaded, restart_from=restart_from, allow_changes=allow_changes)
     typer.echo(f"run: {directory}")
+    leave()
 
 
 @app.command()

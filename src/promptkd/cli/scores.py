@@ -11,7 +11,6 @@ from promptkd.errors import UserError
 
 @app.command()
 def evaluate(
-    ctx: typer.Context,
     model: Annotated[str, typer.Argument(help="a run's directory, or any model")],
     data: Annotated[
         list[str] | None, typer.Option(help="held-out requests; each file is scored by itself")
@@ -43,12 +42,11 @@ def evaluate(
     metric: Annotated[list[str] | None, typer.Option(help="more scores: docs/metrics.md")] = None,
 ) -> None:
     """Write responses to held-out requests, score them, and save both."""
+    named = ("model", "data", "suite", "with_", "metric")
+    options = {name: value for name, value in locals().items() if name not in named}
     _check_sources(data, suite, like)
     if engine not in (None, "transformers", "vllm"):
         raise UserError(f"--engine is '{engine}'; known: transformers, vllm.")
-    named = ("model", "data", "suite", "with_", "metric")
-    given = {name: value for name, value in ctx.params.items() if name not in named}
-    options = {name: None if value in ([], ()) else value for name, value in given.items()}
     if metric:
         options["metrics"] = metric
     found = _evaluated(model, (with_ or "").split(","), _sources(data, suite), options)
@@ -138,7 +136,7 @@ def rescore(
     directory: Annotated[Path, typer.Argument(help="a run, or what evaluate wrote to")],
 ) -> None:
     """Compute ROUGE-L and the like anew from the kept predictions, without generating again."""
-    from promptkd.evaluation.results import rescore as run
+    from promptkd.evaluation.rescoring import rescore as run
 
     notes: list[str] = []
     show_scores(run(directory, notes))
