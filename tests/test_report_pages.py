@@ -1,5 +1,6 @@
 """The pages people look at: one run, runs compared, a study; on a screen, a phone and paper."""
 
+import html
 import json
 import random
 import re
@@ -162,7 +163,7 @@ def test_a_method_ahead_in_every_seed_is_said_to_be_best(tmp_path):
 def test_the_page_says_what_the_studys_table_says(tmp_path):
     study = write_study(tmp_path / "study", LUCKY, "start")
     findings = Findings.of(lines_of(study, LUCKY), ["reminders"], "start")
-    text = report(study).read_text().replace("&#39;", "'")
+    text = html.unescape(report(study).read_text())
     sentences = re.split(r"(?<=\.) (?=[a-zA-Z])", statement(findings))
     assert sentences[0] == first_heading(study / "report.html")
     assert len(sentences) == 3

@@ -42,8 +42,9 @@ def evaluate(
     metric: Annotated[list[str] | None, typer.Option(help="more scores: docs/metrics.md")] = None,
 ) -> None:
     """Write responses to held-out requests, score them, and save both."""
-    named = ("model", "data", "suite", "with_", "metric")
-    options = {name: value for name, value in locals().items() if name not in named}
+    options = dict(locals())
+    for name in ("model", "data", "suite", "with_", "metric"):
+        del options[name]
     _check_sources(data, suite, like)
     if engine not in (None, "transformers", "vllm"):
         raise UserError(f"--engine is '{engine}'; known: transformers, vllm.")
