@@ -63,14 +63,22 @@ def render(template: str, example: Example) -> str:
     """A request by one of the named templates, or by a file's.
 
     Raises:
-        UserError: if the template fails, or the row is a conversation, which these can't hold.
+        UserError: if the template fails or leaves out the input, or the row is a conversation,
+            which these can't hold.
     """
     example, whole = _single_turn(example), template_of(template)
     try:
-        return whole.render(instruction=example.instruction, input=example.input)
+        written = whole.render(instruction=example.instruction, input=example.input)
+        without = whole.render(instruction=example.instruction, input="")
     except Exception as error:  # the template is the user's program and may raise anything
         said = str(error) or type(error).__name__
         raise UserError(f"{example.at}data.template {template} fails: {said}. Mend it.") from None
+    if example.input.strip() and written == without:
+        raise UserError(
+            f"{example.at}data.template {template} leaves out this row's input. Put "
+            "{{ input }} into it."
+        )
+    return written
 
 
 def render_chat(
