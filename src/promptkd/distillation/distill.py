@@ -2,7 +2,6 @@
 
 import hashlib
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -16,11 +15,11 @@ from promptkd.errors import UserError
 from promptkd.files import read_json, write_json, write_text
 from promptkd.models.loading import load_tokenizer, text_config
 from promptkd.training.identity import differences
+from promptkd.training.requests import Say
 
 SHARE_OF_BUDGET = {"teacher": 0.3, "warm-up": 0.35}
 """Of the time that is left when the stage begins; the method takes ``LAST_SHARE``."""
 LAST_SHARE = 0.8
-Say = Callable[[str], None]
 
 
 class Choices(TypedDict, total=False):

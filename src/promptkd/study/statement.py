@@ -1,9 +1,10 @@
 """What a study shows, in sentences: the same in table.md, in study.json and atop the report."""
 
 from promptkd.config import SMALLER_IS_BETTER
+from promptkd.evaluation.results import Score
 from promptkd.report.comparisons import describe, in_words, listed, score_name
 from promptkd.report.numbers import digits, plain
-from promptkd.study.findings import Findings, Gain
+from promptkd.study.findings import Findings, Gain, Line
 
 NATS = ("reverse_kl_to_teacher", "cross_entropy", "teacher_cross_entropy")
 
@@ -39,7 +40,9 @@ def p_value_words(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
-def _ahead(findings: Findings, score: str, means: list, where: str) -> list[str]:
+def _ahead(
+    findings: Findings, score: str, means: list[tuple[Line, Score]], where: str
+) -> list[str]:
     sign = -1 if score in SMALLER_IS_BETTER else 1
     means = sorted(means, key=lambda item: -sign * item[1].mean)
     values = []

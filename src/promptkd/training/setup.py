@@ -1,7 +1,6 @@
 """From a recipe to everything a run works with, checked on the way."""
 
 import datetime
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,7 +35,7 @@ from promptkd.ranks import Ranks
 from promptkd.teachers import Teacher
 from promptkd.training import preflight
 from promptkd.training.launch import describe
-from promptkd.training.requests import Requests, read_requests
+from promptkd.training.requests import Requests, Say, read_requests
 from promptkd.training.self_teacher import (
     MovingAverage,
     refuse_moving_author,
@@ -44,8 +43,6 @@ from promptkd.training.self_teacher import (
 )
 from promptkd.training.step import Learner, Step, StepSettings
 from promptkd.training.token_budget import measured_budget
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
