@@ -106,6 +106,9 @@ def distill(
         str | None, typer.Option(help="whole | lora: it learns from the references first")
     ] = None,
     method: Annotated[str, typer.Option(help="a method's name, or module:function")] = "promptkd",
+    context: Annotated[
+        Path | None, typer.Option(help="a text file that only the teacher reads")
+    ] = None,
     budget: Annotated[
         str | None, typer.Option(help="such as 90m or 2h: chooses the numbers of steps")
     ] = None,
@@ -117,6 +120,8 @@ def distill(
     """The whole path: teacher and requests to a student, scores and a report. Resumable."""
     if student is not None and layers is not None:
         raise UserError("--student and --layers are both given. Name a student, or prune one.")
+    if context is not None and not context.is_file():
+        raise UserError(f"--context {context} is no file. Name a text that only the teacher reads.")
     if tune_teacher not in (None, "whole", "lora"):
         raise UserError(f"--tune-teacher is '{tune_teacher}'; known: whole, lora.")
     from promptkd.config import override
@@ -132,6 +137,7 @@ def distill(
         held_out=held_out,
         tune_teacher=tune_teacher,  # pyright: ignore[reportArgumentType]
         method=method,
+        context=None if context is None else str(context),
         budget_seconds=None if budget is None else _seconds(budget),
         settings=override({}, set or []),
         say=typer.echo,

@@ -30,6 +30,7 @@ class Choices(TypedDict, total=False):
         layers: how many of the teacher's layers a pruned student keeps; two thirds if not given.
         tune_teacher: ``whole`` or ``lora``: the teacher learns the task from the references first.
         method: a name of ``METHODS``, or ``module:function``.
+        context: a file (or a text) that only the teacher reads, as its system message.
         budget_seconds: of the whole path; it chooses the numbers of steps.
         settings: keys of recipes, for all stages, or below a stage's name for that one.
     """
@@ -38,6 +39,7 @@ class Choices(TypedDict, total=False):
     layers: int | None
     tune_teacher: Literal["whole", "lora"] | None
     method: str
+    context: str | None
     budget_seconds: float | None
     settings: dict[str, Any]
 
