@@ -90,6 +90,12 @@ def train(
     leave()
 
 
+def _text_file(path: Path | None) -> str | None:
+    if path is not None and not path.is_file():
+        raise UserError(f"--context {path} is no file. Name a text that only the teacher reads.")
+    return path and str(path)
+
+
 @app.command()
 def distill(
     teacher: Annotated[str, typer.Option(help="hub id, directory, .gguf file or finished run")],
@@ -120,8 +126,6 @@ def distill(
     """The whole path: teacher and requests to a student, scores and a report. Resumable."""
     if student is not None and layers is not None:
         raise UserError("--student and --layers are both given. Name a student, or prune one.")
-    if context is not None and not context.is_file():
-        raise UserError(f"--context {context} is no file. Name a text that only the teacher reads.")
     if tune_teacher not in (None, "whole", "lora"):
         raise UserError(f"--tune-teacher is '{tune_teacher}'; known: whole, lora.")
     from promptkd.config import override
@@ -137,7 +141,7 @@ def distill(
         held_out=held_out,
         tune_teacher=tune_teacher,  # pyright: ignore[reportArgumentType]
         method=method,
-        context=None if context is None else str(context),
+        context=_text_file(context),
         budget_seconds=None if budget is None else _seconds(budget),
         settings=override({}, set or []),
         say=typer.echo,

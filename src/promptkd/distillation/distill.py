@@ -159,7 +159,10 @@ def _run(file: Path, before: str, order: Order, say: Say) -> str:
         seconds = time.monotonic() - started
         done = {"digest": _digest(content, before), "seconds": seconds, "outcome": outcome}
         write_json(mark, done)
-        say(f"    {outcome} ({seconds:.0f} s)".replace("\n", "\n    "))
+        forecast = read_json(output / "summary.json", []) or {}
+        expected = forecast.get("seconds_forecast")
+        took = f"{seconds:.0f} s" + (f", forecast {expected:.0f}" if expected else "")
+        say(f"    {outcome} ({took})".replace("\n", "\n    "))
     elif done["digest"] != _digest(content, before):
         raise UserError(
             f"{file}, or a stage before it, was changed after it had run. Remove {output} to run "
