@@ -1,7 +1,7 @@
 """Commands that make runs: a student, a check, training, a study, the demonstration."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -90,6 +90,12 @@ def train(
     leave()
 
 
+def _tuning(asked: str | None) -> Literal["whole", "lora"] | None:
+    if asked not in (None, "whole", "lora"):
+        raise UserError(f"--tune-teacher is '{asked}'; known: whole, lora.")
+    return asked
+
+
 def _text_file(path: Path | None) -> str | None:
     if path is not None and not path.is_file():
         raise UserError(f"--context {path} is no file. Name a text that only the teacher reads.")
@@ -126,8 +132,6 @@ def distill(
     """The whole path: teacher and requests to a student, scores and a report. Resumable."""
     if student is not None and layers is not None:
         raise UserError("--student and --layers are both given. Name a student, or prune one.")
-    if tune_teacher not in (None, "whole", "lora"):
-        raise UserError(f"--tune-teacher is '{tune_teacher}'; known: whole, lora.")
     from promptkd.config import override
     from promptkd.distillation.distill import distill as run
 
@@ -139,7 +143,7 @@ def distill(
         student=student,
         layers=layers,
         held_out=held_out,
-        tune_teacher=tune_teacher,  # pyright: ignore[reportArgumentType]
+        tune_teacher=_tuning(tune_teacher),
         method=method,
         context=_text_file(context),
         budget_seconds=None if budget is None else _seconds(budget),
