@@ -272,3 +272,26 @@ def test_an_output_with_a_name_too_long_ends_in_a_sentence(pair, tmp_path):
     assert outcome.status == 1
     assert "File name too long. Name a shorter one." in outcome.stderr
     assert "Traceback" not in outcome.stderr
+
+
+def test_a_damaged_recipe_is_written_again_and_lost_samples_are_said(pair, tmp_path):
+    raw = recipe(pair, tmp_path / "run", max_steps=1)
+    raw["data"] = raw["data"] | {"validation": str(pair / "train.jsonl")}
+    runs.train(raw)
+    kept, samples = tmp_path / "run" / "recipe.yaml", tmp_path / "run" / "samples.jsonl"
+    whole, lines = kept.read_bytes(), samples.read_text().splitlines(keepends=True)
+    kept.write_bytes(b"\xff" * len(whole))
+    samples.write_text("".join(lines[:2]))
+    path = runs.write_recipe(tmp_path, raw)
+    outcome = runs.run(["train", path, "optimization.max_steps=2"], tmp_path / "again")
+
+    assert outcome.status == 0, outcome.stderr
+    assert kept.read_bytes() == whole.replace(b"max_steps: 1\n", b"max_steps: 2\n")
+    assert "samples.jsonl lacks responses of the steps [1]: it was damaged" in outcome.stdout
+
+
+def test_a_place_where_no_run_can_be_is_refused_before_anything_is_loaded(pair, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    made = recipe_from_dict(recipe(pair, tmp_path / "file" / "below" / "run"))
+    with pytest.raises(UserError, match=f"{tmp_path}/file is a file, no directory"):
+        RunDirectory(made, build_method("kd"))
