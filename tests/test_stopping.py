@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +41,8 @@ def start(raw: dict[str, Any], place: Path, num_lines: int) -> runs.Command:
     place.mkdir(exist_ok=True)
     command = runs.Command(["train", runs.write_recipe(place, raw)], place)
     metrics = Path(raw["output"]) / "metrics.jsonl"
-    wait(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= num_lines)
+    runs.wait(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= num_lines)
     return command
-
-
-def wait(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def last_step(output: Path) -> int:
@@ -84,7 +75,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_with_everything_saved(pair, tmp_
     raw = recipe(pair, tmp_path / "run", max_steps=400)
     commands = runs.start_on_ranks(["train", runs.write_recipe(tmp_path, raw)], tmp_path, 2)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    wait(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2)
+    runs.wait(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2)
     commands[1].kill(signal.SIGTERM)
     outcomes = [command.wait() for command in commands]
 
