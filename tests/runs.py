@@ -13,7 +13,8 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +141,14 @@ def start_on_ranks(
         )
         for rank in ranks
     ]
+
+
+def wait(condition: Callable[[], bool], seconds: float = 60) -> None:
+    """Until it holds, which must be within ``seconds``."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def train(raw: Mapping[str, Any], **resuming: Any) -> Path:

@@ -2,6 +2,8 @@
 
 import errno
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -241,6 +243,7 @@ def test_a_defect_is_one_line_and_its_traceback_a_file(command, failing, tmp_pat
     assert text.count("\n") == 1
     assert f"(KeyError: 'lost'). Please report it with {file}" in text
     assert "in fail" in file.read_text()
+    assert file.stat().st_mode & 0o077 == 0
 
 
 def test_the_module_can_be_run_as_a_program():
@@ -251,3 +254,51 @@ def test_the_module_can_be_run_as_a_program():
     assert result.stderr == (
         "promptkd: Recipe none.yaml: No such file or directory. Name an existing YAML file.\n"
     )
+
+
+def test_a_defect_on_a_full_disk_shows_its_traceback(failing, monkeypatch, capfd):
+    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    failing(KeyError("lost"))
+    with pytest.raises(SystemExit) as end:
+        main(["fail"])
+    said = capfd.readouterr().err
+    assert end.value.code == 70
+    assert "in fail" in said
+    assert "Please report it with the traceback above." in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=lambda n: n.name)
+def test_what_batch_systems_send_ends_a_command_with_a_sentence(command, number):
+    @app.command("fail")
+    def fail() -> None:
+        """Fail."""
+        signal.raise_signal(number)
+
+    try:
+        assert "promptkd: interrupted." in command("fail", status=128 + number)
+    finally:
+        app.registered_commands = [c for c in app.registered_commands if c.name != "fail"]
+    assert signal.getsignal(number) == signal.SIG_DFL
+
+
+def test_a_terminal_that_cannot_show_a_character_shows_its_number(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "promptkd", "train", str(tmp_path / "caf\u00e9.yaml")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
+    assert result.returncode == 1
+    assert "caf\\xe9.yaml: No such file" in result.stderr
+
+
+def test_a_seed_is_scored_once(command, finished):
+    data = finished.parent / "train.jsonl"
+    text = command("evaluate", finished, "--data", data, "--seeds", "1", "1", status=1)
+    assert "The seeds are [1, 1]: give at least one, and each once" in text
+
+
+@pytest.mark.parametrize("value", ["inf", "1e9"])
+def test_a_temperature_beyond_all_bounds_is_refused(command, finished, value):
+    text = command("generate", finished, "Hi", "--temperature", value, status=1)
+    assert "it has to be 0, or 1e-06 to 100" in text

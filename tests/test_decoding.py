@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from promptkd.errors import UserError
 from promptkd.generation.sampling import BLOCK, GenerationSettings, TokenSampler
 
 
@@ -37,3 +38,14 @@ def test_random_numbers_are_a_function_of_the_seed_from_zero_to_one():
     assert torch.equal(choose.uniforms((1, 2)), choose.uniforms((1, 2)))
     assert not torch.equal(choose.uniforms((1, 2)), choose.uniforms((2, 1)))
     assert 0 <= choose.uniforms((3,)).min() < 0.01 < 0.99 < choose.uniforms((3,)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"temperature": 1e-300}, {"temperature": float("inf")}, {"top_p": 0.0}, {"top_k": -1}],
+    ids=repr,
+)
+def test_settings_that_define_no_law_are_refused(settings):
+    (name,) = settings
+    with pytest.raises(UserError, match=f"{name} is .*: it has to be"):
+        GenerationSettings(1, **settings)

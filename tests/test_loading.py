@@ -12,7 +12,7 @@ import runs
 import tiny
 from promptkd.adapters import add_lora
 from promptkd.errors import UserError
-from promptkd.models.loading import dtype_of, load_model, load_tokenizer
+from promptkd.models.loading import dtype_of, load_model, load_tokenizer, stop_ids
 
 
 @pytest.fixture
@@ -182,3 +182,30 @@ def test_an_added_padding_token_without_a_row_matters_only_where_it_is_used(tmp_
     (tmp_path / "train.jsonl").write_text('{"instruction": "say [PAD]", "output": "it"}\n' * 4)
     with pytest.raises(UserError, match=r"train.jsonl:1: .* holds the token '\[PAD\]'"):
         runs.train(tiny.recipe(tmp_path, output=str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize("token", [-1, 10**30, True, "0", [0, 5000]], ids=repr)
+def test_what_is_no_token_of_the_model_ends_no_response(saved, token):
+    edit(saved / "generation_config.json", eos_token_id=token)
+    module = load_model(str(saved), torch.float32)
+    with pytest.raises(UserError, match="which is no token id of this model"):
+        stop_ids(load_tokenizer(str(saved)), module)
+
+
+@pytest.mark.parametrize("content", [b"", b"{{", b"[1]", b"\xff"])
+def test_a_damaged_generation_config_is_not_passed_over(saved, content):
+    (saved / "generation_config.json").write_bytes(content)
+    assert "generation_config.json is damaged" in refused(saved)
+
+
+def test_an_adapter_of_another_model_is_refused(saved, tmp_path):
+    path = lora(saved, tmp_path / "lora")
+    edit(path / "adapter_config.json", base_model_name_or_path=str(tmp_path / "student"))
+    assert "wasn't made for its base" in refused(path)
+    edit(path / "adapter_config.json", base_model_name_or_path=3)
+    assert "is 3, no name of a model" in refused(path)
+
+
+def test_shapes_unlike_the_configuration_are_said_in_words_of_our_own(saved):
+    edit(saved / "config.json", vocab_size=50)
+    assert "its weights have other shapes than its config.json says" in refused(saved)

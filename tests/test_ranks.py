@@ -1,6 +1,8 @@
 """Two processes give the numbers of one, and write as if they were one."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -192,10 +194,27 @@ def test_a_rank_that_is_killed_stops_all_and_together_they_go_on(pair, tmp_path,
     moment = runs.Moment("open", ".writing-step-000004")
     outcomes = runs.run_on_ranks(["train", path], tmp_path / "killed", 2, dies_at=moment)
     assert outcomes[0].status == -9
-    assert outcomes[1].status != 0
+    assert outcomes[1].status == 1
+    assert "promptkd: Rank 0 of 2 was lost in the checkpoint of step 4" in outcomes[1].stderr
+    assert "Traceback" not in outcomes[1].stderr
     on_ranks(raw, tmp_path / "again")
 
     assert runs.result(tmp_path / "run") == runs.result(tmp_path / "whole")
+
+
+def test_a_rank_that_stands_still_ends_the_others(pair, tmp_path, monkeypatch):
+    monkeypatch.setenv("PROMPTKD_PATIENCE", "8")
+    raw = recipe(pair, METHODS["promptkd"], tmp_path / "run", max_steps=10**6)
+    commands = runs.start_on_ranks(["train", runs.write_recipe(tmp_path, raw)], tmp_path, 2)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    runs.wait(lambda: metrics.exists() and '"step": 3' in metrics.read_text())
+    commands[1].kill(signal.SIGSTOP)
+    outcome = commands[0].wait()
+    commands[1].kill()
+    assert outcome.status == 1
+    assert re.search(
+        r"Rank 1 of 2 stands still in (step|the checkpoint of step) \d", outcome.stderr
+    )
 
 
 def test_a_batch_smaller_than_the_number_of_ranks_is_refused(pair, tmp_path):

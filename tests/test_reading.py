@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import time
 
 import datasets
@@ -241,6 +242,12 @@ ASSISTANT = {"role": "assistant", "content": "So."}
         ({"conversations": [{"from": "function_call", "value": "{}"}]}, "is from 'function_call'"),
         ({"conversations": [{"from": ["x"], "value": "v"}]}, r"is from \['x'\]"),
         ({"prompt": []}, r"'prompt' is \[\], not a text"),
+        ({"prompt": ["a", "b"]}, "'prompt' is .*, not a text"),
+        ({"prompt": [USER], "completion": [ASSISTANT, USER]}, "ends with a turn of 'user'"),
+        ({"messages": [{"role": "user", "content": []}, ASSISTANT]}, "the last user turn is empty"),
+        ({"instruction": "a", "Input": "doc"}, "the text in 'Input' would be lost"),
+        ({"question": "a", "choices": ["x", "y"]}, "the text in 'choices' would be lost"),
+        ({"question": "a", "premise": "doc"}, "the text in 'premise' would be lost"),
         ({"instruction": "a", "history": ["h"]}, "It is a list of .request, response. pairs"),
         ({"messages": [USER], "tools": "sky"}, "the tools aren't JSON"),
         ({"system": "b", "messages": [{"role": "system", "content": "a"}, USER]}, "Keep one"),
@@ -273,6 +280,8 @@ def test_keys_of_turns_that_no_template_reads_are_named(tmp_path):
     examples, notes = read_noted([path])
     assert examples == [Example("Why?", messages=(USER,))]
     assert notes == [f"{path}: the column messages[].id is not read"]
+    path = write(tmp_path / "d.jsonl", json.dumps({"messages": [{**USER, "value": "other"}]}))
+    assert read_noted([path])[1] == [f"{path}: the column messages[].value is not read"]
 
 
 @pytest.mark.parametrize(
@@ -345,3 +354,36 @@ def test_a_large_array_is_read_in_linear_time(tmp_path):
     start = time.process_time()
     assert len(read_examples(path)) == len(rows)
     assert time.process_time() - start < 4  # an array that is copied for each row takes longer
+
+
+def test_a_column_without_a_name_is_nobodys(tmp_path):
+    examples, notes = read_noted([write(tmp_path / "d.csv", ",instruction,output\n0,a,b\n")])
+    assert examples == [Example("a", responses=("b",))]
+    assert notes == [f"{tmp_path}/d.csv: the column without a name is not read"]
+
+
+def test_white_space_is_no_text(tmp_path):
+    turns = [USER, {"role": "assistant", "content": " \n"}]
+    first, second = rows_of(
+        tmp_path, {"instruction": "a", "input": " ", "output": ["\n", "b"]}, {"messages": turns}
+    )
+    assert first == Example("a", responses=("b",))
+    assert second == Example("Why?", messages=(USER,))
+
+
+def test_numbers_in_a_column_that_carries_text_elsewhere_are_only_named(tmp_path):
+    path = write(tmp_path / "d.jsonl", json.dumps({"instruction": "a", "turns": 2}))
+    assert read_noted([path])[1] == [f"{path}: the column turns is not read"]
+
+
+def test_a_compressed_file_is_read_whatever_its_name(tmp_path):
+    (tmp_path / "d.jsonl").write_bytes(gzip.compress(b'{"instruction": "a"}'))
+    assert read_examples([str(tmp_path / "d.jsonl")]) == [Example("a")]
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "d.jsonl")
+    with pytest.raises(UserError, match="is neither a file nor a folder"):
+        read_examples([str(tmp_path / "d.jsonl")])
+    with pytest.raises(UserError, match="The name of the data is empty"):
+        read_examples([""])

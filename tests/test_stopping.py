@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,15 +41,8 @@ def start(raw: dict[str, Any], place: Path, num_lines: int) -> runs.Command:
     place.mkdir(exist_ok=True)
     command = runs.Command(["train", runs.write_recipe(place, raw)], place)
     metrics = Path(raw["output"]) / "metrics.jsonl"
-    wait(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= num_lines)
+    runs.wait(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= num_lines)
     return command
-
-
-def wait(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
 
 
 def last_step(output: Path) -> int:
@@ -84,7 +75,7 @@ def test_a_signal_to_one_rank_stops_all_of_them_with_everything_saved(pair, tmp_
     raw = recipe(pair, tmp_path / "run", max_steps=400)
     commands = runs.start_on_ranks(["train", runs.write_recipe(tmp_path, raw)], tmp_path, 2)
     metrics = tmp_path / "run" / "metrics.jsonl"
-    wait(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2)
+    runs.wait(lambda: metrics.exists() and len(metrics.read_text().splitlines()) >= 2)
     commands[1].kill(signal.SIGTERM)
     outcomes = [command.wait() for command in commands]
 
@@ -272,3 +263,26 @@ def test_an_output_with_a_name_too_long_ends_in_a_sentence(pair, tmp_path):
     assert outcome.status == 1
     assert "File name too long. Name a shorter one." in outcome.stderr
     assert "Traceback" not in outcome.stderr
+
+
+def test_a_damaged_recipe_is_written_again_and_lost_samples_are_said(pair, tmp_path):
+    raw = recipe(pair, tmp_path / "run", max_steps=1)
+    raw["data"] = raw["data"] | {"validation": str(pair / "train.jsonl")}
+    runs.train(raw)
+    kept, samples = tmp_path / "run" / "recipe.yaml", tmp_path / "run" / "samples.jsonl"
+    whole, lines = kept.read_bytes(), samples.read_text().splitlines(keepends=True)
+    kept.write_bytes(b"\xff" * len(whole))
+    samples.write_text("".join(lines[:2]))
+    path = runs.write_recipe(tmp_path, raw)
+    outcome = runs.run(["train", path, "optimization.max_steps=2"], tmp_path / "again")
+
+    assert outcome.status == 0, outcome.stderr
+    assert kept.read_bytes() == whole.replace(b"max_steps: 1\n", b"max_steps: 2\n")
+    assert "samples.jsonl lacks responses of the steps [1]: it was damaged" in outcome.stdout
+
+
+def test_a_place_where_no_run_can_be_is_refused_before_anything_is_loaded(pair, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    made = recipe_from_dict(recipe(pair, tmp_path / "file" / "below" / "run"))
+    with pytest.raises(UserError, match=f"{tmp_path}/file is a file, no directory"):
+        RunDirectory(made, build_method("kd"))

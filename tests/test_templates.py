@@ -106,10 +106,16 @@ def test_tools_need_the_chat_template():
 
 
 @pytest.mark.parametrize(
-    "fault", ["{{ 1 / 0 }}", "{{ messages[9].content }}", "{{ raise_exception('never') }}"]
+    ("fault", "verb"),
+    [
+        ("{{ 1 / 0 }}", "fails on"),
+        ("{{ messages[9].content }}", "fails on"),
+        ("{% for m in messages %}", "fails on"),
+        ("{{ raise_exception('never') }}", "refuses"),
+    ],
 )
-def test_whatever_a_chat_template_raises_is_quoted_with_file_and_line(fault):
-    with pytest.raises(UserError, match=r"d\.jsonl:7: the chat template refuses the turns user"):
+def test_whatever_a_chat_template_raises_is_quoted_with_file_and_line(fault, verb):
+    with pytest.raises(UserError, match=rf"d\.jsonl:7: the chat template {verb} the turns user"):
         encoder(fault).render(Example("Why?", messages=(USER,), where="d.jsonl:7"))
 
 
@@ -218,3 +224,8 @@ def test_a_run_renders_its_requests_as_of_the_day_it_began(tmp_path):
     (record.parent / "summary.json").unlink()
     with pytest.raises(UserError, match="began with other training requests"):
         train(recipe)  # rendered as of the recorded day, they aren't those of the recorded digest
+
+
+def test_a_mark_of_the_byte_order_is_no_part_of_a_request(tmp_path):
+    (tmp_path / "t.jinja").write_bytes("\ufeffQ: {{ instruction }}".encode())
+    assert encoder(None, str(tmp_path / "t.jinja")).render(SINGLE) == "Q: Why?"

@@ -72,7 +72,7 @@ THE_STUDENT = "student"
 
 class LoRASection(Section):
     r: int = Field(default=16, ge=1, le=4096, description="rank of the adapters")
-    alpha: int = Field(default=32, ge=1, description="the update is scaled by alpha / r")
+    alpha: int = Field(default=32, ge=1, le=10**6, description="the update is scaled by alpha / r")
     target_modules: tuple[str, ...] = Field(default=(), description="empty: PEFT's choice")
     merge: bool = Field(default=False, description="save whole weights instead of an adapter")
 
@@ -235,11 +235,22 @@ class DataSection(Section):
         return refuse_reserved(value)
 
 
+SMALLEST_TEMPERATURE = 1e-6
+"""Below it, scores divided by the temperature leave the range of floats."""
+
+
 class SamplingSection(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
     temperature: float = Field(default=1.0, ge=0, le=100, description="0 is greedy decoding")
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0, description="0 keeps every token")
+
+    @field_validator("temperature")
+    @classmethod
+    def _greedy_or_warm(cls, value: float) -> float:
+        if 0 < value < SMALLEST_TEMPERATURE:
+            raise ValueError(f"0 is greedy; any other is at least {SMALLEST_TEMPERATURE:g}")
+        return value
 
 
 class OptimizationSection(Section):

@@ -102,6 +102,8 @@ def refuse_look_alikes(value: Any, annotation: Any) -> None:
         raise ValueError("a number is expected, not true or false")
     if isinstance(value, str) and "\0" in value:
         raise ValueError("a text without NUL characters is expected")
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError("it holds half of a character (a lone surrogate)")
 
 
 def suggest(word: str, known: list[str]) -> str:

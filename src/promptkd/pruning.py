@@ -65,7 +65,7 @@ def init_student(
     module = load_model(teacher, torch.float32, default_device())
     tokenizer = load_tokenizer(teacher)
     total = len(layers_of(module)[1])
-    _check_layers(num_layers, total)
+    check_layers(num_layers, total)
     record: dict[str, Any] = {"teacher": teacher, "teacher_layers": total}
     if calibration is None:
         kept = evenly_spaced(total, num_layers)
@@ -97,7 +97,12 @@ def _measurable(module: PreTrainedModel, precision: str, name: str) -> LanguageM
     return proven(LanguageModel(module, embedding_rows(module), dtype), name)
 
 
-def _check_layers(num_layers: int, total: int) -> None:
+def check_layers(num_layers: int, total: int) -> None:
+    """Refuse a student that would keep none of the teacher's layers, or all.
+
+    Raises:
+        UserError: with how many there are.
+    """
     if not 1 <= num_layers < total:
         raise UserError(
             f"--layers {num_layers}: the teacher has {total} layers, so a student keeps 1 to "

@@ -283,7 +283,10 @@ class Corpus(Stateless):
 @cache
 def _passages(path: str) -> list[str]:
     """The lines of at least two words: two words are two tokens to any tokenizer."""
-    lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"The corpus {path} is not UTF-8 text ({error}). Convert it.") from None
     passages = [line for line in lines if len(line.split()) > 1]
     if not passages:
         raise UserError(f"The corpus {path} has no line of two words or more.")

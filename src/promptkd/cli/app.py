@@ -1,18 +1,21 @@
 """The frame of the command line: how commands are found, run and ended. No torch."""
 
-import os
+import io
+import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator
-from pathlib import Path
+from contextlib import contextmanager, suppress
+from types import FrameType
 from typing import Any, NoReturn
 
 import typer
 
 from promptkd.config import Recipe
 from promptkd.errors import Stopped, UserError, sentence_of
-from promptkd.files import out_of_space, write_text
+from promptkd.files import out_of_space
 from promptkd.findings import Finding
 from promptkd.training.forecast import duration
 
@@ -23,7 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Distil a large generative language model into a small one.",
 )
-FAILED, DEFECT, INTERRUPTED = 1, 70, 130
+FAILED, DEFECT = 1, 70
 """Exit codes, as docs/cli.md lists them; 2 is a wrong command line."""
 SEVERAL = ("--seeds", "--data", "--held-out", "--set", "--calibration", "--metric", "--tasks")
 
@@ -103,11 +106,21 @@ def _repeat_options(arguments: list[str]) -> list[str]:
 def main(arguments: list[str] | None = None) -> None:
     """Run a command; however it ends, one sentence says so and the exit code says of which kind."""
     given: Any = _repeat_options(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that can't show all characters
+            stream.reconfigure(errors="backslashreplace")
+    with _interruptible() as received:
+        _run(given, received)
+
+
+def _run(given: Any, received: list[int]) -> None:
     try:
         app(given)
     except SystemExit as end:
         if end.__context__ and isinstance(end.__context__.__cause__, KeyboardInterrupt):
-            _end("interrupted. What was saved is intact: the same command goes on.", INTERRUPTED)
+            number = received[0] if received else signal.SIGINT
+            sentence = "interrupted. What was saved is intact: the same command goes on."
+            _end(sentence, 128 + number)
         raise
     except UserError as error:
         _end(str(error), FAILED)
@@ -122,17 +135,46 @@ def main(arguments: list[str] | None = None) -> None:
         _end(_defect(error), DEFECT)
 
 
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """What batch systems send interrupts like Ctrl-C; gives the signals that did."""
+    received: list[int] = []
+
+    def interrupt(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {n: signal.signal(n, interrupt) for n in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _end(sentence: str, code: int) -> NoReturn:
-    typer.echo(f"promptkd: {sentence}", err=True)
+    with suppress(OSError):  # of a full disk, say, that the output goes to
+        typer.echo(f"promptkd: {sentence}", err=True)
     sys.exit(code)
 
 
 def _defect(error: Exception) -> str:
     """Keep the traceback of an error that no user can have caused, and ask for it."""
-    path = Path(tempfile.gettempdir()) / f"promptkd-traceback-{os.getpid()}.txt"
-    write_text(path, "".join(traceback.format_exception(error)))
+    text = "".join(traceback.format_exception(error))
+    try:  # a file of this user alone
+        descriptor, place = tempfile.mkstemp(prefix="promptkd-traceback-", suffix=".txt")
+        with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
+            file.write(text)
+        which = f"{place}, which holds the traceback"
+    except OSError:
+        with suppress(OSError):
+            typer.echo(text, err=True)
+        which = "the traceback above"
     reason = (str(error).splitlines() or [""])[0]
     return (
         f"a defect of promptkd ended this command ({type(error).__name__}: {reason:.200}). Please "
-        f"report it with {path}, which holds the traceback. What was saved is intact."
+        f"report it with {which}. What was saved is intact."
     )

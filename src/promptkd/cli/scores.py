@@ -268,7 +268,7 @@ def judge(
     against: Annotated[Path | None, typer.Option(help="another run, for pairwise")] = None,
     seeds: Annotated[list[int] | None, typer.Option(help="decoding seeds of the responses")] = None,
     num_examples: Annotated[int | None, typer.Option(min=1, help="only the first ones")] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="the judge's")] = 0.7,
+    temperature: Annotated[float, typer.Option(min=0, max=100, help="the judge's")] = 0.7,
     max_reply_tokens: Annotated[int, typer.Option(min=1)] = 1024,
     max_reasks: Annotated[int, typer.Option(min=0, help="per malformed reply")] = 2,
     max_concurrency: Annotated[int, typer.Option(min=1, help="questions at a time")] = 4,

@@ -125,7 +125,7 @@ def _text_or_file(given: str, key: str) -> str:
     path = Path(given).expanduser()
     try:
         if is_name and path.is_file():
-            return path.read_text(encoding="utf-8")
+            return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{key} {given} is not UTF-8 text. Save it as UTF-8.") from None
     except OSError as error:

@@ -31,8 +31,23 @@ CARRIERS = {name for names in KNOWN.values() for name in names} | {
     *("answers", "chosen", "demonstration", "demonstrations", "documents", "document", "examples"),
     *("image", "images", "audio", "video", "passage", "passages", "query", "target", "hint"),
     *("reasoning", "reasoning_content", "thinking", "rationale", "solution", "few_shot"),
+    *("choices", "options", "premise", "hypothesis", "article", "story", "paragraph", "paragraphs"),
+    *(
+        "background",
+        "facts",
+        "evidence",
+        "knowledge",
+        "ctxs",
+        "contexts",
+        "table",
+        "schema",
+        "code",
+    ),
+    *("system_message", "system_instruction", "persona", "dialogue", "dialog", "turns", "body"),
+    *("inputs", "outputs", "targets", "responses", "completions", "references", "conversations"),
 }
-"""Columns that carry a part of the request or of its reference: used, or refused by name."""
+"""Columns that carry a part of the request or of its reference, whatever their case: used, or
+refused by name."""
 
 LAYOUTS = (
     "instruction (input or context, output or response), prompt (completion), question (answer), "
@@ -73,10 +88,10 @@ class ColumnReader:
             example = self._of_request(values, parts, where)
         else:
             raise UserError(
-                f"{where}: no request found in the columns {sorted(row)}. Known: {LAYOUTS}. "
+                f"{where}: no request found in the columns {list(row)}. Known: {LAYOUTS}. "
                 "data.columns maps others, as in {request: my_column}."
             )
-        if context := row.get(self.teacher_context or ""):
+        if self.teacher_context and not _is_empty(context := row.get(self.teacher_context)):
             example = replace(example, teacher_context=self._context(context, where))
         for text in example.texts():
             refuse_lone_surrogates(text, example.at)
@@ -85,7 +100,8 @@ class ColumnReader:
         left = [column for column in left if not _is_empty(row[column])]
         read = "\n".join(example.texts())
         for column in left:
-            if column in CARRIERS and not _within(row[column], read):
+            says = not isinstance(row[column], (int, float))  # a number is no text
+            if says and str(column).casefold() in CARRIERS and not _within(row[column], read):
                 raise _lost(where, column, "the request is read without it")
         self.unread.update(left)
         return example
@@ -156,18 +172,23 @@ class ColumnReader:
         context = values.get("context", "")
         if not isinstance(context, str):
             raise UserError(f"{where}: '{parts['context']}' is {context!r}, not a text.")
-        if isinstance(request, list) and request:
+        if isinstance(request, list) and request and isinstance(request[0], dict):
             turns = as_turns(request, where, self.unread)
             if context:
                 raise _lost(where, parts["context"], f"'{column}' is a conversation")
             if isinstance(responses, list) and isinstance(responses[0], dict):
                 turns, responses = [*turns, *as_turns(responses, where, self.unread)], None
+                if turns[-1]["role"] != "assistant":
+                    raise UserError(
+                        f"{where}: '{parts['response']}' ends with a turn of "
+                        f"'{turns[-1]['role']}'. The reference is the assistant's last turn."
+                    )
         elif isinstance(request, str) and request.strip():
             asked = f"{request}\n\n{context}" if context else request
             turns = [{"role": "user", "content": asked}]
         else:
             raise UserError(
-                f"{where}: '{column}' is {request!r}, not a text. Each row asks for one."
+                f"{where}: '{column}' is {request!r:.80}, not a text. Each row asks for one."
             )
         answers = _responses(responses, where)
         if isinstance(request, str) and not {"system", "history", "tools"} & {*parts}:
@@ -186,7 +207,10 @@ def _lost(where: str, column: str, reason: str) -> UserError:
 
 
 def _is_empty(value: Any) -> bool:
-    return value is None or (isinstance(value, (str, list, tuple, dict)) and not value)
+    """Whether there is nothing to read; a text of white space says nothing."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, (list, tuple, dict)) and not value)
 
 
 def _within(value: Any, text: str) -> bool:
@@ -231,4 +255,4 @@ def _responses(value: Any, where: str) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(item, str) for item in values):
         raise UserError(f"{where}: the response is {value!r}, neither a text nor a list of texts.")
-    return tuple(filter(None, values))
+    return tuple(item for item in values if not _is_empty(item))

@@ -81,9 +81,11 @@ def conversation(
                 f"{where}: the last turn, the reference, has {', '.join(beyond)} beside its text. "
                 "References are texts: put what is to be learnt into its content."
             )
-        answers = (last["content"],) if last["content"] else ()
+        answers = (last["content"],) if last["content"].strip() else ()
     if not before or before[-1]["role"] not in ("user", "tool", "function", "ipython"):
         raise UserError(f"{where}: the conversation has no user turn to respond to.")
+    if before[-1]["role"] == "user" and not before[-1]["content"].strip():
+        raise UserError(f"{where}: the last user turn is empty, so nothing is asked.")
     return Example(before[-1]["content"], "", answers, messages=before, tools=tools, where=where)
 
 
@@ -91,6 +93,7 @@ def _turn(item: Any, where: str, unread: Counter[str]) -> Turn:
     if not isinstance(item, dict):
         raise UserError(f"{where}: messages must be a list of {{role, content}} objects.")
     item = {key: value for key, value in item.items() if value is not None}
+    read = {*READ_BY_TEMPLATES, *(("role", "content") if "role" in item else ("from", "value"))}
     if "role" in item:
         role, content = item["role"], item.get("content")
     else:
@@ -104,7 +107,6 @@ def _turn(item: Any, where: str, unread: Counter[str]) -> Turn:
             f"is {item!r:.80}."
         )
     kept = {key: item[key] for key in READ_BY_TEMPLATES if item.get(key)}
-    read = {"role", "content", "from", "value", *READ_BY_TEMPLATES}
     unread.update(f"messages[].{key}" for key in item if key not in read)
     if "tool_calls" in kept:
         kept["tool_calls"] = _calls(kept["tool_calls"], where)

@@ -68,8 +68,9 @@ def read_noted(
 
 
 def _listed(unread: Counter[str], num_rows: int) -> str:
+    names = {name: name or "without a name" for name in unread}
     shares = [
-        name if count == num_rows else f"{name} (in {count} of {num_rows} rows)"
+        names[name] if count >= num_rows else f"{names[name]} (in {count} of {num_rows} rows)"
         for name, count in unread.items()
     ]
     if len(shares) == 1:
@@ -123,10 +124,14 @@ def _python_rows(source: Any) -> Rows:
 
 
 def _rows(path: Path, name: str, notes: list[str]) -> Rows:
+    if not name.strip():
+        raise UserError(f"The name of the data is empty. {PLACES}.")
     if path.is_dir():
         return _folder_rows(path, None, notes)
-    if path.exists():
+    if path.is_file():
         return _file_rows(path)
+    if path.exists():  # a pipe gives its rows once only, and may never give any
+        raise UserError(f"{name} is neither a file nor a folder. {PLACES}.")
     whole, _, split = name.rpartition(":")
     if whole and Path(whole).expanduser().is_dir():
         return _folder_rows(Path(whole).expanduser(), split, notes)

@@ -123,9 +123,12 @@ def apply_chat_template(tokenizer: Any, turns: list[Turn], where: str, **options
         return tokenizer.apply_chat_template(turns, tokenize=False, **options)
     except Exception as error:  # the template is a program that came with a model
         roles = ", ".join(turn["role"] for turn in turns)
+        verb, remedy = "fails on", "Mend the template"
+        if type(error) is jinja2.TemplateError:  # its own raise_exception
+            verb, remedy = "refuses", "Change or leave out that row"
         raise UserError(
-            f'{where or "A request"}: the chat template refuses the turns {roles}: "{error}". '
-            "Change or leave out that row, or use a template that takes such turns."
+            f'{where or "A request"}: the chat template {verb} the turns {roles}: "{error}". '
+            f"{remedy}, or use a template that takes such turns."
         ) from None
 
 
@@ -188,7 +191,7 @@ def template_of(name: str) -> jinja2.Template:
     text = {"alpaca": ALPACA, "none": VERBATIM}.get(name)
     if text is None:
         try:
-            text = Path(name).read_text(encoding="utf-8")
+            text = Path(name).read_text(encoding="utf-8-sig")  # a mark is no part of a request
         except UnicodeDecodeError:
             raise UserError(f"data.template {name} is not UTF-8 text. Save it as UTF-8.") from None
         except OSError:

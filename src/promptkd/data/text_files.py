@@ -22,6 +22,8 @@ Rows = Iterator[tuple[str, Row]]
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 LONGEST_FIELD = 2**31 - 1  # csv's own limit of 131072 characters would refuse long documents
+GZIP = b"\x1f\x8b"
+"""What a compressed file begins with, whatever its name."""
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
@@ -51,7 +53,7 @@ def text_rows(path: str, suffix: str) -> Rows:
 
 def _text(path: str) -> str:
     data = Path(path).read_bytes()
-    if path.lower().endswith(".gz"):
+    if path.lower().endswith(".gz") or data.startswith(GZIP):
         try:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from promptkd.errors import UserError
 from promptkd.methods import build_method
+from promptkd.pruning import check_layers
 
 WIDTH = 576
 """The hidden width of the models that the rates were found with; they fall as width grows."""
@@ -70,6 +71,8 @@ def plan(order: Order, facts: Facts) -> Stages:
                 f"--method {order.method} needs a reference response in every row of the data. "
                 "Take a method whose student generates: promptkd, gkd."
             )
+    if order.student is None and order.layers is not None:
+        check_layers(order.layers, facts.num_layers)
     name = order.method.replace(":", ".")
     builder = _Builder(order, facts)
     builder.check_teacher()

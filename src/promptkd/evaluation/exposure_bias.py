@@ -38,6 +38,7 @@ from promptkd.evaluation.exposure_curves import (
     numbers,
 )
 from promptkd.evaluation.finished_run import FinishedRun, load_run
+from promptkd.evaluation.suites import distinct
 from promptkd.files import write_json
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
@@ -218,6 +219,7 @@ def exposure_bias(
     Raises:
         UserError: for a run without teacher or student, two tokenizers, equal models, one request.
     """
+    seeds = distinct(seeds)
     finished = load_run(run, "exposure bias", precision=precision, max_new_tokens=max_new_tokens)
     sources = [data] if isinstance(data, str) else list(data or finished.recipe.data.validation)
     dataset = _requests(finished, sources, num_examples)

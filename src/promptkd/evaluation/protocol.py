@@ -16,7 +16,7 @@ from promptkd.evaluation.metrics import (
     of_all_responses,
 )
 from promptkd.evaluation.results import Evaluation, own_evaluations
-from promptkd.evaluation.suites import PAPER_SEEDS, listed, suite_of_files
+from promptkd.evaluation.suites import PAPER_SEEDS, distinct, listed, suite_of_files
 from promptkd.generation.sampling import GenerationSettings
 
 OF_QUESTIONS = ("seeds", "num_examples", "teacher", "metrics")
@@ -153,7 +153,7 @@ class Questions:
         Raises:
             UserError: if it can't be read, or a metric is unknown.
         """
-        seeds = tuple(PAPER_SEEDS if seeds is None else seeds)
+        seeds = distinct(PAPER_SEEDS if seeds is None else seeds)
         check_metrics(metrics, len(seeds))
         suite = data if isinstance(data, Mapping) else suite_of_files(listed(data))
         sources = {name: listed(own) for name, own in suite.items()}

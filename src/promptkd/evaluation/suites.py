@@ -11,6 +11,17 @@ PAPER_SEEDS = (10, 20, 30, 40, 50)
 """Decoding seeds of PromptKD's and MiniLLM's tables."""
 
 
+def distinct(seeds: Sequence[int]) -> tuple[int, ...]:
+    """Decoding seeds: each stands for one response per request.
+
+    Raises:
+        UserError: if there is none, or one stands there twice, which would count its responses so.
+    """
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(f"The seeds are {list(seeds)}: give at least one, and each once.")
+    return tuple(seeds)
+
+
 def read_suite(path: str | Path) -> dict[str, list[str]]:
     """A suite of data sets: YAML that maps names to a path, glob or hub id, or a list of them.
 

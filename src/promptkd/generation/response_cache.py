@@ -16,7 +16,7 @@ from promptkd.errors import UserError
 
 def cache_directory() -> Path:
     """``PROMPTKD_CACHE``, or ``~/.cache/promptkd``."""
-    return Path(os.environ.get("PROMPTKD_CACHE", Path.home() / ".cache" / "promptkd"))
+    return Path(os.environ.get("PROMPTKD_CACHE") or Path.home() / ".cache" / "promptkd")
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -41,6 +41,8 @@ class ResponseCache:
         directory = cache_directory()
         directory.mkdir(parents=True, exist_ok=True)
         self._path = directory / "responses.sqlite"
+        if self._path.is_dir():
+            raise UserError(f"The response cache {self._path} is a directory. Remove it.")
         self._database = sqlite3.connect(self._path, timeout=60)
         self._execute("CREATE TABLE IF NOT EXISTS token_ids (key TEXT PRIMARY KEY, ids TEXT)")
 

@@ -16,8 +16,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from promptkd.config import Recipe
-from promptkd.errors import NotFinite
+from promptkd.config import SMALLEST_TEMPERATURE, Recipe
+from promptkd.errors import NotFinite, UserError
 
 BLOCK = 256
 """Tokens whose probabilities are summed at once before one of them is looked for."""
@@ -40,6 +40,16 @@ class GenerationSettings:
     top_p: float = 1.0
     top_k: int = 0
     no_repeat_ngram_size: int = 0
+
+    def __post_init__(self) -> None:
+        warm = SMALLEST_TEMPERATURE <= self.temperature <= 100 or self.temperature == 0
+        for name, value, is_right, expected in (
+            ("temperature", self.temperature, warm, f"0, or {SMALLEST_TEMPERATURE:g} to 100"),
+            ("top_p", self.top_p, 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 or more"),
+        ):
+            if not is_right:
+                raise UserError(f"{name} is {value}: it has to be {expected}.")
 
     @classmethod
     def of_recipe(cls, recipe: Recipe) -> "GenerationSettings":

@@ -24,6 +24,7 @@ from transformers.utils.hub import cached_file
 
 from promptkd import kernels
 from promptkd.errors import UserError
+from promptkd.models import damage
 from promptkd.models.language_model import LanguageModel, proven
 
 
@@ -83,6 +84,7 @@ def _load(name: str, dtype: torch.dtype) -> PreTrainedModel:
     adapter = Path(arguments["pretrained_model_name_or_path"])
     if (adapter / "adapter_config.json").is_file():
         return _load_adapted(name, adapter, dtype)
+    damage.refuse_damaged_generation_config(adapter)
     with _quietly():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -129,6 +131,7 @@ def _load_adapted(name: str, directory: Path, dtype: torch.dtype) -> PreTrainedM
             whole = peft.PeftModel.from_pretrained(model, str(directory))
         except Exception as error:
             raise UserError(_no_model(name, error)) from None
+    damage.refuse_other_base(name, base, whole, directory)
     return whole.merge_and_unload()
 
 
@@ -143,6 +146,10 @@ def adapter_config(directory: Path) -> Any:
     except Exception as error:  # of every kind, as the file may be damaged in any way
         raise UserError(f"{directory}: its adapter_config.json can't be read: {error}.") from None
     base = config.base_model_name_or_path
+    if base is not None and not isinstance(base, str):
+        raise UserError(
+            f"{directory}: its base_model_name_or_path is {base!r}, no name of a model."
+        )
     if base and Path(base).resolve() == directory.resolve():
         raise UserError(f"{directory} is an adapter that names itself as its base. Mend it there.")
     return config
@@ -283,10 +290,10 @@ def stop_ids(tokenizer: Any, module: PreTrainedModel) -> tuple[int, ...]:
     configured = module.generation_config.eos_token_id if module.generation_config else None
     if configured is not None:
         given = configured if isinstance(configured, list) else [configured]
-        if not all(isinstance(token, int) for token in given):
+        if not all(damage.is_token_id(token, embedding_rows(module)) for token in given):
             raise UserError(
                 f"The generation_config.json of {module.name_or_path} has eos_token_id "
-                f"{configured!r}, which is no token id. Mend it there."
+                f"{configured!r}, which is no token id of this model. Mend it there."
             )
         ids.update(given)
     return tuple(sorted(ids))
@@ -387,11 +394,7 @@ def _location(name: str) -> dict[str, Any]:
 
 
 def _no_model(name: str, error: Exception) -> str:
-    said = str(error).strip().splitlines()
-    reason = said[0] if said else type(error).__name__
-    if isinstance(error, KeyError | AttributeError | TypeError):
-        reason = f"{type(error).__name__}: {reason}"
     return (
-        f"{name} is not a model that can be loaded ({reason}). Name a save_pretrained directory, "
-        "a .gguf file, a finished run, or a hub id."
+        f"{name} is not a model that can be loaded ({damage.reason_of(error)}). Name a "
+        "save_pretrained directory, a .gguf file, a finished run, or a hub id."
     )

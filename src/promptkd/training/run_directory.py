@@ -1,6 +1,8 @@
 """The directory of a run: whose it is, what is written there, and when."""
 
 import copy
+import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from promptkd.files import (
     read_json,
     recover_replaced,
     whole_directory,
+    write_bytes,
     write_json,
     write_text,
 )
@@ -60,6 +63,7 @@ class RunDirectory:
             found = changes(known["identity"], identity(self.recipe, self.method))
             check(found, self.resuming, str(self.path))
             return found
+        _check_place(self.path)
         own = {".writing-environment.json", lock.NAME}
         if self.path.exists() and any(entry.name not in own for entry in self.path.iterdir()):
             raise UserError(
@@ -108,8 +112,10 @@ class RunDirectory:
                 (self.path / "summary.json").unlink(missing_ok=True)
                 history = [*known.get("changes", []), went_on]
                 write_json(self._record, known | own | {"changes": history})
-        if known is None or self.changes or not (self.path / "recipe.yaml").exists():
-            write_text(self.path / "recipe.yaml", self.recipe.to_yaml())
+        recipe = self.path / "recipe.yaml"
+        whole = self.recipe.to_yaml().encode()
+        if not recipe.is_file() or recipe.read_bytes() != whole:  # new, changed, or damaged
+            write_bytes(recipe, whole)
 
     def _changed_contents(self, known: dict[str, Any], contents: dict[str, str]) -> list[str]:
         before = known.get("contents", contents)
@@ -139,15 +145,25 @@ class RunDirectory:
                 f"{self.metrics.path} lacks {len(missing)} of the {step} steps that were taken "
                 f"(the first is {missing[0]}): it was changed by somebody else."
             )
+        evaluated = {row["step"] for row in self.metrics.read() if "evaluation" in row}
+        kept = Counter(row["step"] for row in self.samples.read())
+        most = max(kept.values(), default=1)
+        if lost := sorted(own for own in evaluated if kept[own] < most):
+            notes.append(
+                f"{self.samples.path} lacks responses of the steps {lost}: it was damaged."
+            )
         return notes
 
     def way_back(self, step: int) -> str:
         """What to type when step number ``step`` (counted from 0) diverged."""
-        rate = self.recipe.optimization.learning_rate / 2
+        rates = ["learning_rate", *["teacher_learning_rate"] * (self.method.adaptation is not None)]
+        lower = [
+            f"optimization.{rate}={getattr(self.recipe.optimization, rate) / 2:g}" for rate in rates
+        ]
         return (
-            "Go back to before it diverged, with a lower rate: promptkd train "
+            f"Go back to before it diverged, with lower rates: promptkd train "
             f"{self.path / 'recipe.yaml'} --restart-from {self.last_sane_checkpoint(step)} "
-            f"optimization.learning_rate={rate:g}"
+            f"{' '.join(lower)}"
         )
 
     def losses(self) -> dict[int, float]:
@@ -222,6 +238,19 @@ class RunDirectory:
 
     def finish(self, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", summary)
+
+
+def _check_place(path: Path) -> None:
+    """Refuse, before anything is loaded, a place where no run can be written.
+
+    Raises:
+        UserError: naming what stands in the way.
+    """
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{path}: {nearest} is a file, no directory. Choose another output.")
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"{path}: {nearest} can't be written to. Choose another output.")
 
 
 def _frame(encoder: Encoder) -> Frame:

@@ -21,6 +21,7 @@ from promptkd.training.launch import refuse_unknown_launch
 from promptkd.training.lock import locked
 from promptkd.training.progress import Progress
 from promptkd.training.rehearsal import rehearse
+from promptkd.training.roll_call import RollCall
 from promptkd.training.run_directory import RunDirectory
 from promptkd.training.setup import set_up
 from promptkd.training.state import RunState, SourceStates
@@ -59,6 +60,7 @@ class Trainer:
         )
         self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
         self.is_main = self.accelerator.is_main_process
+        self.roll_call = RollCall(self.ranks)
         self.best = Best(recipe)
         self.sources = SourceStates(method, self.ranks)
         self.watch = Watch()
@@ -67,7 +69,8 @@ class Trainer:
         self.took: dict[str, float] = {}
         if self.directory.finished:
             return
-        self.parts = set_up(recipe, method, self.accelerator.device, self.ranks, self.say)
+        with self.roll_call.held():
+            self.parts = set_up(recipe, method, self.accelerator.device, self.ranks, self.say)
         metric = recipe.evaluation.metric
         self.validator = (
             Validator(self.parts, self.ranks, metric) if self.parts.validation else None
@@ -91,17 +94,19 @@ class Trainer:
         if self.directory.finished:
             self.say(f"{self.directory.path} is finished; nothing to do.")
             return
-        with locked(self.directory.path) if self.is_main else nullcontext():
+        with self.roll_call.held(), locked(self.directory.path) if self.is_main else nullcontext():
             with self.stop.listening():
                 self._resume()
                 self._train()
             self._finish()
+        self.roll_call.close()
 
     def rehearse(self) -> dict[str, Any]:
         """Take the first steps and forget them; see ``api.check``."""
         if self.directory.finished:
             raise UserError(f"{self.directory.path} is finished. Name another output to check.")
-        return rehearse(self.recipe, self.parts, self.ranks, self.state, self.take_step)
+        with self.roll_call.held():
+            return rehearse(self.recipe, self.parts, self.ranks, self.state, self.take_step)
 
     def _train(self) -> None:
         max_steps, recipe = self.parts.max_steps, self.recipe
@@ -128,6 +133,7 @@ class Trainer:
         return every > 0 and self.step_number > 0 and self.step_number % every == 0
 
     def _step(self) -> dict[str, Any]:
+        self.roll_call.phase = f"step {self.step_number + 1}"
         try:
             row = self.take_step(self.step_number)
         except NotFinite as error:
@@ -162,6 +168,7 @@ class Trainer:
         """Score the student on the validation data, if there is any; keep it if it is the best."""
         if self.validator is None:
             return
+        self.roll_call.phase = f"the evaluation after step {self.step_number}"
         found = self.validator.score(self.step_number)
         if "cross_entropy" in found.scores:
             self.sources.observe(found.scores["cross_entropy"])
@@ -185,6 +192,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self) -> None:
+        self.roll_call.phase = f"the checkpoint of step {self.step_number}"
         checkpoint = self.state.checkpoint(self.step_number)
         if self.is_main:
             self.directory.save_checkpoint(checkpoint)

@@ -1,0 +1,143 @@
+"""Every process of a run tells the others that it lives; who falls silent ends them all.
+
+What all processes do together waits for everybody: for one that was killed until its connection
+breaks, in an error that names nobody; for one that stands still, for ever.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from promptkd.errors import UserError
+from promptkd.ranks import Ranks
+
+EVERY, PATIENCE = 2.0, 45.0
+"""Seconds between two signs of life, and without one until a process counts as lost."""
+VARIABLE = "PROMPTKD_PATIENCE"
+"""Of the environment: other seconds until then."""
+WORDS_FOR_A_LOST_PEER = ("closed by peer", "reset by peer", "Broken pipe", "Timed out", "NCCL")
+
+
+class RollCall:
+    """Signs of life by the store that brought the processes together.
+
+    Two threads: one talks to the store, which may never answer; the other watches the clock.
+
+    Attributes:
+        phase: what this process does now, for messages.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self.phase = "loading"
+        self._ranks, self._patience = ranks, _patience()
+        self._others = [rank for rank in range(ranks.number) if rank != ranks.rank]
+        self._blamed: int | None = None
+        self._is_done = False
+        self._wake = threading.Event()
+        self._heard: dict[int, dict[str, Any]] = {rank: {} for rank in self._others}
+        self._since = dict.fromkeys(self._others, time.monotonic())
+        self._answered = time.monotonic()
+        if self._others:
+            for task in (self._talk, self._watch):
+                threading.Thread(target=task, daemon=True).start()
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """While processes work together.
+
+        Raises:
+            UserError: in place of the network's error, naming the rank that was lost.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            is_lost = any(word in str(error) for word in WORDS_FOR_A_LOST_PEER)
+            if not self._others or not is_lost:
+                raise
+            self._blamed = self._find_lost()
+            sentence = self._sentence(self._blamed, "was lost")
+            self.close()
+            raise UserError(sentence) from None
+
+    def close(self) -> None:
+        """The last sign: this process is done, whether the run is or not."""
+        self._is_done = True
+        self._wake.set()
+
+    def _talk(self) -> None:
+        store = dist.distributed_c10d._get_default_store().clone()
+        store.set_timeout(timedelta(seconds=self._patience))
+        number = 0
+        while True:
+            is_last, number = self._is_done, number + 1
+            sign = {"number": number, "phase": self.phase, "blamed": self._blamed, "done": is_last}
+            try:
+                store.set(f"sign/{self._ranks.rank}", json.dumps(sign))
+                for rank in self._others:
+                    if store.check([f"sign/{rank}"]):
+                        heard = json.loads(store.get(f"sign/{rank}"))
+                        if heard != self._heard[rank]:
+                            self._heard[rank], self._since[rank] = heard, time.monotonic()
+            except RuntimeError:  # the store's host is gone
+                return
+            self._answered = time.monotonic()
+            if is_last:
+                return
+            self._wake.wait(EVERY)
+
+    def _watch(self) -> None:
+        before = time.monotonic()
+        while not self._is_done:
+            time.sleep(1)
+            now = time.monotonic()
+            if now - before > self._patience / 4:  # this process stood still itself
+                self._answered, self._since = now, dict.fromkeys(self._others, now)
+            before = now
+            silent = self._silent(now)
+            if silent is not None and not self._is_done:
+                self._end(silent)
+
+    def _silent(self, now: float) -> int | None:
+        if now - self._answered > self._patience:
+            return 0  # which hosts the store
+        lost = (rank for rank in self._others if not self._heard[rank].get("done"))
+        return next((rank for rank in lost if now - self._since[rank] > self._patience), None)
+
+    def _end(self, rank: int) -> NoReturn:
+        """A call that waits for the others can't be interrupted, only left with the process."""
+        print(f"promptkd: {self._sentence(rank, 'stands still')}", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    def _find_lost(self) -> int:
+        """The rank that others blame, or else the one silent for longest."""
+        time.sleep(2.5 * EVERY)
+        if time.monotonic() - self._answered > 2 * EVERY and self._ranks.rank:
+            return 0
+        blamed = [sign["blamed"] for sign in self._heard.values() if sign.get("blamed") is not None]
+        return blamed[0] if blamed else min(self._others, key=self._since.__getitem__)
+
+    def _sentence(self, rank: int, what: str) -> str:
+        return (
+            f"Rank {rank} of {self._ranks.number} {what} in {self.phase}: it was killed or "
+            "stopped, or ended with a sentence of its own. So every process ends; what was saved "
+            "is intact, and the same command goes on."
+        )
+
+
+def _patience() -> float:
+    given = os.environ.get(VARIABLE) or str(PATIENCE)
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = 0.0
+    if not EVERY < seconds < float("inf"):
+        raise UserError(f"{VARIABLE} is '{given}'. Give seconds, more than {EVERY:g}.")
+    return seconds
