@@ -25,18 +25,18 @@ from promptkd.report.places import Subject
 from promptkd.report.prompt import PromptFindings, prompt_findings
 from promptkd.report.responses import embedded, response_sets
 from promptkd.report.savings import savings
+from promptkd.report.study import difference_figures
 from promptkd.report.tables import (
     cost_table,
     judge_table,
-    method_table,
     overview_table,
     score_table,
 )
 
 BY_METHOD = (
-    "A method's number is the mean over its training seeds. A difference is called one only where "
-    "its interval over requests excludes zero and no training seed of one method reaches into the "
-    "other's: one lucky seed doesn't make a method better."
+    "A method's score is the mean over its training seeds, and its interval covers requests and "
+    "training seeds: one lucky seed doesn't make a method better. Established: p below 0.05 after "
+    "Holm's correction over the methods compared."
 )
 
 
@@ -104,7 +104,7 @@ def _answer(subject: Subject, sets: Sequence[DataSet]) -> list[str]:
 
 def _opening_table(subject: Subject, sets: Sequence[DataSet]) -> Table | None:
     if subject.study:
-        return method_table(sets[0], subject.study.baseline) if sets else None
+        return subject.study.methods_table
     return overview_table(subject.runs, sets) if len(subject.runs) > 1 else None
 
 
@@ -187,9 +187,9 @@ def _starts(runs: Sequence[Run]) -> list[str]:
 def _sections(subject: Subject, sets: Sequence[DataSet], figures: Path) -> list[PageSection]:
     runs = subject.runs
     judged, took = judge_table(runs), cost_table(runs)
-    scored = tuple(
-        score_table(data, number, subject.study.baseline if subject.study else None)
-        for number, data in enumerate(sets, start=1)
+    study = subject.study
+    scored = (
+        study.tables if study else [score_table(data, n) for n, data in enumerate(sets, start=1)]
     )
     return [
         PageSection(
@@ -198,6 +198,7 @@ def _sections(subject: Subject, sets: Sequence[DataSet], figures: Path) -> list[
             lead="Held-out requests, one response per request and seed. The start and the teacher "
             "stand beside the students where they were evaluated alike.",
             figures=(
+                *(difference_figures(study, figures) if study else ()),
                 *plots.score_figures(runs, sets, figures),
                 *plots.length_figures(runs, sets, figures),
             ),

@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from promptkd.evaluation.results import Evaluation
 from promptkd.report.cells import Cell, Table
 from promptkd.report.comparisons import (
+    NATS,
     RANKED,
     Comparison,
     best_model,
@@ -38,14 +39,14 @@ COST_HEADINGS = (
 )
 
 
-def score_table(data: DataSet, number: int, baseline: str | None = None) -> Table:
+def score_table(data: DataSet, number: int) -> Table:
     """All models on one data set, with paired differences to what they should be compared with.
 
-    That is the baseline of a study; else, of several runs, the best by that score; else the start.
+    That is, of several runs, the best by that score; else the start.
     """
     runs, shown, compared = data.of_role("run"), shown_scores(data), headline(data)
     best = {score: best_model(runs, score) for score in RANKED if score in shown}
-    first = _baseline(data, compared or "", baseline)
+    first = _baseline(data, compared or "")
     others = [first, *data.of_role("teacher")[:1]] if compared else []
     against = [m for m in _once(others) if len(data.models) > 1]
     place = 2 + shown.index(compared) if compared else 0
@@ -66,7 +67,7 @@ def score_table(data: DataSet, number: int, baseline: str | None = None) -> Tabl
         rows.append((Cell(model.label), *cells))
     caption = (
         f"{describe(data)}; {decoding_words(data.evaluation)}. Square brackets: 95% bootstrap "
-        f"interval over requests; ±: standard deviation over {_kind(data)} seeds."
+        f"interval over requests; ±: standard deviation over decoding seeds."
     )
     if against:
         caption += " Differences are paired by request."
@@ -88,49 +89,13 @@ def _once(models: Sequence[Model | None]) -> list[Model]:
     return list({model.label: model for model in models if model is not None}.values())
 
 
-def _kind(data: DataSet) -> str:
-    return "training" if any(model.training_seeds for model in data.models) else "decoding"
-
-
-def method_table(data: DataSet, baseline: str) -> Table | None:
-    """A study at a glance: each method's mean, the spread of its seeds, what it gained."""
-    score = headline(data)
-    other = _baseline(data, score or "", baseline)
-    if score is None:
-        return None
-    best, rows = best_model(data.of_role("run"), score), []
-    for model in data.models:
-        if score not in model.evaluation.scores:
-            continue
-        seeds = [e.mean(score) for e in model.training_seeds]
-        gain = between(model, other, score) if other and model is not other else None
-        rows.append(
-            (
-                Cell(model.label),
-                _score_cell(model.evaluation, score, best == model.label),
-                Cell(", ".join(plain(s) for s in seeds if s is not None) or "–"),
-                Cell("–") if gain is None else comparison_cell(gain),
-            )
-        )
-    return Table(
-        name="methods",
-        title="The methods",
-        caption=f"{describe(data)}. Means over training seeds ± their standard deviation; square "
-        "brackets: 95% interval over requests.",
-        headings=("Method", score_name(score), "Each training seed", f"− {baseline}"),
-        rows=tuple(rows),
-    )
-
-
 def comparison_cell(comparison: Comparison | None) -> Cell:
     """The difference with its interval, or that none is shown."""
     if comparison is None:
         return Cell("not comparable")
     interval = f"[{plain(comparison.low)}, {plain(comparison.high)}]"
-    why = "training seeds overlap" if comparison.excludes_zero else "no difference shown"
-    return Cell(
-        signed(comparison.difference), interval if comparison.shown else f"{interval} {why}"
-    )
+    verdict = "" if comparison.shown else " no difference shown"
+    return Cell(signed(comparison.difference), f"{interval}{verdict}")
 
 
 def overview_table(runs: Sequence[Run], sets: Sequence[DataSet]) -> Table:
@@ -262,9 +227,7 @@ def judge_table(runs: Sequence[Run]) -> Table | None:
     )
 
 
-def _baseline(data: DataSet, score: str, chosen: str | None) -> Model | None:
-    if chosen is not None:
-        return next((model for model in data.models if model.label == chosen), None)
+def _baseline(data: DataSet, score: str) -> Model | None:
     runs = data.of_role("run")
     if len(runs) > 1:
         known = [m for m in runs if score in m.evaluation.scores]
@@ -274,7 +237,7 @@ def _baseline(data: DataSet, score: str, chosen: str | None) -> Model | None:
 
 def _score_cell(evaluation: Evaluation, name: str, best: bool) -> Cell:
     score = evaluation.scores[name]
-    nats = name in ("reverse_kl_to_teacher", "cross_entropy", "teacher_cross_entropy")
+    nats = name in NATS
     text = digits(score.mean) if nats else f"{score.mean:.1f}"
     interval, detail = score.interval_95, ""
     if interval:
