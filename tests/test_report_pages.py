@@ -121,7 +121,7 @@ LUCKY = {"promptkd": (27.0, 26.8, 60.0), "gkd": (28.0, 28.2, 28.1), "kd": (24.0,
 
 
 def test_a_lucky_seed_is_not_believed(tmp_path):
-    """The mean of promptkd is highest, for one seed's sake; no place of the page calls it better."""
+    """The mean of promptkd is highest, for one seed's sake; the page never calls it better."""
     study = write_study(tmp_path / "study", LUCKY, "kd")
     [data] = read_subject([study]).data_sets()
     models = data.of_role("run")
