@@ -128,20 +128,25 @@ def in_order(found: Set[str]) -> list[str]:
 
 
 def describe(data: DataSet) -> str:
-    """``dolly_valid (200 requests, seeds 10 and 20)``."""
+    """``dolly_valid (200 requests, seeds 10 and 20)``; greedy decoding has no seeds."""
     evaluation = data.evaluation
-    seeds = [str(seed) for seed in evaluation.seeds]
-    named = " and ".join([", ".join(seeds[:-1]), seeds[-1]] if len(seeds) > 1 else seeds)
     number = evaluation.num_examples
     requests = f"{number} request{'s' if number != 1 else ''}"
-    return f"{data.name} ({requests}, seed{'s' if len(seeds) > 1 else ''} {named})"
+    if is_greedy(evaluation):
+        return f"{data.name} ({requests}, greedy)"
+    seeds = evaluation.seeds
+    return f"{data.name} ({requests}, seed{'s' * (len(seeds) > 1)} {listed([*map(str, seeds)])})"
+
+
+def is_greedy(evaluation: Evaluation) -> bool:
+    return evaluation.decoding.get("temperature") == 0
 
 
 def decoding_words(evaluation: Evaluation) -> str:
     """How the responses were generated, in words."""
     decoding = evaluation.decoding
     temperature = decoding.get("temperature", 1.0)
-    parts = ["greedy decoding"] if temperature == 0 else [f"temperature {temperature:g}"]
+    parts = ["greedy decoding"] if is_greedy(evaluation) else [f"temperature {temperature:g}"]
     if decoding.get("top_p", 1.0) < 1:
         parts.append(f"top-p {decoding['top_p']:g}")
     if decoding.get("top_k", 0):
@@ -156,7 +161,7 @@ def decoding_words(evaluation: Evaluation) -> str:
 
 
 def comparison_words(c: Comparison) -> str:
-    """``2.1 more, 95% interval 0.9 to 3.3`` or ``no difference shown (+0.1, 95% -0.4 to 0.6)``."""
+    """``2.1 points more, 95% interval 0.9 to 3.3``, or ``no difference shown (+0.1, ...)``."""
     if not c.shown:
         return (
             f"no difference shown ({signed(c.difference)}, 95% interval "
@@ -164,7 +169,7 @@ def comparison_words(c: Comparison) -> str:
         )
     word = "more" if c.difference > 0 else "less"
     low, high = sorted((abs(c.low), abs(c.high)))
-    return f"{abs(c.difference):.1f} {word}, 95% interval {low:.1f} to {high:.1f}"
+    return f"{abs(c.difference):.1f} points {word}, 95% interval {low:.1f} to {high:.1f}"
 
 
 def ranking(data: DataSet) -> list[str]:

@@ -17,6 +17,15 @@ def digits(value: float) -> str:
     return f"{value:.{decimals}f}".replace("-", "−")
 
 
+def like(shown: str, value: float) -> str:
+    """With as many decimals as a number that is shown: the ends of an interval beside a mean.
+
+    >>> like("0.0101", 0.00398), like("−0.31", -0.1999), like("12", 3.7)
+    ('0.0040', '−0.20', '4')
+    """
+    return f"{value:.{len(shown.partition('.')[2])}f}".replace("-", "−")
+
+
 def plain(value: float) -> str:
     """One decimal, with a minus sign."""
     return f"{value:.1f}".replace("-0.0", "0.0").replace("-", "−")

@@ -66,7 +66,7 @@ def large_numbers(subject: Subject, leader: Run, sets: Sequence[DataSet]) -> lis
         measured = [(m, d) for d in sets for m in d.of_role("run") if m.evaluation.size_and_speed]
         found = savings_of(*measured[0]) if measured else None
         return [*_weights(leader, found), *_took_study(subject)]
-    numbers = [_score(leader, sets), _distance(leader, sets)]
+    numbers = [_how_good(leader, sets), _distance(leader, sets)]
     return [
         *(number for number in numbers if number),
         *_weights(leader, savings(leader, sets)),
@@ -74,21 +74,21 @@ def large_numbers(subject: Subject, leader: Run, sets: Sequence[DataSet]) -> lis
     ]
 
 
-def example(entry: Row | None) -> Exchange | None:
-    """The middle one of the requests, by the first model's score; of the page's first data set."""
+def example(entry: Row | None, leader: str) -> Exchange | None:
+    """The middle one of the requests, by the leading model's score; of the first data set."""
     if entry is None or entry["score"] is None:
         return None
-    scored = [
-        item for item in entry["items"] if item["responses"][0] and _score_of(item) is not None
-    ]
+    labels = [model["label"] for model in entry["models"]]
+    place = labels.index(leader) if leader in labels else 0
+    scored = [(s, item) for item in entry["items"] if (s := _score(item, place)) is not None]
     if not scored:
         return None
-    scored.sort(key=lambda item: (_score_of(item), item["row"]))
-    chosen = scored[len(scored) // 2]
-    first, value = entry["models"][0], in_words(entry["score"], _score_of(chosen) or 0.0)
+    scored.sort(key=lambda found: (found[0], found[1]["row"]))
+    score, chosen = scored[len(scored) // 2]
+    value = in_words(entry["score"], score)
     return Exchange(
         why=f"Row {chosen['row']} of {entry['name']}: the middle of {len(scored)} requests by "
-        f"{first['label']}'s score ({value}).",
+        f"{labels[place]}'s score ({value}).",
         request=_short(chosen["request"]),
         reference=_short(next(iter(chosen["references"]), "")),
         responses=tuple(
@@ -99,8 +99,10 @@ def example(entry: Row | None) -> Exchange | None:
     )
 
 
-def _score_of(item: Row) -> float | None:
-    return item["responses"][0][0]["score"]
+def _score(item: Row, place: int) -> float | None:
+    """Of a model's first response."""
+    own = item["responses"][place]
+    return own[0]["score"] if own else None
 
 
 def _short(text: str) -> str:
@@ -122,7 +124,7 @@ def _distance(run: Run, sets: Sequence[DataSet]) -> LargeNumber | None:
     )
 
 
-def _score(run: Run, sets: Sequence[DataSet]) -> LargeNumber | None:
+def _how_good(run: Run, sets: Sequence[DataSet]) -> LargeNumber | None:
     for data in sets:
         score = headline(data)
         if score is None:

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from promptkd.report import plots
 from promptkd.report.cells import Table
-from promptkd.report.comparisons import decoding_words, describe
+from promptkd.report.comparisons import decoding_words, describe, is_greedy
 from promptkd.report.data import DataSet, Run
 from promptkd.report.exposure_plots import exposure_figures
 from promptkd.report.figures import Figure
@@ -79,8 +79,8 @@ def render(subject: Subject, directory: Path) -> str:
         answer=_answer(subject, sets),
         rests_on=_rests_on(subject, sets),
         numbers=large_numbers(subject, leader, sets),
-        leader=leader.label if len(subject.runs) > 1 and not subject.study else None,
-        example=example(responses[0] if responses else None),
+        whose=_whose(subject, leader),
+        example=example(responses[0] if responses else None, leader.label),
         overview=opening,
         notes=_notes(subject, sets),
         sections=sections,
@@ -106,6 +106,13 @@ def _opening_table(subject: Subject, sets: Sequence[DataSet]) -> Table | None:
     if subject.study:
         return subject.study.methods_table
     return overview_table(subject.runs, sets) if len(subject.runs) > 1 else None
+
+
+def _whose(subject: Subject, leader: Run) -> str | None:
+    """Above the numbers, where it isn't obvious whose they are."""
+    if subject.study:
+        return "The students in numbers"
+    return f"{leader.label} in numbers" if len(subject.runs) > 1 else None
 
 
 def _asset(name: str) -> str:
@@ -167,8 +174,9 @@ def _notes(subject: Subject, sets: Sequence[DataSet]) -> list[str]:
     if len(runs) > 1 and not subject.study:
         notes += [f"{run.label}: {w}." for run in runs for w in warnings(run, sets)]
         notes += _starts(runs)
-    if any(len(data.evaluation.seeds) == 1 for data in sets):
-        notes.append("Some scores come from a single decoding seed.")
+    for data in sets:
+        if len(data.evaluation.seeds) == 1 and not is_greedy(data.evaluation):
+            notes.append(f"{data.name}: one decoding seed; another would give other responses.")
     return notes
 
 

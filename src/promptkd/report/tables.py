@@ -19,9 +19,10 @@ from promptkd.report.comparisons import (
 from promptkd.report.cost import cost
 from promptkd.report.data import DataSet, Model, Run
 from promptkd.report.findings import distance, size_share
-from promptkd.report.numbers import count, digits, duration, plain, signed, size
+from promptkd.report.numbers import count, digits, duration, like, plain, signed, size
 from promptkd.report.savings import Savings, savings
 
+NONE = Cell("–")
 COST_HEADINGS = (
     "Run",
     "Steps",
@@ -55,13 +56,11 @@ def score_table(data: DataSet, number: int) -> Table:
     for model in data.models:
         scores = model.evaluation.scores
         cells = [
-            _score_cell(model.evaluation, s, best.get(s) == model.label)
-            if s in scores
-            else Cell("–")
+            _score_cell(model.evaluation, s, best.get(s) == model.label) if s in scores else NONE
             for s in shown
         ]
         cells[place - 1 : place - 1] = [
-            Cell("–") if model is m else comparison_cell(between(model, m, compared or ""))
+            NONE if model is m else comparison_cell(between(model, m, compared or ""))
             for m in against
         ]
         rows.append((Cell(model.label), *cells))
@@ -99,35 +98,37 @@ def comparison_cell(comparison: Comparison | None) -> Cell:
 
 
 def overview_table(runs: Sequence[Run], sets: Sequence[DataSet]) -> Table:
-    """One line per run: how close, at what size and speed, at what cost."""
-    rows = []
-    for run in runs:
-        summary, took, far = run.summary or {}, cost(run), distance(run, sets)
-        found, share = savings(run, sets), size_share(run)
-        parameters = summary.get("student_parameters")
-        speed, memory = (
-            _measured(found, key, words)
-            for key, words in (("tokens_per_second", count), ("bytes_memory", size))
+    """One line per run: how good, how close, at what size and speed, at what cost.
+
+    The start and the teacher stand below, where they answered the first data set, too.
+    """
+    data = next((d for d in sets if headline(d) and d.of_role("run")), None)
+    rows = [
+        (
+            Cell(run.label, run.method if run.method not in run.label else ""),
+            *([_headline_cell(data, data.of_run(run))] if data else []),
+            *_distance_and_size(run, sets),
+            *_speed_and_memory(savings(run, sets)),
+            Cell(duration(took.seconds_writing + took.seconds_learning))
+            if (took := cost(run))
+            else NONE,
         )
-        rows.append(
-            (
-                Cell(run.label, run.method if run.method not in run.label else ""),
-                Cell(f"{digits(far.start)} → {digits(far.end)}") if far else Cell("–"),
-                Cell(count(parameters), f"{100 * share:.0f}%" if share else "")
-                if parameters
-                else Cell("–"),
-                speed,
-                memory,
-                Cell(duration(took.seconds_writing + took.seconds_learning) if took else "–"),
-            )
-        )
+        for run in runs
+    ]
+    if data:
+        rows += [_beside(data, m) for m in (*data.of_role("start"), *data.of_role("teacher"))]
+    scored = (
+        f"Score: {describe(data)}, square brackets: 95% interval over requests. " if data else ""
+    )
     return Table(
         name="overview",
         title="The runs",
-        caption="KL(student ‖ teacher), start → kept student; size, tokens generated a second and "
-        "memory of the weights, each with its share of the teacher's; time of the training steps.",
+        caption=f"{scored}KL(student ‖ teacher), start → kept student; size, tokens generated a "
+        "second and memory of the weights, each with its share of the teacher's; time of the "
+        "training steps.",
         headings=(
-            "Run",
+            "Model",
+            *([score_name(headline(data) or "")] if data else []),
             "KL to teacher, nats/token",
             "Parameters",
             "Tokens/s",
@@ -138,9 +139,45 @@ def overview_table(runs: Sequence[Run], sets: Sequence[DataSet]) -> Table:
     )
 
 
+def _beside(data: DataSet, model: Model) -> tuple[Cell, ...]:
+    """The line of a start or a teacher."""
+    measured = model.evaluation.size_and_speed
+    size_cell = Cell(count(measured["parameters"])) if measured else NONE
+    speed = _speed_and_memory(Savings(measured, None) if measured else None)
+    return (
+        Cell(model.label),
+        _headline_cell(data, model),
+        NONE,
+        size_cell,
+        *speed,
+        NONE,
+    )
+
+
+def _headline_cell(data: DataSet, model: Model | None) -> Cell:
+    score = headline(data) or ""
+    if model is None or score not in model.evaluation.scores:
+        return NONE
+    best = best_model(data.of_role("run"), score) == model.label
+    return _score_cell(model.evaluation, score, best)
+
+
+def _distance_and_size(run: Run, sets: Sequence[DataSet]) -> tuple[Cell, Cell]:
+    far, share = distance(run, sets), size_share(run)
+    parameters = (run.summary or {}).get("student_parameters")
+    return (
+        Cell(f"{digits(far.start)} → {digits(far.end)}") if far else NONE,
+        Cell(count(parameters), f"{100 * share:.0f}%" if share else "") if parameters else NONE,
+    )
+
+
+def _speed_and_memory(found: Savings | None) -> tuple[Cell, Cell]:
+    return _measured(found, "tokens_per_second", count), _measured(found, "bytes_memory", size)
+
+
 def _measured(found: Savings | None, key: str, words: Callable[[float], str]) -> Cell:
     if found is None:
-        return Cell("–")
+        return NONE
     share = found.share(key)
     return Cell(words(found.student[key]), f"{100 * share:.0f}%" if share else "")
 
@@ -211,7 +248,7 @@ def judge_table(runs: Sequence[Run]) -> Table | None:
                     Cell(f"{counts.get('judged', '–')} of {counts.get('pairs', '–')}"),
                     Cell(f"{scores['orders_agree']['mean']:.0f}%")
                     if scores.get("orders_agree")
-                    else Cell("–"),
+                    else NONE,
                 )
             )
     if not rows:
@@ -241,7 +278,7 @@ def _score_cell(evaluation: Evaluation, name: str, best: bool) -> Cell:
     text = digits(score.mean) if nats else f"{score.mean:.1f}"
     interval, detail = score.interval_95, ""
     if interval:
-        low, high = (digits(end) if nats else f"{end:.1f}" for end in interval)
+        low, high = (like(text, end) for end in interval)
         detail = f"[{low}, {high}]"
     elif score.deviation_over_seeds:
         detail = f"± {digits(score.deviation_over_seeds)}"

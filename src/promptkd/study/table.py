@@ -8,7 +8,7 @@ from promptkd.evaluation.results import Score
 from promptkd.report.cells import Cell, Table
 from promptkd.report.comparisons import NATS, decoding_words, describe, in_order, score_name
 from promptkd.report.data import DataSet
-from promptkd.report.numbers import count, digits, duration, plain
+from promptkd.report.numbers import count, digits, duration, like, plain
 from promptkd.report.tables import safe_name
 from promptkd.study.findings import Findings, Gain, Line
 from promptkd.study.statement import p_value_words, signed_score, with_spread
@@ -168,10 +168,10 @@ def _verdict(gain: Gain) -> str:
 
 
 def _value(name: str, score: Score, best: bool) -> Cell:
-    number = digits if name in NATS else plain
-    interval = score.interval_95
-    detail = f"[{number(interval[0])}, {number(interval[1])}]" if interval else ""
-    return Cell(with_spread(score, name), detail, best)
+    text, interval = with_spread(score, name), score.interval_95
+    mean = text.partition(" ")[0]
+    detail = f"[{like(mean, interval[0])}, {like(mean, interval[1])}]" if interval else ""
+    return Cell(text, detail, best)
 
 
 def _cost(line: Line) -> Cell:
