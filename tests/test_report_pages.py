@@ -19,7 +19,7 @@ from promptkd.report.places import read_subject
 from promptkd.report.report import report
 from promptkd.study.file import study_from_dict
 from promptkd.study.stored import conclude
-from report_browser import CHROMIUM, HOW_TO_INSTALL, opened
+from report_browser import CHROMIUM, HOW_TO_INSTALL, PRINTED_WIDTH, opened, take_pictures
 
 REQUESTS = 60
 SIZE = 99_000_000
@@ -195,14 +195,19 @@ def pages(tmp_path_factory) -> dict[str, Path]:
 
 KINDS = ("single", "comparison", "study")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason=HOW_TO_INSTALL)
-OVERLAPS = """() => [...document.querySelectorAll('.plot')].flatMap(plot => {
-    const texts = [...plot.querySelectorAll('svg text')].filter(t => t.textContent.trim());
+OVERLAPS = """() => [...document.querySelectorAll('.plot, .numbers, .top')].flatMap(plot => {
+    const found = plot.querySelectorAll('svg text, dt, dd:not(.scale), nav a, .name, button');
+    const texts = [...found].filter(t => t.textContent.trim());
     const boxes = texts.map(t => [t.textContent, t.getBoundingClientRect()]);
     return boxes.flatMap(([name, a], i) => boxes.slice(i + 1).filter(([, b]) =>
         Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 &&
         Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 2
     ).map(([other]) => plot.id + ': ' + name + ' | ' + other));
 })"""
+BREAKABLE = """() => ['p', 'li', 'dd', 'figcaption', '.plot', '.number', '.item', 'tr']
+    .filter(name => [...document.querySelectorAll(name)].some(e => getComputedStyle(e).breakInside !== 'avoid'))"""
+TOO_WIDE = """() => [...document.querySelectorAll('.scroll')]
+    .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.getAttribute('aria-label'))"""
 CLIPPED = """() => {
     const width = document.documentElement.clientWidth;
     return [...document.querySelectorAll('h1, p, figcaption, .number, .plot svg text, .example')]
@@ -227,17 +232,25 @@ def test_no_labels_overlap_and_nothing_is_clipped(pages, kind, width, scheme):
 
 @needs_chromium
 @pytest.mark.parametrize("kind", KINDS)
-def test_print_takes_fewer_than_eight_pages_and_keeps_paragraphs_whole(pages, kind):
-    with opened(pages[kind], width=718) as (page, _):
+def test_print_takes_fewer_than_eight_pages_and_breaks_no_sentence_and_no_figure(pages, kind):
+    with opened(pages[kind], width=PRINTED_WIDTH) as (page, complaints):
         printed = page.pdf(format="A4", print_background=False)
         assert len(re.findall(rb"/Type /Page\b", printed)) < 8
         page.emulate_media(media="print")
-        inside = page.eval_on_selector_all(
-            "p, figcaption, li, dd",
-            "all => [...new Set(all.map(e => getComputedStyle(e).breakInside))]",
-        )
-        assert inside == ["avoid"]
+        assert page.evaluate(BREAKABLE) == []
+        assert page.evaluate(TOO_WIDE) == []
+        assert page.evaluate(OVERLAPS) == []
         assert page.evaluate(CLIPPED) == []
+        assert complaints == []
+
+
+@needs_chromium
+def test_pictures_of_the_page_are_small_files(pages, tmp_path):
+    made = take_pictures(pages["study"], "study", tmp_path)
+    assert [path.name for path in made] == [
+        f"study-{kind}.png" for kind in ("light", "dark", "phone", "print")
+    ]
+    assert all(5_000 < path.stat().st_size < 250_000 for path in made)
 
 
 @needs_chromium
