@@ -43,7 +43,7 @@ def commands(place: Path) -> dict[str, tuple[list[str], list[str]]]:
     return {
         "evaluate": (["evaluate", run, *sampled], ["responses to train"]),
         "exposure-bias": (["exposure-bias", run, *sampled], both),
-        "analyse-prompt": (["analyse-prompt", run, "--num-examples", "2"], ["train: KLs"]),
+        "analyse-prompt": (["analyse-prompt", run, "--num-examples", "2"], ["validation: KLs"]),
         "generate": (["generate", run, "Count to three."], voices),
         "rescore": (["rescore", run], ["scoring anew"]),
         "init-student": (["init-student", *pruned, "--calibration", data], ["measuring layers"]),

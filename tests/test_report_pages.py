@@ -205,7 +205,8 @@ OVERLAPS = """() => [...document.querySelectorAll('.plot, .numbers, .top')].flat
     ).map(([other]) => plot.id + ': ' + name + ' | ' + other));
 })"""
 BREAKABLE = """() => ['p', 'li', 'dd', 'figcaption', '.plot', '.number', '.item', 'tr']
-    .filter(name => [...document.querySelectorAll(name)].some(e => getComputedStyle(e).breakInside !== 'avoid'))"""
+    .filter(name => [...document.querySelectorAll(name)]
+        .some(e => getComputedStyle(e).breakInside !== 'avoid'))"""
 TOO_WIDE = """() => [...document.querySelectorAll('.scroll')]
     .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.getAttribute('aria-label'))"""
 CLIPPED = """() => {
