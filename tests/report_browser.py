@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 from playwright.sync_api import Page, sync_playwright
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
@@ -35,7 +35,7 @@ SCREENS = {
     "phone": (390, 844, "light"),
     "print": (PRINTED_WIDTH, 1025, "light"),
 }
-COLOURS = 128
+COLOURS, MARGIN = 128, 45
 
 
 @contextmanager
@@ -72,6 +72,8 @@ def take_pictures(page_file: Path, name: str, directory: Path) -> list[Path]:
         with opened(page_file, width=width, height=height, color_scheme=scheme) as (page, _):
             page.emulate_media(media="print" if kind == "print" else "screen")
             picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+        if kind == "print":
+            picture = ImageOps.expand(picture, MARGIN, "white")
         made.append(directory / f"{name}-{kind}.png")
         picture.quantize(COLOURS, dither=Image.Dither.NONE).save(made[-1], optimize=True)
     return made

@@ -94,7 +94,7 @@ def test_held_out_scores_stand_with_their_intervals_beside_start_and_teacher(stu
     assert text.index("## Scores on held-out data") < text.index("## Scores on the validation")
     length, low, high = own["response_length"]["mean"], *own["response_length"]["interval_95"]
     assert f"{length:.1f} [{low:.1f}, {high:.1f}]" in text
-    assert "| score | start | this student | teacher |" in text
+    assert "| score | this student | start | teacher |" in text
 
 
 def test_it_names_no_place_on_the_machine(student):

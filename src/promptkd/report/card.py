@@ -1,4 +1,4 @@
-"""Held-out scores on the student's model card, with their intervals, beside start and teacher."""
+"""Held-out scores on the student's model card, with intervals, beside start and teacher."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -38,8 +38,8 @@ def _result(name: str, own: Model, data: DataSet) -> EvalResult:
     score = own.evaluation.scores[name]
     beside = {
         model.label: model.evaluation.scores[name]
-        for model in _beside(data, own)
-        if model is not own and name in model.evaluation.scores
+        for model in data.beside
+        if name in model.evaluation.scores
     }
     parts = [f"{label} {_number(name, other.mean)}" for label, other in beside.items()]
     if score.interval_95:
@@ -71,17 +71,12 @@ def _record(score: Score) -> dict[str, Any]:
     return {"interval_95": [round(end, 4) for end in interval]} if interval else {}
 
 
-def _beside(data: DataSet, own: Model) -> list[Model]:
-    """The start, the student and the teacher."""
-    return [*data.of_role("start"), own, *data.of_role("teacher")]
-
-
 def _section(run: Run, sets: Sequence[DataSet]) -> str:
     lines = [BEGIN, "", "## Scores on held-out data", "", " ".join(answer([run], sets)), ""]
     for data in sets:
         own = data.of_run(run)
         assert own is not None
-        models = _beside(data, own)
+        models = [own, *data.beside]
         heads = ["this student" if model is own else model.label for model in models]
         lines += [
             f"{describe(data)}; {decoding_words(data.evaluation)}. Square brackets: 95% bootstrap "

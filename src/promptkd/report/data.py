@@ -115,6 +115,12 @@ class DataSet:
     def of_role(self, role: str) -> list[Model]:
         return [model for model in self.models if model.role == role]
 
+    @property
+    def beside(self) -> list[Model]:
+        """Whom a student is measured by: its start, its warm-up, its teacher."""
+        warm_up = [model for model in self.of_role("other") if model.label in CALLED]
+        return [*self.of_role("start"), *warm_up, *self.of_role("teacher")]
+
     def of_run(self, run: Run) -> Model | None:
         return next((m for m in self.of_role("run") if m.label == run.label), None)
 

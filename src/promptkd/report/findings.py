@@ -169,19 +169,14 @@ def _score_sentences(run: Run, sets: Sequence[DataSet]) -> list[str]:
             continue
         interval = own.evaluation.scores[score].interval_95
         shown = f" (95% interval {plain(interval[0])} to {plain(interval[1])})" if interval else ""
-        others = [
-            (f"{model.label}'s", model)
-            for role in ("start", "teacher")
-            for model in data.of_role(role)
-            if mean(model, score) is not None
-        ]
+        others = [model for model in data.beside if mean(model, score) is not None]
         unit = "%" * score_name(score).endswith("%")
-        beside = ", ".join(f"its {whose} {plain(mean(m, score))}{unit}" for whose, m in others)
+        beside = ", ".join(f"its {m.label}'s {plain(mean(m, score))}{unit}" for m in others)
         head = f"On {describe(data)}, the student's {in_words(score, mean(own, score))}"
         number = own.evaluation.num_examples
         against = [
             f"Against its {model.label}: {comparison_words(c)}{_power(c, number)}."
-            for _, model in others
+            for model in others
             if (c := between(own, model, score))
         ]
         return [f"{head}{shown}" + (f"; {beside}." if beside else "."), " ".join(against)][

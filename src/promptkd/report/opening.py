@@ -129,12 +129,16 @@ def _how_good(run: Run, sets: Sequence[DataSet]) -> LargeNumber | None:
         score = headline(data)
         if score is None:
             continue
-        scores = {(m.label, m.role): m.evaluation.scores.get(score) for m in data.models}
-        own = scores.get((run.label, "run"))
+        model = data.of_run(run)
+        own = model and model.evaluation.scores.get(score)
         if not own or not own.interval_95:
             continue
         low, high = own.interval_95
-        others = {who: s.mean for who, s in scores.items() if s and who[1] in ("start", "teacher")}
+        others = {
+            (m.label, m.role): m.evaluation.scores[score].mean
+            for m in data.beside
+            if score in m.evaluation.scores
+        }
         top = 1.1 * max([high, *others.values(), 1e-9])
         marks = [Mark(label, 100 * mean / top, role) for (label, role), mean in others.items()]
         marks.append(Mark("student", 100 * own.mean / top, "run"))
@@ -168,17 +172,17 @@ def _weights(run: Run, found: Savings | None) -> list[LargeNumber]:
             label="Speed of generation",
             value=count(own["tokens_per_second"]),
             unit="tokens per second",
-            detail=f"{faster:.2f} times its teacher's {count(other['tokens_per_second'])}"
+            detail=f"{faster:.2f} times the teacher's {count(other['tokens_per_second'])}"
             if faster
             else found.how,
             fill=None if not faster else 100.0 * min(1.0, faster),
             marks=() if not faster else (Mark("teacher", 100 / max(1.0, faster), "teacher"),),
         ),
         LargeNumber(
-            label="Memory of its weights",
+            label="Memory of the weights",
             value=size(own["bytes_memory"]).partition(" ")[0],
             unit=size(own["bytes_memory"]).partition(" ")[2],
-            detail=f"{100 * lighter:.0f}% of its teacher's {size(other['bytes_memory'])}; "
+            detail=f"{100 * lighter:.0f}% of the teacher's {size(other['bytes_memory'])}; "
             f"{on_disk}, the teacher {size(other['bytes_disk'])}"
             if lighter
             else on_disk,
@@ -193,7 +197,7 @@ def _size(parameters: int, share: float | None, teacher: Any) -> LargeNumber:
         label="Size",
         value=value,
         unit=UNITS.get(unit, "parameters"),
-        detail=f"{100 * share:.0f}% of its teacher's {count(teacher)}"
+        detail=f"{100 * share:.0f}% of the teacher's {count(teacher)}"
         if share
         else "no teacher to compare with",
         fill=100 * share if share and share <= 1 else None,

@@ -25,7 +25,7 @@ from promptkd.report.places import Subject
 from promptkd.report.prompt import PromptFindings, prompt_findings
 from promptkd.report.responses import embedded, response_sets
 from promptkd.report.savings import savings
-from promptkd.report.study import difference_figures
+from promptkd.report.study import StudyOutline, difference_figures
 from promptkd.report.tables import (
     cost_table,
     judge_table,
@@ -122,14 +122,19 @@ def _asset(name: str) -> str:
 def _title(subject: Subject) -> str:
     runs = subject.runs
     if subject.study:
-        methods, seeds = len(subject.study.methods), len(subject.study.seeds)
-        return f"A study of {methods} methods, {seeds} training seed{'s' * (seeds > 1)} each"
+        return _title_of_study(subject.study)
     if len(runs) > 1:
         return f"{len(runs)} runs compared"
-    teacher = (runs[0].recipe.get("teacher") or {}).get("model")
-    return f"{runs[0].label}: " + (
-        f"a student of {Path(str(teacher)).name}" if teacher else "a student"
-    )
+    teacher = Path(str((runs[0].recipe.get("teacher") or {}).get("model") or ""))
+    name = teacher.parent.name if teacher.name == "student" else teacher.name
+    return f"{runs[0].label}: a student" + (f" of {name}" if name else "")
+
+
+def _title_of_study(study: StudyOutline) -> str:
+    methods, seeds = len(study.methods), len(study.seeds)
+    title = f"A study of {methods} methods, {seeds} training seed{'s' * (seeds > 1)} each"
+    done = sum(len(study.scores[0].training_seeds.get(name, ())) for name in study.methods)
+    return title + ("" if done == methods * seeds else f": {done} of {methods * seeds} runs so far")
 
 
 def _rests_on(subject: Subject, sets: Sequence[DataSet]) -> list[str]:

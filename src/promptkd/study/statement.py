@@ -63,7 +63,9 @@ def _ahead(
         if line.role != "run" and (own := findings.scores[line.label]) and score in own
     ]
     known = f"; {', '.join(beside)}" if beside else ""
-    return [head, f"{score_name(score)}, means {seeds}: {', '.join(values)}{known}."]
+    name, _, unit = score_name(score).partition(", ")
+    shown = f"{name} ({unit})" if unit else name
+    return [head, f"{shown}, means {seeds}: {', '.join(values)}{known}."]
 
 
 def with_spread(score: Score, name: str) -> str:

@@ -87,7 +87,7 @@ def methods_table(findings: Findings) -> Table | None:
             "Model",
             score_name(score),
             "Each training seed",
-            f"{score_name(score)} − {findings.baseline}",
+            f"Difference to {findings.baseline}",
         ),
         rows=tuple(rows),
     )
@@ -143,9 +143,7 @@ def _seeds(line: Line, num_planned: int) -> str:
     if line.role != "run":
         return "–"
     done = len(line.seeds)
-    if done == num_planned:
-        return str(done)
-    return f"{done} of {num_planned}" if done else "failed"
+    return str(done) if done == num_planned else f"{done} of {num_planned}"
 
 
 def _gain(findings: Findings, line: Line, score: str) -> Cell:
