@@ -8,9 +8,15 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.repocard_data import (
+    eval_results_to_model_index,
+    model_index_to_eval_results,
+)
 
 import runs
 import tiny
+from promptkd.evaluation.evaluate import evaluate_with
+from promptkd.report.report import report
 from promptkd.training.model_card import REPOSITORY
 from promptkd.training.provenance import origin, public_name
 
@@ -51,10 +57,44 @@ def test_a_hub_reads_the_metadata(student):
     assert {"promptkd", "distillation"} <= set(card.data.tags)
     library = "peft" if (student / "adapter_config.json").is_file() else "transformers"
     assert card.data.library_name == library
-    results = {r.metric_type: r.metric_value for r in card.data.eval_results or []}
+    validated = [r for r in card.data.eval_results or [] if r.dataset_type == "validation"]
+    results = {r.metric_type: r.metric_value for r in validated}
     best = json.loads((student.parent / "summary.json").read_text())["best"]["scores"]
     assert results == {name: round(value, 4) for name, value in best.items()}
     assert ModelCard(str(card)).data.to_dict() == card.data.to_dict()
+
+
+def test_held_out_scores_stand_with_their_intervals_beside_start_and_teacher(student):
+    data = str(student.parent.parent / "train.jsonl")
+    records = evaluate_with(student.parent, ["start", "teacher"], data, num_examples=4)
+    for _ in range(2):  # a second report replaces what the first one wrote
+        report(student.parent)
+
+    text = (student / "README.md").read_text()
+    card = ModelCard(text, ignore_metadata_errors=False)
+    index = card.data.to_dict()["model-index"]
+    assert eval_results_to_model_index(*model_index_to_eval_results(index)) == index
+    found = {r.metric_type: r for r in card.data.eval_results or [] if r.dataset_split == "test"}
+    own = records["student"]["train"]["scores"]
+    assert found.keys() == own.keys()
+    for label in ("start", "teacher"):
+        others = records[label]["train"]["scores"]
+        for name in own.keys() & others.keys():
+            beside = (found[name].metric_args or {})[label]
+            assert beside["value"] == round(others[name]["mean"], 4)
+            assert f"{label} " in (found[name].metric_name or "")
+    for name, result in found.items():
+        assert result.metric_value == round(own[name]["mean"], 4)
+        if "interval_95" in own[name]:
+            expected = [round(end, 4) for end in own[name]["interval_95"]]
+            assert (result.metric_args or {})["interval_95"] == expected
+    assert any(r.dataset_type == "validation" for r in card.data.eval_results or [])
+
+    assert text.count("## Scores on held-out data") == 1
+    assert text.index("## Scores on held-out data") < text.index("## Scores on the validation")
+    length, low, high = own["response_length"]["mean"], *own["response_length"]["interval_95"]
+    assert f"{length:.1f} [{low:.1f}, {high:.1f}]" in text
+    assert "| score | this student | start | teacher |" in text
 
 
 def test_it_names_no_place_on_the_machine(student):

@@ -142,12 +142,14 @@ def test_a_single_run_answers_with_distance_size_and_paired_differences():
         f"On held_out (60 requests, seed 1), the student's ROUGE-L is {mean:.1f} (95% interval "
         f"{mean - 1:.1f} to {mean + 1:.1f}); its start's {starts:.1f}, its teacher's 32.0."
     )
-    assert second.startswith("Against its start: 2.0 more, 95% interval 2.0 to 2.0. Against its ")
+    assert second.startswith(
+        "Against its start: 2.0 points more, 95% interval 2.0 to 2.0. Against its "
+    )
     assert "teacher: no difference shown (" in second
-    assert "; 60 requests show one of " in second
+    assert "; with 60 requests, a true difference of " in second
     assert third == (
-        "On held_out (60 requests, seed 1), the student came 75% closer to its teacher (from 2.00 "
-        "to 0.500 nats per token)."
+        "On held_out (60 requests, seed 1), the student came 75% closer to its teacher (KL from "
+        "2.00 to 0.500 nats per token)."
     )
     assert fourth == "It has 50% of its teacher's parameters."
 
@@ -237,7 +239,7 @@ def test_a_student_that_no_longer_ends_is_not_praised_alone():
     where = "the validation data (one response per request, no interval)"
     assert said == [
         f"On {where} its ROUGE-L went from 9.6 to 8.3.",
-        f"On {where}, the student came 42% closer to its teacher (from 0.900 to 0.520 nats per "
+        f"On {where}, the student came 42% closer to its teacher (KL from 0.900 to 0.520 nats per "
         "token).",
         f"But on {where}, fewer of its responses end by themselves (52% before, 0% now; its "
         "teacher's: not measured there).",
@@ -278,8 +280,8 @@ def test_every_sentence_of_the_answer_names_one_data_set_and_its_interval():
     ]
     (closeness,) = answer([run()], sets)
     assert closeness == (
-        "On first (60 requests, seed 1), the student is as far from its teacher as it was (from "
-        "0.500 to 0.500 nats per token, 95% interval 0.400 to 0.600)."
+        "On first (60 requests, seed 1), the student is as far from its teacher as it was (KL "
+        "from 0.500 to 0.500 nats per token, 95% interval 0.400 to 0.600)."
     )
 
 

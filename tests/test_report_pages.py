@@ -12,14 +12,14 @@ import pytest
 import yaml
 
 import tiny
+from promptkd.errors import UserError
 from promptkd.evaluation.results import Evaluation, Prediction, save_evaluation, summarise
-from promptkd.report.comparisons import best_model
+from promptkd.report.numbers import plain
 from promptkd.report.places import read_subject
 from promptkd.report.report import report
-from promptkd.study.findings import Findings, Line
-from promptkd.study.statement import statement
-from promptkd.study.table import study_table
-from report_browser import CHROMIUM, HOW_TO_INSTALL, opened
+from promptkd.study.file import study_from_dict
+from promptkd.study.stored import conclude
+from report_browser import CHROMIUM, HOW_TO_INSTALL, PRINTED_WIDTH, opened, take_pictures
 
 REQUESTS = 60
 SIZE = 99_000_000
@@ -97,40 +97,18 @@ def write_study(directory: Path, scores: dict[str, Sequence[float]], baseline: s
         for seed, score in enumerate(own):
             write_run(directory / method / f"seed-{seed}", method, score, seed)
     write_others(directory)
+    base = tiny.recipe(directory)
+    del base["method"], base["output"]
     asked = {
-        "methods": {name: {} for name in scores},
+        "base": base,
+        "methods": {name: {"method": {"name": name}} for name in scores},
         "seeds": list(range(len(next(iter(scores.values()))))),
         "baseline": baseline,
-        "evaluation": {"suite": {"reminders": ["reminders.jsonl"]}},
+        "evaluation": {"suite": {"reminders": "reminders.jsonl"}},
+        "output": str(directory),
     }
-    said = statement(Findings.of(lines_of(directory, scores), ["reminders"], baseline))
-    record = {"study": asked, "statements": [said]}
-    (directory / "study.json").write_text(json.dumps(record))
+    conclude(study_from_dict(asked))
     return directory
-
-
-def lines_of(directory: Path, scores: dict[str, Sequence[float]]) -> list[Line]:
-    """What ``promptkd study`` makes of the same evaluations."""
-    lines = [
-        Line(
-            label=method,
-            role="run",
-            seeds=tuple(range(len(own))),
-            scores=tuple(
-                {
-                    "reminders": evaluation(
-                        score, f"{directory}/{method}/seed-{s}", 99_000_000, s + 1
-                    )
-                }
-                for s, score in enumerate(own)
-            ),
-        )
-        for method, own in scores.items()
-    ]
-    for role, score in (("start", 20.0), ("teacher", 40.0)):
-        one = {"reminders": evaluation(score, role, 134_000_000)}
-        lines.append(Line(label=role, role=role, seeds=(), scores=(one,)))
-    return lines
 
 
 def first_heading(page: Path) -> str:
@@ -143,32 +121,60 @@ LUCKY = {"promptkd": (27.0, 26.8, 60.0), "gkd": (28.0, 28.2, 28.1), "kd": (24.0,
 
 
 def test_a_lucky_seed_is_not_believed(tmp_path):
-    study = write_study(tmp_path / "study", LUCKY, "start")
+    """The mean of promptkd is highest, for one seed's sake; the page never calls it better."""
+    study = write_study(tmp_path / "study", LUCKY, "kd")
     [data] = read_subject([study]).data_sets()
     models = data.of_role("run")
     assert max(models, key=lambda m: m.evaluation.mean("rouge_l") or 0).label == "promptkd"
-    assert best_model(models, "rouge_l") is None
-    assert first_heading(report(study)) == (
+    page = study / "report.html"
+    assert first_heading(page) == (
         "No method is established as the best of 3 on reminders (60 requests, seed 10)."
     )
-    text = (study / "report.html").read_text()
+    text = html.unescape(page.read_text())
     assert "seed-2 in numbers" not in text
+    [own] = re.findall(r'<th scope="row">promptkd</th>(.*?)</tr>', text, re.DOTALL)[:1]
+    assert "not established" in own
+    assert 'class="best"' not in text
+    gkd = re.findall(r'<th scope="row">gkd</th>(.*?)</tr>', text, re.DOTALL)[0]
+    assert re.search(r"\+4\.\d<small>\[\d\.\d, \d\.\d\] p ", gkd)
 
 
 def test_a_method_ahead_in_every_seed_is_said_to_be_best(tmp_path):
     study = write_study(tmp_path / "study", {**LUCKY, "promptkd": (33, 34, 33.5)}, "gkd")
-    assert first_heading(report(study)).startswith("promptkd is best of 3 methods on ")
+    assert first_heading(study / "report.html").startswith("promptkd is best of 3 methods on ")
 
 
 def test_the_page_says_what_the_studys_table_says(tmp_path):
-    study = write_study(tmp_path / "study", LUCKY, "start")
-    findings = Findings.of(lines_of(study, LUCKY), ["reminders"], "start")
-    text = html.unescape(report(study).read_text())
-    sentences = re.split(r"(?<=\.) (?=[a-zA-Z])", statement(findings))
-    assert sentences[0] == first_heading(study / "report.html")
+    study = write_study(tmp_path / "study", LUCKY, "gkd")
+    record = json.loads((study / "study.json").read_text())
+    text = html.unescape((study / "report.html").read_text())
+    markdown = (study / "table.md").read_text()
+    [said] = record["statements"]
+    sentences = re.split(r"(?<=\.) (?=[a-zA-Z])", said)
     assert len(sentences) == 3
-    assert all(sentence in text for sentence in sentences)
-    assert not any(cell.best for row in study_table(findings, 3, ()).rows for cell in row)
+    assert all(sentence in text and sentence in markdown for sentence in sentences)
+    for table in [record["methods_table"], *record["tables"]]:
+        on_page = text[text.index(f'id="table-{table["name"]}"') :]
+        on_page = on_page[: on_page.index("</figure>")]
+        for row in table["rows"]:
+            for cell in row:
+                assert cell["text"] in on_page
+                assert cell["detail"] in on_page
+    promptkd = next(m for m in record["data"]["reminders"]["models"] if m["label"] == "promptkd")
+    low, high = promptkd["scores"]["rouge_l"]["interval_95"]
+    assert f"[{plain(low)}, {plain(high)}]" in markdown
+    [data] = read_subject([study]).data_sets()
+    [model] = [m for m in data.models if m.label == "promptkd"]
+    assert model.evaluation.scores["rouge_l"].interval_95 == (low, high)
+
+
+def test_a_study_of_an_earlier_version_is_refused_with_what_makes_it_anew(tmp_path):
+    study = write_study(tmp_path / "study", {"gkd": (28.0,)}, "start")
+    record = json.loads((study / "study.json").read_text())
+    del record["tables"]
+    (study / "study.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"earlier version.*--table-only"):
+        report(study)
 
 
 @pytest.fixture(scope="module")
@@ -183,20 +189,26 @@ def pages(tmp_path_factory) -> dict[str, Path]:
     return {
         "single": report([one, *others], place / "single"),
         "comparison": report([*compared, *others], place / "comparison"),
-        "study": report(write_study(place / "study", LUCKY, "start")),
+        "study": write_study(place / "study", LUCKY, "gkd") / "report.html",
     }
 
 
 KINDS = ("single", "comparison", "study")
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason=HOW_TO_INSTALL)
-OVERLAPS = """() => [...document.querySelectorAll('.plot')].flatMap(plot => {
-    const texts = [...plot.querySelectorAll('svg text')].filter(t => t.textContent.trim());
+OVERLAPS = """() => [...document.querySelectorAll('.plot, .numbers, .top')].flatMap(plot => {
+    const found = plot.querySelectorAll('svg text, dt, dd:not(.scale), nav a, .name, button');
+    const texts = [...found].filter(t => t.textContent.trim());
     const boxes = texts.map(t => [t.textContent, t.getBoundingClientRect()]);
     return boxes.flatMap(([name, a], i) => boxes.slice(i + 1).filter(([, b]) =>
         Math.min(a.right, b.right) - Math.max(a.left, b.left) > 1 &&
         Math.min(a.bottom, b.bottom) - Math.max(a.top, b.top) > 2
     ).map(([other]) => plot.id + ': ' + name + ' | ' + other));
 })"""
+BREAKABLE = """() => ['p', 'li', 'dd', 'figcaption', '.plot', '.number', '.item', 'tr']
+    .filter(name => [...document.querySelectorAll(name)]
+        .some(e => getComputedStyle(e).breakInside !== 'avoid'))"""
+TOO_WIDE = """() => [...document.querySelectorAll('.scroll')]
+    .filter(e => e.scrollWidth > e.clientWidth + 1).map(e => e.getAttribute('aria-label'))"""
 CLIPPED = """() => {
     const width = document.documentElement.clientWidth;
     return [...document.querySelectorAll('h1, p, figcaption, .number, .plot svg text, .example')]
@@ -221,17 +233,25 @@ def test_no_labels_overlap_and_nothing_is_clipped(pages, kind, width, scheme):
 
 @needs_chromium
 @pytest.mark.parametrize("kind", KINDS)
-def test_print_takes_fewer_than_eight_pages_and_keeps_paragraphs_whole(pages, kind):
-    with opened(pages[kind], width=718) as (page, _):
+def test_print_takes_fewer_than_eight_pages_and_breaks_no_sentence_and_no_figure(pages, kind):
+    with opened(pages[kind], width=PRINTED_WIDTH) as (page, complaints):
         printed = page.pdf(format="A4", print_background=False)
         assert len(re.findall(rb"/Type /Page\b", printed)) < 8
         page.emulate_media(media="print")
-        inside = page.eval_on_selector_all(
-            "p, figcaption, li, dd",
-            "all => [...new Set(all.map(e => getComputedStyle(e).breakInside))]",
-        )
-        assert inside == ["avoid"]
+        assert page.evaluate(BREAKABLE) == []
+        assert page.evaluate(TOO_WIDE) == []
+        assert page.evaluate(OVERLAPS) == []
         assert page.evaluate(CLIPPED) == []
+        assert complaints == []
+
+
+@needs_chromium
+def test_pictures_of_the_page_are_small_files(pages, tmp_path):
+    made = take_pictures(pages["study"], "study", tmp_path)
+    assert [path.name for path in made] == [
+        f"study-{kind}.png" for kind in ("light", "dark", "phone", "print")
+    ]
+    assert all(5_000 < path.stat().st_size < 250_000 for path in made)
 
 
 @needs_chromium
@@ -255,7 +275,7 @@ def test_a_curve_that_is_zero_throughout_is_not_drawn(pages):
 def test_the_first_screen_says_how_good_how_large_how_fast_and_what_it_cost(pages):
     text = pages["single"].read_text()
     opening = text[text.index('id="answer"') : text.index('id="scores"')]
-    labels = ("ROUGE-L on reminders", "Size", "Speed of generation", "Memory of its weights")
+    labels = ("ROUGE-L on reminders", "Size", "Speed of generation", "Memory of the weights")
     assert all(f"<dt>{label}</dt>" in opening for label in (*labels, "What training cost"))
     assert "the middle of 60 requests" in opening
     assert opening.count('class="response ') == 3

@@ -641,7 +641,7 @@ def test_verdicts_are_corrected_over_the_methods_and_not_over_start_and_teacher(
 def test_a_baseline_whose_runs_all_failed_leaves_nothing_to_compare():
     rows = rows_of(line("a", 1, 3), line("b"), baseline="b")
 
-    assert rows["b"] == ("failed", "–", "–", "–")
+    assert rows["b"] == ("0 of 2", "–", "–", "–")
     assert rows["a"][2] == "not comparable"
 
 

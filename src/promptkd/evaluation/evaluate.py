@@ -110,9 +110,10 @@ def answer(model: str, questions: Questions, output: Path, *, ranks: Ranks = ALO
             tqdm.write(f"{name} has no '{column}': no KL to the teacher, which reads it")
             asked = replace(voices, teacher=None, teacher_name=None, briefed=None)
         scorer = asked.scorer(rows, questions, ranks)
-        bar = {"unit": "seed", "desc": f"responses to {name}", "disable": ranks.rank > 0}
-        with tqdm(questions.seeds, **bar) as shown:
-            scores, predictions = scorer.score(asked.engine, asked.student, asked.teacher, shown)
+        with scorer.bar(asked.engine, f"responses to {name}", len(questions.seeds)):
+            scores, predictions = scorer.score(
+                asked.engine, asked.student, asked.teacher, questions.seeds
+            )
         requests = [example.request_ids for example in scorer.data.examples]
         measured = measured or size_and_speed(
             model, asked.student, requests, questions.protocol.decoding

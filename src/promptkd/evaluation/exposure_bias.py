@@ -40,6 +40,7 @@ from promptkd.evaluation.exposure_curves import (
 from promptkd.evaluation.finished_run import FinishedRun, load_run
 from promptkd.evaluation.suites import distinct
 from promptkd.files import write_json
+from promptkd.generation.progress import responses_bar
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.models.language_model import LanguageModel, select_responses
@@ -283,13 +284,13 @@ def _generate_by_both(
     num_samples: int,
 ) -> list[Responses]:
     """The student's responses, and the plain teacher's."""
-    responses = []
-    for who, author in (bar := tqdm({"student": run.student, "teacher": run.teacher}.items())):
-        bar.set_description(f"the {who} responds")
+    responses, total = [], len(data) * len(seeds) * num_samples
+    for who, author in {"student": run.student, "teacher": run.teacher}.items():
         engine, by_teacher = TransformersEngine(author, run.stop), who == "teacher"
-        asked = generate_responses(
-            engine, data, decoding, seeds, num_samples, by_teacher=by_teacher
-        )
+        with responses_bar(engine, total, f"the {who} responds"):
+            asked = generate_responses(
+                engine, data, decoding, seeds, num_samples, by_teacher=by_teacher
+            )
         responses.append(asked)
     return responses
 
@@ -301,8 +302,8 @@ def _gaps(run: FinishedRun, responses: list[Responses], **how: Any) -> list[Gaps
         UserError: if there is no gap at all.
     """
     num_steps = run.encoder.max_response_tokens
-    shown = tqdm(responses, desc="errors on either's text")
-    gaps = [measure_gaps(own, run.student, run.teacher, num_steps, **how) for own in shown]
+    with tqdm(responses, desc="errors on either's text") as shown:
+        gaps = [measure_gaps(own, run.student, run.teacher, num_steps, **how) for own in shown]
     if exposure_curve(*gaps).teacher_gap[-1] <= NO_GAP:
         raise UserError(
             f"The student of {run.directory} gives the same probabilities as its teacher on the "

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from promptkd.errors import UserError
 from promptkd.evaluation.results import own_evaluations, save_evaluation
 
@@ -25,13 +27,14 @@ def rescore(directory: str | Path, notes: list[str] | None = None) -> dict[str, 
     place = Path(directory)
     if (place / "evaluation").is_dir():
         place = place / "evaluation"
+    folders = (place, *sorted(path for path in place.rglob("*") if path.is_dir()))
+    kept = [(f, own) for f in folders for own in own_evaluations(f, notes) if own.predictions]
     results = {}
-    for folder in (place, *sorted(path for path in place.rglob("*") if path.is_dir())):
-        for found in own_evaluations(folder, notes):
-            if found.predictions:
-                again = found.scored_anew()
-                save_evaluation(folder, again)
-                results[str((folder / found.name).relative_to(place))] = again.to_dict()
+    with tqdm(kept, desc="scoring anew", unit="evaluation") as shown:
+        for folder, found in shown:
+            again = found.scored_anew()
+            save_evaluation(folder, again)
+            results[str((folder / found.name).relative_to(place))] = again.to_dict()
     if not results:
         raise UserError(f"{directory} holds no predictions. Name a run that was evaluated.")
     return results

@@ -1,6 +1,7 @@
 """Responses to held-out requests and their scores: one protocol, in training and after."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ from torch import Tensor
 from promptkd.data import Dataset
 from promptkd.evaluation.metrics import TEACHER_CROSS_ENTROPY, metrics_of
 from promptkd.evaluation.results import Prediction, Score, summarise
+from promptkd.generation.progress import responses_bar
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine
 from promptkd.models.language_model import LanguageModel
@@ -99,6 +101,13 @@ class Scorer:
     micro_batch_tokens: int = MICRO_BATCH_TOKENS
     ranks: Ranks = ALONE
     metrics: tuple[str, ...] = ()
+
+    def bar(
+        self, engine: Engine, what: str, num_seeds: int, *, stays: bool = True
+    ) -> AbstractContextManager[None]:
+        """Of this process's responses, while ``score`` is at work; rank 0 shows its own."""
+        total = num_seeds * len(self.ranks.share(self.data.examples))
+        return responses_bar(engine, total, what, shown=self.ranks.rank == 0, stays=stays)
 
     def score(
         self,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+from tqdm.auto import tqdm
 
 from promptkd.adapters import load_prefix
 from promptkd.config import Recipe, load_recipe
@@ -55,19 +56,22 @@ def generate(
     decoding = GenerationSettings.of_recipe(recipe)
     if temperature is not None:
         decoding = replace(decoding, temperature=temperature)
-    responses = {}
-    for author, name, adapter in _voices(run, recipe):
-        tokenizer = load_tokenizer(name)
-        encoder = Encoder.of_recipe(recipe, tokenizer, date=date_of_run(run))
-        model, front = _load_voice(name, adapter, recipe.precision)
-        stop = {*stop_ids(tokenizer, model.module), encoder.eos_token_id}
-        engine = TransformersEngine(model, sorted(stop))
-        if author != "student" and recipe.teacher:
-            encoder = encoder.for_teacher(recipe.teacher, tokenizer) or encoder
-        ids = encoder.request_ids(Example(request, input, teacher_context=context))
-        _check_length(ids, encoder.max_request_tokens)
-        written = engine.generate([ids], [(seed,)], decoding, **front)[0]
-        responses[author] = tokenizer.decode(written.token_ids, skip_special_tokens=True).strip()
+    voices, responses = [*_voices(run, recipe)], {}
+    with tqdm(total=len(voices), unit="model") as bar:
+        for author, name, adapter in voices:
+            bar.set_description(f"the {author} responds")
+            tokenizer = load_tokenizer(name)
+            encoder = Encoder.of_recipe(recipe, tokenizer, date=date_of_run(run))
+            model, front = _load_voice(name, adapter, recipe.precision)
+            stop = {*stop_ids(tokenizer, model.module), encoder.eos_token_id}
+            engine = TransformersEngine(model, sorted(stop))
+            if author != "student" and recipe.teacher:
+                encoder = encoder.for_teacher(recipe.teacher, tokenizer) or encoder
+            ids = encoder.request_ids(Example(request, input, teacher_context=context))
+            _check_length(ids, encoder.max_request_tokens)
+            token_ids = engine.generate([ids], [(seed,)], decoding, **front)[0].token_ids
+            responses[author] = tokenizer.decode(token_ids, skip_special_tokens=True).strip()
+            bar.update()
     return responses
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from promptkd.generation.kv_cache import reserved_cache
+from promptkd.generation.progress import Progress, Writes, unseen
 from promptkd.generation.sampling import GenerationSettings, TokenSampler
 from promptkd.kernels.matmul import GenerationMatmuls
 from promptkd.models.language_model import PADDING, LanguageModel, prompt_positions, put_in_front
@@ -71,7 +72,7 @@ class Past(Protocol):
 
 
 @runtime_checkable
-class Engine(Protocol):
+class Engine(Writes, Protocol):
     """Whatever writes one response per request, in their order; a function of weights and seeds."""
 
     @property
@@ -90,6 +91,7 @@ class TransformersEngine:
 
     def __init__(self, model: LanguageModel, stop_ids: Sequence[int]):
         self.stop_ids = torch.tensor(stop_ids, device=model.device)
+        self.progress: Progress = unseen
         self._model = model
         self._working_copy: LanguageModel | None = None
         if model.dtype != model.module.dtype:
@@ -192,6 +194,7 @@ class TransformersEngine:
         history = first.tokens.masked_fill(~first.mask, PADDING)  # padding is part of no n-gram
         rows = torch.arange(len(requests), device=model.device)  # what each live row answers
         token_ids: list[list[int]] = [[] for _ in requests]
+        share_of_token = len(requests) / decoding.max_new_tokens
         noted = [*authors, sampler] if co_author else []
         logprobs: list[list[list[float]]] = [[[] for _ in requests] for _ in noted]
         for time in range(decoding.max_new_tokens):
@@ -208,6 +211,7 @@ class TransformersEngine:
                 own = [scores.gather(-1, chosen[:, None])[:, 0] for scores in spoken]
                 _note(logprobs, rows, [*own, sampler.logprobs_of(chosen, law)])
             going_on = ~torch.isin(chosen, self.stop_ids)
+            self.progress(share_of_token)
             if not going_on.any():
                 break
             history = torch.cat([history, chosen[:, None]], dim=1)
@@ -218,6 +222,7 @@ class TransformersEngine:
                 rows, history = rows[keep], history[keep]
                 for author in authors:
                     author.keep(keep)
+        self.progress(len(requests) - share_of_token * max(map(len, token_ids)))
         return _responses(token_ids, logprobs, self.stop_ids.tolist())
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from promptkd.errors import UserError
+from promptkd.generation.progress import Progress, unseen
 from promptkd.generation.sampling import GenerationSettings, TokenSampler
 from promptkd.generation.transformers_engine import Response, Tokens, left_pad
 from promptkd.models.language_model import PADDING, LanguageModel
@@ -39,6 +40,7 @@ class VLLMEngine:
 
     def __init__(self, model: LanguageModel, stop_ids: Sequence[int], max_tokens: int):
         self.stop_ids = torch.tensor(stop_ids, device=model.device)
+        self.progress: Progress = unseen
         self._model = model
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are pushed within the process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -90,6 +92,7 @@ class VLLMEngine:
                 use_tqdm=False,
             )
         assert len(outputs) == len(requests)
+        self.progress(len(outputs))
         return [Response(tuple(output.outputs[0].token_ids)) for output in outputs]
 
     def _sampling(

@@ -1,7 +1,9 @@
 """Cells under headings: a table of the page, saved as Markdown and LaTeX, printed as text."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from promptkd.files import write_text
 
@@ -41,6 +43,12 @@ class Table:
     caption: str
     headings: tuple[str, ...]
     rows: tuple[tuple[Cell, ...], ...]
+
+    @classmethod
+    def of_dict(cls, found: Mapping[str, Any]) -> "Table":
+        """From what ``dataclasses.asdict`` made of one, by way of JSON."""
+        rows = tuple(tuple(Cell(**cell) for cell in row) for row in found["rows"])
+        return cls(**{**found, "headings": tuple(found["headings"]), "rows": rows})
 
     def to_markdown(self) -> str:
         """GitHub's tables; | in a cell is escaped."""

@@ -7,7 +7,7 @@ from typing import Any
 from promptkd.evaluation.comparison import difference
 from promptkd.evaluation.results import Evaluation
 from promptkd.report.data import DataSet, Model
-from promptkd.report.numbers import plain, signed
+from promptkd.report.numbers import digits, plain, signed
 
 RANKED = ("rouge_l", "rouge_l_unicode", "exact_match", "final_answer")
 """More is better; the first that covers the most requests compares models in words."""
@@ -25,6 +25,8 @@ SCORE_NAMES = {
     "ended": "Ended by itself, %",
     "repeated_4_grams": "Repeated 4-grams, %",
 }
+NATS = ("reverse_kl_to_teacher", "cross_entropy", "teacher_cross_entropy")
+"""Scores in nats per token: less is better, and the first decimal says nothing."""
 STANDARD_ERRORS = 2 * 1.96
 """Widths of a 95% interval."""
 DETECTED = 1.96 + 0.84
@@ -35,9 +37,7 @@ DETECTED = 1.96 + 0.84
 class Comparison:
     """The mean of first - second over the same requests, with its 95% interval.
 
-    Attributes:
-        every_seed: whether every training seed of one is above every one of the other; of a
-            single seed nothing is known.
+    It is about these very models: what other training seeds would change, only a study knows.
     """
 
     first: str
@@ -45,16 +45,11 @@ class Comparison:
     difference: float
     low: float
     high: float
-    every_seed: bool = True
-
-    @property
-    def excludes_zero(self) -> bool:
-        return self.low > 0 or self.high < 0
 
     @property
     def shown(self) -> bool:
-        """Whether the data show a difference: the interval excludes zero, the seeds agree."""
-        return self.every_seed and self.excludes_zero
+        """Whether the data show a difference: the interval excludes zero."""
+        return self.low > 0 or self.high < 0
 
     @property
     def detectable(self) -> float:
@@ -67,21 +62,13 @@ def between(first: Model, second: Model, score: str) -> Comparison | None:
     found = difference(first.evaluation, second.evaluation, score)
     if found is None:
         return None
-    own, other = (_by_training_seed(model, score) for model in (first, second))
-    single = len(own) == len(other) == 1
     return Comparison(
         first=first.label,
         second=second.label,
         difference=found.difference,
         low=found.low,
         high=found.high,
-        every_seed=single or min(own) > max(other) or max(own) < min(other),
     )
-
-
-def _by_training_seed(model: Model, score: str) -> list[float]:
-    seeds = model.training_seeds or (model.evaluation,)
-    return [value for own in seeds if (value := own.mean(score)) is not None]
 
 
 def best_model(models: Sequence[Model], score: str) -> str | None:
@@ -103,11 +90,13 @@ def mean(model: Model, score: str) -> Any:
 
 
 def headline(data: DataSet) -> str | None:
-    """The score that compares models in words.
+    """The score that compares models in words: a study's own, where it names one.
 
-    Exact match where some model reaches ``EXACT``, else ROUGE-L unless another covers more
+    Else exact match where some model reaches ``EXACT``, else ROUGE-L unless another covers more
     requests.
     """
+    if data.compared:
+        return data.compared
     scores = (data.of_role("run") or data.models)[0].evaluation.scores
     known = [name for name in RANKED if name in scores]
     if "exact_match" in known and max(mean(m, "exact_match") or 0 for m in data.models) >= EXACT:
@@ -123,6 +112,8 @@ def score_name(score: str) -> str:
 def in_words(score: str, value: float) -> str:
     """A score with its unit: ``exact match is 58.3%`` or ``ROUGE-L is 21.7``."""
     name, _, unit = score_name(score).partition(", ")
+    if score in NATS:
+        return f"{name} is {digits(value)} nats per token"
     return f"{name.lower() if unit else name} is {plain(value)}{unit}"
 
 
@@ -137,20 +128,25 @@ def in_order(found: Set[str]) -> list[str]:
 
 
 def describe(data: DataSet) -> str:
-    """``dolly_valid (200 requests, seeds 10 and 20)``."""
+    """``dolly_valid (200 requests, seeds 10 and 20)``; greedy decoding has no seeds."""
     evaluation = data.evaluation
-    seeds = [str(seed) for seed in evaluation.seeds]
-    named = " and ".join([", ".join(seeds[:-1]), seeds[-1]] if len(seeds) > 1 else seeds)
     number = evaluation.num_examples
     requests = f"{number} request{'s' if number != 1 else ''}"
-    return f"{data.name} ({requests}, seed{'s' if len(seeds) > 1 else ''} {named})"
+    if is_greedy(evaluation):
+        return f"{data.name} ({requests}, greedy)"
+    seeds = evaluation.seeds
+    return f"{data.name} ({requests}, seed{'s' * (len(seeds) > 1)} {listed([*map(str, seeds)])})"
+
+
+def is_greedy(evaluation: Evaluation) -> bool:
+    return evaluation.decoding.get("temperature") == 0
 
 
 def decoding_words(evaluation: Evaluation) -> str:
     """How the responses were generated, in words."""
     decoding = evaluation.decoding
     temperature = decoding.get("temperature", 1.0)
-    parts = ["greedy decoding"] if temperature == 0 else [f"temperature {temperature:g}"]
+    parts = ["greedy decoding"] if is_greedy(evaluation) else [f"temperature {temperature:g}"]
     if decoding.get("top_p", 1.0) < 1:
         parts.append(f"top-p {decoding['top_p']:g}")
     if decoding.get("top_k", 0):
@@ -165,20 +161,19 @@ def decoding_words(evaluation: Evaluation) -> str:
 
 
 def comparison_words(c: Comparison) -> str:
-    """``2.1 more, 95% interval 0.9 to 3.3`` or ``no difference shown (+0.1, 95% -0.4 to 0.6)``."""
+    """``2.1 points more, 95% interval 0.9 to 3.3``, or ``no difference shown (+0.1, ...)``."""
     if not c.shown:
-        seeds = ", but training seeds overlap" if c.excludes_zero else ""
         return (
             f"no difference shown ({signed(c.difference)}, 95% interval "
-            f"{plain(c.low)} to {plain(c.high)}{seeds})"
+            f"{plain(c.low)} to {plain(c.high)})"
         )
     word = "more" if c.difference > 0 else "less"
     low, high = sorted((abs(c.low), abs(c.high)))
-    return f"{abs(c.difference):.1f} {word}, 95% interval {low:.1f} to {high:.1f}"
+    return f"{abs(c.difference):.1f} points {word}, 95% interval {low:.1f} to {high:.1f}"
 
 
 def ranking(data: DataSet) -> list[str]:
-    """Who is ahead among runs, or among methods by their means over training seeds."""
+    """Who is ahead among runs."""
     score = headline(data)
     models = [m for m in data.of_role("run") if score and mean(m, score) is not None]
     if score is None or len(models) < 2:
@@ -187,31 +182,20 @@ def ranking(data: DataSet) -> list[str]:
     leader, others = models[0], models[1:]
     found = [c for other in others if (c := between(leader, other, score))]
     where = f"on {describe(data)}"
-    kind = "methods" if leader.training_seeds else "runs"
     tied = [c.second for c in found if not c.shown]
     if len(tied) == len(others):
         head = f"No difference shown between {listed([m.label for m in models])}"
     elif tied:
         head = (
-            f"{leader.label} scores highest of {len(models)} {kind}, with no difference shown to "
+            f"{leader.label} scores highest of {len(models)} runs, with no difference shown to "
             f"{listed(tied)}"
         )
     else:
-        head = f"{leader.label} scores best of {len(models)} {kind}"
+        head = f"{leader.label} scores best of {len(models)} runs"
     gaps = "; ".join(f"against {c.second} {comparison_words(c)}" for c in found)
     teachers = [f" (the teacher: {plain(mean(m, score))})" for m in data.of_role("teacher")]
-    value = f"{leader.label}'s {_value(leader, score)}"
+    value = f"{leader.label}'s {in_words(score, mean(leader, score))}"
     return [f"{head} {where}.", f"{value}{''.join(teachers[:1])}; {gaps}."]
-
-
-def _value(model: Model, score: str) -> str:
-    found, number = model.evaluation.scores[score], len(model.training_seeds)
-    text = in_words(score, found.mean)
-    if number == 1:
-        return f"{text} (one training seed: what another would change isn't known)"
-    if number:
-        return f"{text} ± {found.deviation_over_seeds:.1f} over {number} training seeds"
-    return text
 
 
 def listed(names: Sequence[str]) -> str:

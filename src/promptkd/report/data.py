@@ -92,18 +92,34 @@ class Model:
 
 @dataclass(frozen=True)
 class DataSet:
-    """Models that answered the same requests under the same settings."""
+    """Models that answered the same requests under the same settings.
+
+    Attributes:
+        compared: the score that decides, where a study named it.
+    """
 
     name: str
     models: tuple[Model, ...]
+    compared: str | None = None
 
     @property
     def evaluation(self) -> Evaluation:
         """The first model's: its settings are everybody's."""
         return self.models[0].evaluation
 
+    @property
+    def of_methods(self) -> bool:
+        """Whether it is a study's, with a model per method."""
+        return any(model.training_seeds for model in self.models)
+
     def of_role(self, role: str) -> list[Model]:
         return [model for model in self.models if model.role == role]
+
+    @property
+    def beside(self) -> list[Model]:
+        """Whom a student is measured by: its start, its warm-up, its teacher."""
+        warm_up = [model for model in self.of_role("other") if model.label in CALLED]
+        return [*self.of_role("start"), *warm_up, *self.of_role("teacher")]
 
     def of_run(self, run: Run) -> Model | None:
         return next((m for m in self.of_role("run") if m.label == run.label), None)

@@ -19,7 +19,7 @@ from promptkd.report.comparisons import (
     score_name,
 )
 from promptkd.report.data import DataSet, Run
-from promptkd.report.numbers import digits, plain
+from promptkd.report.numbers import digits, like, plain
 from promptkd.report.savings import savings
 
 ENDED_LESS = 20  # percentage points that are worth a warning
@@ -169,19 +169,14 @@ def _score_sentences(run: Run, sets: Sequence[DataSet]) -> list[str]:
             continue
         interval = own.evaluation.scores[score].interval_95
         shown = f" (95% interval {plain(interval[0])} to {plain(interval[1])})" if interval else ""
-        others = [
-            (f"{model.label}'s", model)
-            for role in ("start", "teacher")
-            for model in data.of_role(role)
-            if mean(model, score) is not None
-        ]
+        others = [model for model in data.beside if mean(model, score) is not None]
         unit = "%" * score_name(score).endswith("%")
-        beside = ", ".join(f"its {whose} {plain(mean(m, score))}{unit}" for whose, m in others)
+        beside = ", ".join(f"its {m.label}'s {plain(mean(m, score))}{unit}" for m in others)
         head = f"On {describe(data)}, the student's {in_words(score, mean(own, score))}"
         number = own.evaluation.num_examples
         against = [
             f"Against its {model.label}: {comparison_words(c)}{_power(c, number)}."
-            for _, model in others
+            for model in others
             if (c := between(own, model, score))
         ]
         return [f"{head}{shown}" + (f"; {beside}." if beside else "."), " ".join(against)][
@@ -198,8 +193,8 @@ def _power(comparison: Comparison, num_requests: int) -> str:
     if comparison.shown or comparison.detectable < 0.05:
         return ""
     return (
-        f"; {num_requests} requests show one of {plain(comparison.detectable)} or more four times "
-        "in five"
+        f"; with {num_requests} requests, a true difference of {plain(comparison.detectable)} "
+        "points or more would show four times in five"
     )
 
 
@@ -208,8 +203,10 @@ def _closeness(run: Run, sets: Sequence[DataSet]) -> str:
     if found is None:
         state = "was trained" if run.summary else "is being trained"
         return f"The student {state} with {run.method}; its distance to a teacher is unknown."
-    interval = f", 95% interval {_between(found.interval)}" if found.interval else ""
-    values = f"from {digits(found.start)} to {digits(found.end)} nats per token{interval}"
+    end = digits(found.end)
+    ends = " to ".join(like(end, value) for value in found.interval or ())
+    interval = f", 95% interval {ends}" if ends else ""
+    values = f"KL from {digits(found.start)} to {end} nats per token{interval}"
     head = f"On {found.where}, the student"
     if found.closer >= 0.5:
         return f"{head} came {_percent(found.closer)} closer to its teacher ({values})."
@@ -237,10 +234,6 @@ def _savings(run: Run, sets: Sequence[DataSet]) -> list[str]:
         f"{100 * shares['bytes_memory']:.0f}% of the memory and {100 * shares['bytes_disk']:.0f}% "
         "of the disk."
     ]
-
-
-def _between(interval: tuple[float, float]) -> str:
-    return f"{digits(interval[0])} to {digits(interval[1])}"
 
 
 def _closest(runs: Sequence[Run], sets: Sequence[DataSet]) -> str:

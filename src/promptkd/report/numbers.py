@@ -17,6 +17,16 @@ def digits(value: float) -> str:
     return f"{value:.{decimals}f}".replace("-", "−")
 
 
+def like(shown: str, value: float) -> str:
+    """With as many decimals as a number that is shown: the ends of an interval beside a mean.
+
+    >>> like("0.0101", 0.00398), like("−0.31", -0.1999), like("0.1", -0.02)
+    ('0.0040', '−0.20', '0.0')
+    """
+    text = f"{value:.{len(shown.partition('.')[2])}f}"
+    return text.lstrip("-") if not text.strip("-0.") else text.replace("-", "−")
+
+
 def plain(value: float) -> str:
     """One decimal, with a minus sign."""
     return f"{value:.1f}".replace("-0.0", "0.0").replace("-", "−")

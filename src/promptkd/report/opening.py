@@ -66,7 +66,7 @@ def large_numbers(subject: Subject, leader: Run, sets: Sequence[DataSet]) -> lis
         measured = [(m, d) for d in sets for m in d.of_role("run") if m.evaluation.size_and_speed]
         found = savings_of(*measured[0]) if measured else None
         return [*_weights(leader, found), *_took_study(subject)]
-    numbers = [_score(leader, sets), _distance(leader, sets)]
+    numbers = [_how_good(leader, sets), _distance(leader, sets)]
     return [
         *(number for number in numbers if number),
         *_weights(leader, savings(leader, sets)),
@@ -74,21 +74,21 @@ def large_numbers(subject: Subject, leader: Run, sets: Sequence[DataSet]) -> lis
     ]
 
 
-def example(entry: Row | None) -> Exchange | None:
-    """The middle one of the requests, by the first model's score; of the page's first data set."""
+def example(entry: Row | None, leader: str) -> Exchange | None:
+    """The middle one of the requests, by the leading model's score; of the first data set."""
     if entry is None or entry["score"] is None:
         return None
-    scored = [
-        item for item in entry["items"] if item["responses"][0] and _score_of(item) is not None
-    ]
+    labels = [model["label"] for model in entry["models"]]
+    place = labels.index(leader) if leader in labels else 0
+    scored = [(s, item) for item in entry["items"] if (s := _score(item, place)) is not None]
     if not scored:
         return None
-    scored.sort(key=lambda item: (_score_of(item), item["row"]))
-    chosen = scored[len(scored) // 2]
-    first, value = entry["models"][0], in_words(entry["score"], _score_of(chosen) or 0.0)
+    scored.sort(key=lambda found: (found[0], found[1]["row"]))
+    score, chosen = scored[len(scored) // 2]
+    value = in_words(entry["score"], score)
     return Exchange(
         why=f"Row {chosen['row']} of {entry['name']}: the middle of {len(scored)} requests by "
-        f"{first['label']}'s score ({value}).",
+        f"{labels[place]}'s score ({value}).",
         request=_short(chosen["request"]),
         reference=_short(next(iter(chosen["references"]), "")),
         responses=tuple(
@@ -99,8 +99,10 @@ def example(entry: Row | None) -> Exchange | None:
     )
 
 
-def _score_of(item: Row) -> float | None:
-    return item["responses"][0][0]["score"]
+def _score(item: Row, place: int) -> float | None:
+    """Of a model's first response."""
+    own = item["responses"][place]
+    return own[0]["score"] if own else None
 
 
 def _short(text: str) -> str:
@@ -122,17 +124,21 @@ def _distance(run: Run, sets: Sequence[DataSet]) -> LargeNumber | None:
     )
 
 
-def _score(run: Run, sets: Sequence[DataSet]) -> LargeNumber | None:
+def _how_good(run: Run, sets: Sequence[DataSet]) -> LargeNumber | None:
     for data in sets:
         score = headline(data)
         if score is None:
             continue
-        scores = {(m.label, m.role): m.evaluation.scores.get(score) for m in data.models}
-        own = scores.get((run.label, "run"))
+        model = data.of_run(run)
+        own = model and model.evaluation.scores.get(score)
         if not own or not own.interval_95:
             continue
         low, high = own.interval_95
-        others = {who: s.mean for who, s in scores.items() if s and who[1] in ("start", "teacher")}
+        others = {
+            (m.label, m.role): m.evaluation.scores[score].mean
+            for m in data.beside
+            if score in m.evaluation.scores
+        }
         top = 1.1 * max([high, *others.values(), 1e-9])
         marks = [Mark(label, 100 * mean / top, role) for (label, role), mean in others.items()]
         marks.append(Mark("student", 100 * own.mean / top, "run"))
@@ -166,17 +172,17 @@ def _weights(run: Run, found: Savings | None) -> list[LargeNumber]:
             label="Speed of generation",
             value=count(own["tokens_per_second"]),
             unit="tokens per second",
-            detail=f"{faster:.2f} times its teacher's {count(other['tokens_per_second'])}"
+            detail=f"{faster:.2f} times the teacher's {count(other['tokens_per_second'])}"
             if faster
             else found.how,
             fill=None if not faster else 100.0 * min(1.0, faster),
             marks=() if not faster else (Mark("teacher", 100 / max(1.0, faster), "teacher"),),
         ),
         LargeNumber(
-            label="Memory of its weights",
+            label="Memory of the weights",
             value=size(own["bytes_memory"]).partition(" ")[0],
             unit=size(own["bytes_memory"]).partition(" ")[2],
-            detail=f"{100 * lighter:.0f}% of its teacher's {size(other['bytes_memory'])}; "
+            detail=f"{100 * lighter:.0f}% of the teacher's {size(other['bytes_memory'])}; "
             f"{on_disk}, the teacher {size(other['bytes_disk'])}"
             if lighter
             else on_disk,
@@ -191,7 +197,7 @@ def _size(parameters: int, share: float | None, teacher: Any) -> LargeNumber:
         label="Size",
         value=value,
         unit=UNITS.get(unit, "parameters"),
-        detail=f"{100 * share:.0f}% of its teacher's {count(teacher)}"
+        detail=f"{100 * share:.0f}% of the teacher's {count(teacher)}"
         if share
         else "no teacher to compare with",
         fill=100 * share if share and share <= 1 else None,

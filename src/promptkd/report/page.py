@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from promptkd.report import plots
 from promptkd.report.cells import Table
-from promptkd.report.comparisons import decoding_words, describe
+from promptkd.report.comparisons import decoding_words, describe, is_greedy
 from promptkd.report.data import DataSet, Run
 from promptkd.report.exposure_plots import exposure_figures
 from promptkd.report.figures import Figure
@@ -25,18 +25,18 @@ from promptkd.report.places import Subject
 from promptkd.report.prompt import PromptFindings, prompt_findings
 from promptkd.report.responses import embedded, response_sets
 from promptkd.report.savings import savings
+from promptkd.report.study import StudyOutline, difference_figures
 from promptkd.report.tables import (
     cost_table,
     judge_table,
-    method_table,
     overview_table,
     score_table,
 )
 
 BY_METHOD = (
-    "A method's number is the mean over its training seeds. A difference is called one only where "
-    "its interval over requests excludes zero and no training seed of one method reaches into the "
-    "other's: one lucky seed doesn't make a method better."
+    "A method's score is the mean over its training seeds, and its interval covers requests and "
+    "training seeds: one lucky seed doesn't make a method better. Established: p below 0.05 after "
+    "Holm's correction over the methods compared."
 )
 
 
@@ -79,8 +79,8 @@ def render(subject: Subject, directory: Path) -> str:
         answer=_answer(subject, sets),
         rests_on=_rests_on(subject, sets),
         numbers=large_numbers(subject, leader, sets),
-        leader=leader.label if len(subject.runs) > 1 and not subject.study else None,
-        example=example(responses[0] if responses else None),
+        whose=_whose(subject, leader),
+        example=example(responses[0] if responses else None, leader.label),
         overview=opening,
         notes=_notes(subject, sets),
         sections=sections,
@@ -104,8 +104,15 @@ def _answer(subject: Subject, sets: Sequence[DataSet]) -> list[str]:
 
 def _opening_table(subject: Subject, sets: Sequence[DataSet]) -> Table | None:
     if subject.study:
-        return method_table(sets[0], subject.study.baseline) if sets else None
+        return subject.study.methods_table
     return overview_table(subject.runs, sets) if len(subject.runs) > 1 else None
+
+
+def _whose(subject: Subject, leader: Run) -> str | None:
+    """Above the numbers, where it isn't obvious whose they are."""
+    if subject.study:
+        return "The students in numbers"
+    return f"{leader.label} in numbers" if len(subject.runs) > 1 else None
 
 
 def _asset(name: str) -> str:
@@ -115,14 +122,19 @@ def _asset(name: str) -> str:
 def _title(subject: Subject) -> str:
     runs = subject.runs
     if subject.study:
-        methods, seeds = len(subject.study.methods), len(subject.study.seeds)
-        return f"A study of {methods} methods, {seeds} training seed{'s' * (seeds > 1)} each"
+        return _title_of_study(subject.study)
     if len(runs) > 1:
         return f"{len(runs)} runs compared"
-    teacher = (runs[0].recipe.get("teacher") or {}).get("model")
-    return f"{runs[0].label}: " + (
-        f"a student of {Path(str(teacher)).name}" if teacher else "a student"
-    )
+    teacher = Path(str((runs[0].recipe.get("teacher") or {}).get("model") or ""))
+    name = teacher.parent.name if teacher.name == "student" else teacher.name
+    return f"{runs[0].label}: a student" + (f" of {name}" if name else "")
+
+
+def _title_of_study(study: StudyOutline) -> str:
+    methods, seeds = len(study.methods), len(study.seeds)
+    title = f"A study of {methods} methods, {seeds} training seed{'s' * (seeds > 1)} each"
+    done = sum(len(study.scores[0].training_seeds.get(name, ())) for name in study.methods)
+    return title + ("" if done == methods * seeds else f": {done} of {methods * seeds} runs so far")
 
 
 def _rests_on(subject: Subject, sets: Sequence[DataSet]) -> list[str]:
@@ -167,8 +179,9 @@ def _notes(subject: Subject, sets: Sequence[DataSet]) -> list[str]:
     if len(runs) > 1 and not subject.study:
         notes += [f"{run.label}: {w}." for run in runs for w in warnings(run, sets)]
         notes += _starts(runs)
-    if any(len(data.evaluation.seeds) == 1 for data in sets):
-        notes.append("Some scores come from a single decoding seed.")
+    for data in sets:
+        if len(data.evaluation.seeds) == 1 and not is_greedy(data.evaluation):
+            notes.append(f"{data.name}: one decoding seed; another would give other responses.")
     return notes
 
 
@@ -187,9 +200,9 @@ def _starts(runs: Sequence[Run]) -> list[str]:
 def _sections(subject: Subject, sets: Sequence[DataSet], figures: Path) -> list[PageSection]:
     runs = subject.runs
     judged, took = judge_table(runs), cost_table(runs)
-    scored = tuple(
-        score_table(data, number, subject.study.baseline if subject.study else None)
-        for number, data in enumerate(sets, start=1)
+    study = subject.study
+    scored = (
+        study.tables if study else [score_table(data, n) for n, data in enumerate(sets, start=1)]
     )
     return [
         PageSection(
@@ -198,6 +211,7 @@ def _sections(subject: Subject, sets: Sequence[DataSet], figures: Path) -> list[
             lead="Held-out requests, one response per request and seed. The start and the teacher "
             "stand beside the students where they were evaluated alike.",
             figures=(
+                *(difference_figures(study, figures) if study else ()),
                 *plots.score_figures(runs, sets, figures),
                 *plots.length_figures(runs, sets, figures),
             ),

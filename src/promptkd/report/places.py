@@ -11,17 +11,7 @@ from promptkd.evaluation.results import read_evaluation
 from promptkd.files import read_json
 from promptkd.report.data import DataSet, Named, Run, data_sets, read_run
 from promptkd.report.pooling import by_method
-
-
-@dataclass(frozen=True)
-class StudyOutline:
-    """What study.json says was compared, and what came of it in words."""
-
-    methods: tuple[str, ...]
-    seeds: tuple[int, ...]
-    baseline: str
-    suite: tuple[str, ...]
-    statements: tuple[str, ...]
+from promptkd.report.study import StudyOutline, read_study
 
 
 @dataclass(frozen=True)
@@ -44,9 +34,7 @@ class Subject:
         sets = data_sets(self.runs, self.others)
         if self.study is None:
             return sets
-        order = {name: place for place, name in enumerate(self.study.suite)}
-        sets.sort(key=lambda data: order.get(data.name, len(order)))
-        return by_method(sets, self.runs)
+        return by_method(sets, self.runs, self.study)
 
 
 def read_subject(paths: Sequence[Path]) -> Subject:
@@ -86,17 +74,7 @@ def read_subject(paths: Sequence[Path]) -> Subject:
 
 
 def _read_study(path: Path) -> Subject:
-    record = read_json(path / "study.json", []) or {}
-    asked = record.get("study", {})
-    if not asked:
-        raise UserError(f"{path}/study.json is damaged. Run the study again: it only sums up.")
-    outline = StudyOutline(
-        methods=tuple(asked["methods"]),
-        seeds=tuple(asked["seeds"]),
-        baseline=asked["baseline"],
-        suite=tuple(asked["evaluation"]["suite"]),
-        statements=tuple(filter(None, record.get("statements", ()))),
-    )
+    outline = read_study(path)
     places = {
         place: method
         for method in outline.methods

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from promptkd.report.comparisons import headline, score_name
+from promptkd.report.comparisons import NATS, headline, score_name
 from promptkd.report.cost import cost
 from promptkd.report.data import DataSet, Model, Run
 from promptkd.report.figures import (
@@ -15,7 +15,7 @@ from promptkd.report.figures import (
     lines,
     stacked_bars,
 )
-from promptkd.report.numbers import digits
+from promptkd.report.numbers import digits, plain
 
 STEP_CURVES = (
     (
@@ -93,18 +93,20 @@ def prompt_figures(runs: Sequence[Run], directory: Path) -> list[Figure]:
 def score_figures(runs: Sequence[Run], sets: Sequence[DataSet], directory: Path) -> list[Figure]:
     """The score that compares models, with intervals: one figure per data set."""
     made = []
-    for number, data in enumerate(sets, start=1):
+    for place, data in enumerate(sets, start=1):
         rows, compared = [], headline(data) or ""
+        number, unit = (digits, "nats per token") if compared in NATS else (plain, "percent")
         for model in data.models:
             score = model.evaluation.scores.get(compared)
             if score and score.interval_95:
                 rows.append((model.label, score.mean, *score.interval_95, _slot(runs, model)))
         if len(rows) > 1:
-            said = "; ".join(f"{label} {mean:.1f}" for label, mean, *_ in rows)
-            title = f"{score_name(compared).removesuffix(', %')} on {data.name}"
-            message = f"{said}. Bars: 95% intervals over requests, each model by itself."
-            name = f"scores-{number}-{compared.replace('_', '-')}"
-            made.append(intervals(directory, name, title, message, rows, unit="percent"))
+            said = "; ".join(f"{label} {number(mean)}" for label, mean, *_ in rows)
+            title = f"{score_name(compared).partition(', ')[0]} on {data.name}"
+            over = "requests and training seeds" if data.of_methods else "requests"
+            message = f"{said}. Bars: 95% intervals over {over}, each model by itself."
+            name = f"scores-{place}-{compared.replace('_', '-')}"
+            made.append(intervals(directory, name, title, message, rows, unit=unit))
     return made
 
 

@@ -9,12 +9,15 @@ from pathlib import Path
 
 from promptkd.errors import UserError
 from promptkd.files import write_text
+from promptkd.report.card import add_held_out_scores
 from promptkd.report.page import render
 from promptkd.report.places import read_subject
 
 
 def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:
     """Write OUTPUT/report.html, OUTPUT/figures and OUTPUT/tables.
+
+    Of a single run, the held-out scores are written into its student's model card, too.
 
     Args:
         runs: a run's directory or several, of a whole path, or of a study. Directories of scores
@@ -37,4 +40,6 @@ def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = 
     html = render(subject, directory)
     page = directory / "report.html"
     write_text(page, html)
+    if len(subject.runs) == 1:
+        add_held_out_scores(subject.runs[0], subject.data_sets())
     return page

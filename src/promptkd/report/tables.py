@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from promptkd.evaluation.results import Evaluation
 from promptkd.report.cells import Cell, Table
 from promptkd.report.comparisons import (
+    NATS,
     RANKED,
     Comparison,
     best_model,
@@ -18,9 +19,10 @@ from promptkd.report.comparisons import (
 from promptkd.report.cost import cost
 from promptkd.report.data import DataSet, Model, Run
 from promptkd.report.findings import distance, size_share
-from promptkd.report.numbers import count, digits, duration, plain, signed, size
+from promptkd.report.numbers import count, digits, duration, like, plain, signed, size
 from promptkd.report.savings import Savings, savings
 
+NONE = Cell("–")
 COST_HEADINGS = (
     "Run",
     "Steps",
@@ -38,14 +40,14 @@ COST_HEADINGS = (
 )
 
 
-def score_table(data: DataSet, number: int, baseline: str | None = None) -> Table:
+def score_table(data: DataSet, number: int) -> Table:
     """All models on one data set, with paired differences to what they should be compared with.
 
-    That is the baseline of a study; else, of several runs, the best by that score; else the start.
+    That is, of several runs, the best by that score; else the start.
     """
     runs, shown, compared = data.of_role("run"), shown_scores(data), headline(data)
     best = {score: best_model(runs, score) for score in RANKED if score in shown}
-    first = _baseline(data, compared or "", baseline)
+    first = _baseline(data, compared or "")
     others = [first, *data.of_role("teacher")[:1]] if compared else []
     against = [m for m in _once(others) if len(data.models) > 1]
     place = 2 + shown.index(compared) if compared else 0
@@ -54,19 +56,17 @@ def score_table(data: DataSet, number: int, baseline: str | None = None) -> Tabl
     for model in data.models:
         scores = model.evaluation.scores
         cells = [
-            _score_cell(model.evaluation, s, best.get(s) == model.label)
-            if s in scores
-            else Cell("–")
+            _score_cell(model.evaluation, s, best.get(s) == model.label) if s in scores else NONE
             for s in shown
         ]
         cells[place - 1 : place - 1] = [
-            Cell("–") if model is m else comparison_cell(between(model, m, compared or ""))
+            NONE if model is m else comparison_cell(between(model, m, compared or ""))
             for m in against
         ]
         rows.append((Cell(model.label), *cells))
     caption = (
         f"{describe(data)}; {decoding_words(data.evaluation)}. Square brackets: 95% bootstrap "
-        f"interval over requests; ±: standard deviation over {_kind(data)} seeds."
+        f"interval over requests; ±: standard deviation over decoding seeds."
     )
     if against:
         caption += " Differences are paired by request."
@@ -88,81 +88,47 @@ def _once(models: Sequence[Model | None]) -> list[Model]:
     return list({model.label: model for model in models if model is not None}.values())
 
 
-def _kind(data: DataSet) -> str:
-    return "training" if any(model.training_seeds for model in data.models) else "decoding"
-
-
-def method_table(data: DataSet, baseline: str) -> Table | None:
-    """A study at a glance: each method's mean, the spread of its seeds, what it gained."""
-    score = headline(data)
-    other = _baseline(data, score or "", baseline)
-    if score is None:
-        return None
-    best, rows = best_model(data.of_role("run"), score), []
-    for model in data.models:
-        if score not in model.evaluation.scores:
-            continue
-        seeds = [e.mean(score) for e in model.training_seeds]
-        gain = between(model, other, score) if other and model is not other else None
-        rows.append(
-            (
-                Cell(model.label),
-                _score_cell(model.evaluation, score, best == model.label),
-                Cell(", ".join(plain(s) for s in seeds if s is not None) or "–"),
-                Cell("–") if gain is None else comparison_cell(gain),
-            )
-        )
-    return Table(
-        name="methods",
-        title="The methods",
-        caption=f"{describe(data)}. Means over training seeds ± their standard deviation; square "
-        "brackets: 95% interval over requests.",
-        headings=("Method", score_name(score), "Each training seed", f"− {baseline}"),
-        rows=tuple(rows),
-    )
-
-
 def comparison_cell(comparison: Comparison | None) -> Cell:
     """The difference with its interval, or that none is shown."""
     if comparison is None:
         return Cell("not comparable")
     interval = f"[{plain(comparison.low)}, {plain(comparison.high)}]"
-    why = "training seeds overlap" if comparison.excludes_zero else "no difference shown"
-    return Cell(
-        signed(comparison.difference), interval if comparison.shown else f"{interval} {why}"
-    )
+    verdict = "" if comparison.shown else " no difference shown"
+    return Cell(signed(comparison.difference), f"{interval}{verdict}")
 
 
 def overview_table(runs: Sequence[Run], sets: Sequence[DataSet]) -> Table:
-    """One line per run: how close, at what size and speed, at what cost."""
-    rows = []
-    for run in runs:
-        summary, took, far = run.summary or {}, cost(run), distance(run, sets)
-        found, share = savings(run, sets), size_share(run)
-        parameters = summary.get("student_parameters")
-        speed, memory = (
-            _measured(found, key, words)
-            for key, words in (("tokens_per_second", count), ("bytes_memory", size))
+    """One line per run: how good, how close, at what size and speed, at what cost.
+
+    The start and the teacher stand below, where they answered the first data set, too.
+    """
+    data = next((d for d in sets if headline(d) and d.of_role("run")), None)
+    rows = [
+        (
+            Cell(run.label, run.method if run.method not in run.label else ""),
+            *([_headline_cell(data, data.of_run(run))] if data else []),
+            *_distance_and_size(run, sets),
+            *_speed_and_memory(savings(run, sets)),
+            Cell(duration(took.seconds_writing + took.seconds_learning))
+            if (took := cost(run))
+            else NONE,
         )
-        rows.append(
-            (
-                Cell(run.label, run.method if run.method not in run.label else ""),
-                Cell(f"{digits(far.start)} → {digits(far.end)}") if far else Cell("–"),
-                Cell(count(parameters), f"{100 * share:.0f}%" if share else "")
-                if parameters
-                else Cell("–"),
-                speed,
-                memory,
-                Cell(duration(took.seconds_writing + took.seconds_learning) if took else "–"),
-            )
-        )
+        for run in runs
+    ]
+    if data:
+        rows += [_beside(data, m) for m in (*data.of_role("start"), *data.of_role("teacher"))]
+    scored = (
+        f"Score: {describe(data)}, square brackets: 95% interval over requests. " if data else ""
+    )
     return Table(
         name="overview",
         title="The runs",
-        caption="KL(student ‖ teacher), start → kept student; size, tokens generated a second and "
-        "memory of the weights, each with its share of the teacher's; time of the training steps.",
+        caption=f"{scored}KL(student ‖ teacher), start → kept student; size, tokens generated a "
+        "second and memory of the weights, each with its share of the teacher's; time of the "
+        "training steps.",
         headings=(
-            "Run",
+            "Model",
+            *([score_name(headline(data) or "")] if data else []),
             "KL to teacher, nats/token",
             "Parameters",
             "Tokens/s",
@@ -173,9 +139,45 @@ def overview_table(runs: Sequence[Run], sets: Sequence[DataSet]) -> Table:
     )
 
 
+def _beside(data: DataSet, model: Model) -> tuple[Cell, ...]:
+    """The line of a start or a teacher."""
+    measured = model.evaluation.size_and_speed
+    size_cell = Cell(count(measured["parameters"])) if measured else NONE
+    speed = _speed_and_memory(Savings(measured, None) if measured else None)
+    return (
+        Cell(model.label),
+        _headline_cell(data, model),
+        NONE,
+        size_cell,
+        *speed,
+        NONE,
+    )
+
+
+def _headline_cell(data: DataSet, model: Model | None) -> Cell:
+    score = headline(data) or ""
+    if model is None or score not in model.evaluation.scores:
+        return NONE
+    best = best_model(data.of_role("run"), score) == model.label
+    return _score_cell(model.evaluation, score, best)
+
+
+def _distance_and_size(run: Run, sets: Sequence[DataSet]) -> tuple[Cell, Cell]:
+    far, share = distance(run, sets), size_share(run)
+    parameters = (run.summary or {}).get("student_parameters")
+    return (
+        Cell(f"{digits(far.start)} → {digits(far.end)}") if far else NONE,
+        Cell(count(parameters), f"{100 * share:.0f}%" if share else "") if parameters else NONE,
+    )
+
+
+def _speed_and_memory(found: Savings | None) -> tuple[Cell, Cell]:
+    return _measured(found, "tokens_per_second", count), _measured(found, "bytes_memory", size)
+
+
 def _measured(found: Savings | None, key: str, words: Callable[[float], str]) -> Cell:
     if found is None:
-        return Cell("–")
+        return NONE
     share = found.share(key)
     return Cell(words(found.student[key]), f"{100 * share:.0f}%" if share else "")
 
@@ -246,7 +248,7 @@ def judge_table(runs: Sequence[Run]) -> Table | None:
                     Cell(f"{counts.get('judged', '–')} of {counts.get('pairs', '–')}"),
                     Cell(f"{scores['orders_agree']['mean']:.0f}%")
                     if scores.get("orders_agree")
-                    else Cell("–"),
+                    else NONE,
                 )
             )
     if not rows:
@@ -262,9 +264,7 @@ def judge_table(runs: Sequence[Run]) -> Table | None:
     )
 
 
-def _baseline(data: DataSet, score: str, chosen: str | None) -> Model | None:
-    if chosen is not None:
-        return next((model for model in data.models if model.label == chosen), None)
+def _baseline(data: DataSet, score: str) -> Model | None:
     runs = data.of_role("run")
     if len(runs) > 1:
         known = [m for m in runs if score in m.evaluation.scores]
@@ -274,11 +274,11 @@ def _baseline(data: DataSet, score: str, chosen: str | None) -> Model | None:
 
 def _score_cell(evaluation: Evaluation, name: str, best: bool) -> Cell:
     score = evaluation.scores[name]
-    nats = name in ("reverse_kl_to_teacher", "cross_entropy", "teacher_cross_entropy")
+    nats = name in NATS
     text = digits(score.mean) if nats else f"{score.mean:.1f}"
     interval, detail = score.interval_95, ""
     if interval:
-        low, high = (digits(end) if nats else f"{end:.1f}" for end in interval)
+        low, high = (like(text, end) for end in interval)
         detail = f"[{low}, {high}]"
     elif score.deviation_over_seeds:
         detail = f"± {digits(score.deviation_over_seeds)}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from tqdm.auto import tqdm
 
 from promptkd.api import train
 from promptkd.composition import Method
@@ -201,18 +202,19 @@ def _refuse_several_processes(study: Study) -> None:
 def _rehearse(runs: Sequence[PlannedRun], methods: Mapping[str, Method]) -> None:
     """All that a run checks before its first step, once per method that isn't through."""
     device = default_device()
-    checked = set()
+    left = {}  # the first run of each method that has one to do
     for run in runs:
-        method = methods[run.label]
-        if run.label in checked or RunDirectory(run.recipe, method).finished:
-            continue
-        checked.add(run.label)
-        sampling = SamplingSection(**{**run.recipe.sampling.model_dump(), "engine": "transformers"})
-        recipe = run.recipe.model_copy(update={"sampling": sampling})  # an engine takes a minute
-        try:
-            set_up(recipe, method, device, ALONE, lambda sentence: None)
-        except UserError as error:
-            raise UserError(f"methods.{run.label}: {error}") from None
+        if not RunDirectory(run.recipe, methods[run.label]).finished:
+            left.setdefault(run.label, run)
+    with tqdm(left.items(), desc="checking methods", unit="method") as shown:
+        for label, run in shown:
+            transformers = {**run.recipe.sampling.model_dump(), "engine": "transformers"}
+            sampling = SamplingSection(**transformers)  # another engine takes a minute
+            recipe = run.recipe.model_copy(update={"sampling": sampling})
+            try:
+                set_up(recipe, methods[label], device, ALONE, lambda sentence: None)
+            except UserError as error:
+                raise UserError(f"methods.{label}: {error}") from None
 
 
 def _write_recipes(runs: Sequence[PlannedRun]) -> None:

@@ -2,11 +2,9 @@
 
 from promptkd.config import SMALLER_IS_BETTER
 from promptkd.evaluation.results import Score
-from promptkd.report.comparisons import describe, in_words, listed, score_name
+from promptkd.report.comparisons import NATS, describe, in_words, listed, score_name
 from promptkd.report.numbers import digits, plain
 from promptkd.study.findings import Findings, Gain, Line
-
-NATS = ("reverse_kl_to_teacher", "cross_entropy", "teacher_cross_entropy")
 
 
 def statement(findings: Findings) -> str:
@@ -47,9 +45,7 @@ def _ahead(
     means = sorted(means, key=lambda item: -sign * item[1].mean)
     values = []
     for line, own in means:
-        spread = own.deviation_over_seeds
-        text = plain(own.mean) if score not in NATS else digits(own.mean)
-        values.append(f"{line.label} {text}" + (f" ± {spread:.1f}" if spread is not None else ""))
+        values.append(f"{line.label} {with_spread(own, score)}")
     if len(means) == 1:
         line, own = means[0]
         alone = " (one training seed: what another would change isn't known)"
@@ -61,7 +57,22 @@ def _ahead(
         head = f"No method is established as the best of {len(means)} on {where}."
     number = min(len(line.seeds) for line, _ in means)
     seeds = f"over {number} training seeds" if number > 1 else "with one training seed"
-    return [head, f"{score_name(score)}, means {seeds}: {', '.join(values)}."]
+    beside = [
+        f"{line.label} {with_spread(own[score], score)}"
+        for line in findings.lines
+        if line.role != "run" and (own := findings.scores[line.label]) and score in own
+    ]
+    known = f"; {', '.join(beside)}" if beside else ""
+    name, _, unit = score_name(score).partition(", ")
+    shown = f"{name} ({unit})" if unit else name
+    return [head, f"{shown}, means {seeds}: {', '.join(values)}{known}."]
+
+
+def with_spread(score: Score, name: str) -> str:
+    """``12.3 ± 0.4``: a mean, and the deviation over training seeds where there are several."""
+    text = digits(score.mean) if name in NATS else plain(score.mean)
+    spread, decimals = score.deviation_over_seeds, len(text.partition(".")[2])
+    return text if spread is None else f"{text} ± {spread:.{decimals}f}"
 
 
 def _against(findings: Findings, score: str) -> list[str]:
@@ -81,4 +92,4 @@ def _in_words(gain: Gain) -> str:
     if gain.established and gain.p_corrected is not None:
         return f"{value} (95% interval {low} to {high}, p {p_value_words(gain.p_corrected)})"
     seen = digits(gain.detectable) if gain.score in NATS else plain(gain.detectable)
-    return f"{value} ({low} to {high}, not established; {seen} or more would be)"
+    return f"{value} (95% interval {low} to {high}, not established: {seen} or more would be)"

@@ -20,12 +20,11 @@ from promptkd.files import write_bytes, write_json, write_json_lines, write_text
 from promptkd.report.cost import cost_of_steps
 from promptkd.report.data import read_lines
 from promptkd.report.report import report
-from promptkd.study.figure import differences_figure
 from promptkd.study.file import Study
 from promptkd.study.findings import Findings, Line
 from promptkd.study.power import power_report
 from promptkd.study.statement import statement
-from promptkd.study.table import Failure, study_table
+from promptkd.study.table import Failure, methods_table, study_table
 
 KEPT = ("recipe.yaml", "metrics.jsonl", "summary.json")
 """Files of a run that are kept as they are."""
@@ -151,16 +150,18 @@ def _save(directory: Path, evaluation: Evaluation) -> None:
 
 
 def _write_tables(study: Study, lines: Sequence[Line], failed: Sequence[Failure]) -> list[str]:
-    """Write study.json, the tables and the figures; the tables as text, that of all data first."""
+    """Write study.json and the tables; the tables as text, that of all data first."""
     asked, suite = (study.baseline, study.evaluation.metric), [*study.evaluation.suite]
     findings = {name: Findings.of(lines, [name], *asked) for name in suite}
     over_all = Findings.of(lines, suite, *asked) if len(suite) > 1 else None
     shown = [*([over_all] if over_all else []), *findings.values()]
     tables = [study_table(found, len(study.seeds), failed) for found in shown]
-    said = [statement(found) for found in shown]
+    said, first = [statement(found) for found in shown], methods_table(shown[0])
     record = {
         "study": study.model_dump(mode="json"),
         "statements": said,
+        "methods_table": asdict(first) if first else None,
+        "tables": [asdict(table) for table in tables],
         "over_all": over_all.to_dict() if over_all else None,
         "data": {name: found.to_dict() for name, found in findings.items()},
         "failed": [asdict(failure) for failure in failed],
@@ -175,6 +176,4 @@ def _write_tables(study: Study, lines: Sequence[Line], failed: Sequence[Failure]
         ("table.tex", "\n".join(table.to_latex() for table in tables)),
     ):
         write_text(study.place / name, text)
-    for found in shown:
-        differences_figure(found, study.place / "figures")
     return [f"{table.to_text()}\n{words}" for table, words in zip(tables, said, strict=True)]

@@ -6,10 +6,12 @@ from statistics import fmean
 
 from promptkd.evaluation.results import Score
 from promptkd.report.cells import Cell, Table
-from promptkd.report.comparisons import decoding_words, describe, in_order, score_name
-from promptkd.report.numbers import count, digits, duration, plain
+from promptkd.report.comparisons import NATS, decoding_words, describe, in_order, score_name
+from promptkd.report.data import DataSet
+from promptkd.report.numbers import count, digits, duration, like, plain
+from promptkd.report.tables import safe_name
 from promptkd.study.findings import Findings, Gain, Line
-from promptkd.study.statement import NATS, p_value_words, signed_score
+from promptkd.study.statement import p_value_words, signed_score, with_spread
 
 HIDDEN = ("exact_match", "cross_entropy")
 """Left out of the table unless they decide; study.json has them."""
@@ -47,7 +49,7 @@ def study_table(findings: Findings, num_seeds: int, failed: Sequence[Failure]) -
                 cells.append(_gain(findings, line, name))
         rows.append((*cells, _cost(line)))
     return Table(
-        name="table",
+        name=f"scores-{safe_name(findings.title)}",
         title=findings.title,
         caption=_caption(findings, with_gain, failed),
         headings=(*headings, "Training"),
@@ -55,12 +57,52 @@ def study_table(findings: Findings, num_seeds: int, failed: Sequence[Failure]) -
     )
 
 
+def methods_table(findings: Findings) -> Table | None:
+    """A study at a glance: by the score that decides, the methods and what each gained."""
+    score, data = findings.compared, findings.data
+    if score is None or data is None:
+        return None
+    number = digits if score in NATS else plain
+    rows = []
+    for line in findings.lines:
+        own = (findings.scores[line.label] or {}).get(score)
+        if own is None:
+            continue
+        seeds = own.by_seed if line.role == "run" else ()
+        rows.append(
+            (
+                Cell(line.label),
+                _value(score, own, findings.best == line.label),
+                Cell(", ".join(map(number, seeds)) or "–"),
+                _gain(findings, line, score),
+            )
+        )
+    return Table(
+        name="methods",
+        title="The methods",
+        caption=f"{_where(findings, data)}. Means over training seeds ± their standard deviation; "
+        "square brackets: 95% interval over requests and training seeds (with one seed: over "
+        "requests alone).",
+        headings=(
+            "Model",
+            score_name(score),
+            "Each training seed",
+            f"Difference to {findings.baseline}",
+        ),
+        rows=tuple(rows),
+    )
+
+
+def _where(findings: Findings, data: DataSet) -> str:
+    several = len(findings.names) > 1
+    return f"The mean of {', '.join(findings.names)}" if several else describe(data)
+
+
 def _caption(findings: Findings, with_gain: Sequence[str], failed: Sequence[Failure]) -> str:
     said = []
     if findings.data:
-        of = f"The mean of {', '.join(findings.names)}" if len(findings.names) > 1 else ""
         said = [
-            f"{of or describe(findings.data)}; {decoding_words(findings.data.evaluation)}. "
+            f"{_where(findings, findings.data)}; {decoding_words(findings.data.evaluation)}. "
             "±: standard deviation over training seeds. Square brackets: 95% interval over "
             "requests and training seeds (with one seed: over requests alone)."
         ]
@@ -101,9 +143,7 @@ def _seeds(line: Line, num_planned: int) -> str:
     if line.role != "run":
         return "–"
     done = len(line.seeds)
-    if done == num_planned:
-        return str(done)
-    return f"{done} of {num_planned}" if done else "failed"
+    return str(done) if done == num_planned else f"{done} of {num_planned}"
 
 
 def _gain(findings: Findings, line: Line, score: str) -> Cell:
@@ -126,13 +166,10 @@ def _verdict(gain: Gain) -> str:
 
 
 def _value(name: str, score: Score, best: bool) -> Cell:
-    number = digits if name in NATS else plain
-    mean = number(score.mean)
-    decimals = len(mean.partition(".")[2])
-    deviation, interval = score.deviation_over_seeds, score.interval_95
-    spread = "" if deviation is None else f" ± {deviation:.{decimals}f}"
-    detail = f"[{number(interval[0])}, {number(interval[1])}]" if interval else ""
-    return Cell(mean + spread, detail, best)
+    text, interval = with_spread(score, name), score.interval_95
+    mean = text.partition(" ")[0]
+    detail = f"[{like(mean, interval[0])}, {like(mean, interval[1])}]" if interval else ""
+    return Cell(text, detail, best)
 
 
 def _cost(line: Line) -> Cell:

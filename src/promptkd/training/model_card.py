@@ -156,8 +156,8 @@ def _scores(recipe: Recipe, measured: Validated) -> list[str]:
         "",
         f"At most {recipe.evaluation.num_examples} requests, one response each, without interval; "
         f"temperature {sampling.temperature}, top-p {sampling.top_p}, top-k {sampling.top_k}, at "
-        f"most {data.longest_response} tokens. These requests chose this step. Scores on "
-        "held-out data, with intervals and the teacher's beside them, are in the run's report.",
+        f"most {data.longest_response} tokens. These requests chose this step, so that held-out "
+        "scores, which `promptkd report` writes above where they were measured, count for more.",
         "",
         "| score | start | this student |",
         "|---|---|---|",

@@ -8,6 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from tqdm.auto import tqdm
+
 from promptkd.config import Recipe
 from promptkd.data import Dataset
 from promptkd.models.loading import dtype_of, num_parameters
@@ -39,19 +41,12 @@ def rehearse(
     Returns:
         See ``api.check``.
     """
-    started = time.perf_counter()
-    rows = [take_step(0)]
-    first = time.perf_counter()
-    while len(rows) < min(1 + LATER_STEPS, setup.max_steps) and (
-        len(rows) == 1 or time.perf_counter() - first < ENOUGH_SECONDS
-    ):
-        rows.append(take_step(len(rows)))
-    seconds_later = (time.perf_counter() - first) / max(1, len(rows) - 1)
+    row, seconds_start, seconds_later = _first_steps(setup.max_steps, take_step, ranks)
     seconds_evaluation = _time_evaluation(recipe, setup, ranks)
     seconds_checkpoint, bytes_checkpoint = _time_checkpoint(recipe, state)
     student, batch = setup.student.module, recipe.optimization.global_batch_size
     measured = Measured(
-        seconds_start=first - started,
+        seconds_start=seconds_start,
         seconds_step=seconds_later,
         seconds_evaluation=seconds_evaluation,
         seconds_checkpoint=seconds_checkpoint,
@@ -61,7 +56,7 @@ def rehearse(
     return {
         "steps": setup.max_steps,
         "epochs": setup.max_steps * batch / len(setup.data),
-        "first": rows[0],
+        "first": row,
         "preflight": setup.found,
         "example": _example(setup),
         "measured": asdict(measured),
@@ -69,6 +64,23 @@ def rehearse(
         "peak_memory": peak_memory(setup.student.device),
         "bytes_free": shutil.disk_usage(_existing(Path(recipe.output))).free,
     }
+
+
+def _first_steps(
+    max_steps: int, take_step: Callable[[int], dict[str, Any]], ranks: Ranks
+) -> tuple[dict[str, Any], float, float]:
+    """The first step's line, its seconds, and those of a later one."""
+    at_most = min(1 + LATER_STEPS, max_steps)
+    with tqdm(total=at_most, desc="first steps", unit="step", disable=ranks.rank > 0) as bar:
+        started = time.perf_counter()
+        row, taken = take_step(0), 1
+        bar.update()
+        first = time.perf_counter()
+        while taken < at_most and (taken == 1 or time.perf_counter() - first < ENOUGH_SECONDS):
+            take_step(taken)
+            taken += 1
+            bar.update()
+    return row, first - started, (time.perf_counter() - first) / max(1, taken - 1)
 
 
 def _time_evaluation(recipe: Recipe, setup: Setup, ranks: Ranks) -> float:

@@ -58,7 +58,8 @@ class Validator:
         setup = self._setup
         asked = setup.comparable and setup.requests.validates_teacher
         teacher = setup.plain_teacher if asked else None
-        scores, predictions = self._scorer.score(setup.engine, setup.student, teacher, (SEED,))
+        with self._scorer.bar(setup.engine, "validation", 1, stays=False):
+            scores, predictions = self._scorer.score(setup.engine, setup.student, teacher, (SEED,))
         means = {name: score.mean for name, score in scores.items()}
         return Validation(step=step, scores=means, predictions=predictions)
 
