@@ -85,8 +85,8 @@ def train(
 
     keep_freed_memory()
 
-    directory = run(loaded, restart_from=restart_from, allow_changes=allow_changes)
-    typer.echo(f"run: {directory}")
+    done = run(loaded, restart_from=restart_from, allow_changes=allow_changes)
+    typer.echo(f"run: {done.path}")
     leave()
 
 

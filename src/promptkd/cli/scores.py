@@ -95,7 +95,7 @@ def _evaluated(
 def _run_of(directory: Path) -> Path:
     from promptkd.evaluation.named_models import run_of
 
-    return run_of(directory)
+    return run_of(directory).path
 
 
 @app.command("lm-eval")

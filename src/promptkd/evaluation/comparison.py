@@ -6,6 +6,7 @@ from pathlib import Path
 from promptkd.errors import UserError
 from promptkd.evaluation.results import MEASURED, Evaluation, own_evaluations, totals
 from promptkd.evaluation.statistics import paired_difference
+from promptkd.run import Place
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def differences(own: Evaluation, other: Evaluation) -> list[Difference]:
     return [row for row in found if row is not None]
 
 
-def compare(first: str | Path, second: str | Path) -> list[Difference]:
+def compare(first: Place, second: Place) -> list[Difference]:
     """Every score that two evaluations share, on every data set that both were asked.
 
     Args:

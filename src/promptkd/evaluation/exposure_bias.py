@@ -43,6 +43,7 @@ from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.models.language_model import LanguageModel, select_responses
 from promptkd.rollouts import Rollout
+from promptkd.run import Place
 from promptkd.token_losses import Reader, token_losses
 
 Responses: TypeAlias = Sequence[Sequence[Rollout]]
@@ -186,8 +187,8 @@ def curve_in_training(
 
 
 def exposure_bias(
-    run: str | Path,
-    data: str | Sequence[str] | None = None,
+    run: Place,
+    data: Any = None,
     *,
     num_examples: int | None = 500,
     num_samples: int = 1,
@@ -203,8 +204,8 @@ def exposure_bias(
     one that predicts the end.
 
     Args:
-        run: a finished run's directory.
-        data: requests: path, glob or hub id, or several; the run's validation data if not given.
+        run: a finished run or its directory.
+        data: requests, as a recipe's data or rows; the run's validation data if not given.
         num_examples: only the first ones; the authors' script takes 500. None takes all.
         num_samples: responses per request, seed and author.
         seeds: of the sampling. Together three samples, as the authors' script draws.
@@ -219,7 +220,7 @@ def exposure_bias(
         UserError: for a run without teacher or student, two tokenizers, equal models, one request.
     """
     finished = load_run(run, "exposure bias", precision=precision, max_new_tokens=max_new_tokens)
-    sources = [data] if isinstance(data, str) else list(data or finished.recipe.data.validation)
+    sources = finished.held_out(data)
     dataset = _requests(finished, sources, num_examples)
     describe = _by_authors_script if authors_script else _by_definition
     decoding, found = describe(finished, dataset, seeds, num_samples)

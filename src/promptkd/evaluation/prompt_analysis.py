@@ -38,6 +38,7 @@ from promptkd.methods import build_method
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import check_context, load_language_model, load_tokenizer
 from promptkd.rollouts import Rollout, reference_rollouts
+from promptkd.run import Place
 from promptkd.teachers import load_soft_prompt, prompt_vectors
 from promptkd.token_losses import Reader, token_losses
 
@@ -111,8 +112,8 @@ class Cast:
 
 
 def prompt_analysis(
-    run: str | Path,
-    data: str | Sequence[str] | None = None,
+    run: Place,
+    data: Any = None,
     *,
     method: Method | None = None,
     num_examples: int = 100,
@@ -124,8 +125,8 @@ def prompt_analysis(
     """Analyse the soft prompt of a finished run and save ``RUN/prompt_analysis.json``.
 
     Args:
-        run: its directory.
-        data: held-out requests; the run's validation data if not given.
+        run: itself or its directory.
+        data: held-out requests, as a recipe's data or rows; else the run's validation data.
         method: what the run was made with, if it was composed in Python.
         num_examples: the first ones of either set; the paper takes 1,000.
         num_neighbours: tokens named for each vector.
@@ -144,7 +145,7 @@ def prompt_analysis(
     speaker = finished.teacher, finished.tokenizer
     first = load_language_model(finished.recipe.student.model, precision)
     cast = Cast(finished, replace(first, vocabulary=finished.student.vocabulary), final)
-    sources = [data] if isinstance(data, str) else list(data or finished.recipe.data.validation)
+    sources = finished.held_out(data)
     sets = _requests(finished, sources, num_examples)
     analysed = _analyse(cast, sets, seed, num_shown)
     result = finished.protocol(finished.decoding()) | {

@@ -5,9 +5,10 @@ from typing import Any
 
 from promptkd.errors import UserError
 from promptkd.evaluation.results import own_evaluations, save_evaluation
+from promptkd.run import Place
 
 
-def rescore(directory: str | Path, notes: list[str] | None = None) -> dict[str, dict[str, Any]]:
+def rescore(directory: Place, notes: list[str] | None = None) -> dict[str, dict[str, Any]]:
     """Compute the scores of kept predictions anew, without generating.
 
     What needs models stays as it is, and so does what a user's own function gave.

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import peft
+from tqdm.auto import tqdm
 
 from promptkd.adapters import load_prefix
-from promptkd.config import Recipe, load_recipe
+from promptkd.config import Recipe
 from promptkd.data import Encoder, Example, date_of_run
 from promptkd.errors import UserError
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
+from promptkd.given import is_lost
 from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.loading import (
     adapter_config,
@@ -23,11 +25,12 @@ from promptkd.models.loading import (
     load_tokenizer,
     stop_ids,
 )
+from promptkd.run import Place, TrainedRun
 from promptkd.teachers import load_soft_prompt
 
 
 def generate(
-    run: str | Path,
+    run: Place,
     request: str,
     *,
     input: str = "",
@@ -38,27 +41,28 @@ def generate(
     """What each model of a run responds.
 
     Args:
-        run: a finished run's directory.
+        run: a finished run or its directory.
         request: the instruction; ``input`` is its optional context.
         context: what only the teacher reads, where the run's teacher does (``teacher.context``).
         temperature: 0 is greedy; the run's own if not given.
 
     Returns:
-        Responses by author: teacher, adapted teacher (if there is one), student.
+        Responses by author: teacher, adapted teacher (if there is one), student. A teacher that
+        came as an object is left out where it isn't given again.
 
     Raises:
         UserError: if the directory isn't a finished run.
     """
-    run = Path(run)
-    _check_finished(run)
-    recipe = load_recipe(run / "recipe.yaml")
+    place = Path(run)
+    _check_finished(place)
+    recipe = TrainedRun.of(run).recipe
     decoding = GenerationSettings.of_recipe(recipe)
     if temperature is not None:
         decoding = replace(decoding, temperature=temperature)
     responses = {}
-    for author, name, adapter in _voices(run, recipe):
+    for author, name, adapter in _voices(place, recipe):
         tokenizer = load_tokenizer(name)
-        encoder = Encoder.of_recipe(recipe, tokenizer, date=date_of_run(run))
+        encoder = Encoder.of_recipe(recipe, tokenizer, date=date_of_run(place))
         model, front = _load_voice(name, adapter, recipe.precision)
         stop = {*stop_ids(tokenizer, model.module), encoder.eos_token_id}
         engine = TransformersEngine(model, sorted(stop))
@@ -73,11 +77,14 @@ def generate(
 
 def _voices(run: Path, recipe: Recipe) -> Iterator[tuple[str, str, Path | None]]:
     """Who responds: author, model, adapter."""
-    if recipe.teacher:
-        yield "teacher", recipe.teacher_model(run), None
+    name = recipe.teacher_model(run) if recipe.teacher else None
+    if name and is_lost(name):
+        tqdm.write(f"the teacher, {name}, isn't here: the run that pk.train returns has it")
+    elif name:
+        yield "teacher", name, None
         adapter = run / "teacher_adapter"
         if adapter.is_dir():
-            yield "adapted teacher", recipe.teacher_model(run), adapter
+            yield "adapted teacher", name, adapter
     yield "student", str(run), None
 
 

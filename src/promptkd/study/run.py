@@ -59,7 +59,7 @@ def run_study(study: Study) -> Path:
     for number, run in enumerate(runs, start=len(models) + 1):
         typer.echo(f"{number} of {total}: {run.name}, in {run.recipe.output}")
         try:
-            directory = train(run.recipe, methods[run.label])
+            directory = train(run.recipe, methods[run.label]).path
             scorer.score(str(directory), directory / "evaluation", teacher=True)
             keep(study, directory, directory / "evaluation")
         except UserError as error:

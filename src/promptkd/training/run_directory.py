@@ -18,6 +18,7 @@ from promptkd.files import (
     write_json,
     write_text,
 )
+from promptkd.given import of_object
 from promptkd.models.loading import dtype_of, model_directory
 from promptkd.training import checkpoints, lock
 from promptkd.training.divergence import is_sane
@@ -206,7 +207,9 @@ class RunDirectory:
                 self._save_whole(average.module, setup, directory)
         if teacher and self.recipe.teacher and teacher.has_adapter:
             with whole_directory(self.path / "teacher_adapter", "adapter") as directory:
-                teacher.save(directory, self.recipe.teacher_model(self.path))
+                name = self.recipe.teacher_model(self.path)
+                _, came_from = of_object(name)
+                teacher.save(directory, came_from or name)
 
     def _save_whole(self, module: PreTrainedModel, setup: Setup, directory: Path) -> None:
         """A model with its tokenizer, in the precision that the student came in."""
