@@ -7,6 +7,7 @@ from promptkd.methods import build_method
 from promptkd.objects import AnyRecipe, Objects, complete
 from promptkd.run import TrainedRun
 from promptkd.training.identity import AS_IT_WAS, Resuming
+from promptkd.training.rehearsal import Rehearsal
 from promptkd.training.trainer import Trainer
 
 
@@ -72,15 +73,15 @@ def check(
     train: Any = None,
     validation: Any = None,
     peft_config: Any = None,
-) -> dict[str, Any]:
+) -> Rehearsal:
     """Prove that a recipe works before it runs: all that ``train`` checks, and its first steps.
 
     The steps are the run's own, on real rollouts; nothing is kept. The arguments are ``train``'s.
 
     Returns:
-        ``steps`` and ``epochs`` of the whole run, ``first``: the first step's line as in
-        metrics.jsonl, ``preflight``: what was found about the pair, ``example``: the first row as
-        the models see it, ``measured`` and ``forecast``: see ``training.forecast``,
+        ``steps``, ``epochs`` and ``output`` of the whole run, ``first``: the first step's line as
+        in metrics.jsonl, ``preflight``: what was found about the pair, ``example``: the first row
+        as the models see it, ``measured`` and ``forecast``: see ``training.forecast``,
         ``peak_memory`` and ``bytes_free`` on the disk.
 
     Raises:

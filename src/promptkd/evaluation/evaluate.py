@@ -5,7 +5,7 @@ A score always carries its data, decoding settings, seeds, number of examples an
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
 from typing import Any, Unpack
 
@@ -15,6 +15,7 @@ from promptkd.data import Encoder, Example, evaluation_set, reads
 from promptkd.errors import UserError
 from promptkd.evaluation.named_models import named_models, run_of
 from promptkd.evaluation.protocol import OF_QUESTIONS, Asking, Data, Protocol, Questions
+from promptkd.evaluation.records import Scores, ScoresByData, ScoresByModel
 from promptkd.evaluation.results import Evaluation, save_evaluation
 from promptkd.evaluation.scorer import Scorer
 from promptkd.evaluation.size_and_speed import size_and_speed
@@ -25,11 +26,9 @@ from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import check_context, load_tokenizer, stop_ids
 from promptkd.models.objects import given_model
 from promptkd.models.vocabularies import load_pair, same_tokenizer
+from promptkd.progress import progress_bar
 from promptkd.ranks import ALONE, Ranks
 from promptkd.run import Place, TrainedRun
-
-Records = dict[str, dict[str, Any]]
-"""What NAME.json hold, by NAME."""
 
 
 def evaluate(
@@ -41,7 +40,7 @@ def evaluate(
     tokenizer: Any = None,
     ranks: Ranks = ALONE,
     **asked: Unpack[Asking],
-) -> dict[str, Any]:
+) -> Scores | ScoresByData:
     """Score a run's student, or any model, on held-out requests, and save scores and predictions.
 
     Args:
@@ -63,7 +62,7 @@ def evaluate(
     Raises:
         UserError: if the data or model can't be read.
     """
-    model, run = _named(run_or_model, tokenizer), _run(run_or_model, output)
+    model, run = given_model(run_or_model, tokenizer, "the model"), _run(run_or_model, output)
     questions = _questions(run, data, like, _with_named_teacher(asked, tokenizer))
     place = Path(output) if output is not None else Path(model) / "evaluation"
     results = answer(model, questions, place, ranks=ranks)
@@ -79,7 +78,7 @@ def evaluate_with(
     output: str | Path | None = None,
     ranks: Ranks = ALONE,
     **asked: Unpack[Asking],
-) -> dict[str, Records]:
+) -> ScoresByModel:
     """Score a run's student, and models that belong to it, by the run's protocol.
 
     Args:
@@ -98,16 +97,16 @@ def evaluate_with(
     models = named_models(own, others)
     questions = _questions(_run(own, None), data, like, _with_named_teacher(asked, None))
     place = Path(output) if output is not None else own.path / "evaluation"
-    results = {"student": answer(str(own.path), questions, place, ranks=ranks)}
+    results = ScoresByModel(student=answer(str(own.path), questions, place, ranks=ranks))
     for label, model in models.items():
         results[label] = answer(model, questions, place / label, ranks=ranks)
     return results
 
 
-def answer(model: str, questions: Questions, output: Path, *, ranks: Ranks = ALONE) -> Records:
+def answer(model: str, questions: Questions, output: Path, *, ranks: Ranks = ALONE) -> ScoresByData:
     """Load a model, let it answer, and save what came of it."""
     voices = _load(model, questions)
-    results, measured = {}, {}
+    results, measured = ScoresByData(), {}
     for name, rows in questions.rows.items():
         asked = voices
         if voices.briefed and not reads(rows, questions.protocol.context):
@@ -116,7 +115,7 @@ def answer(model: str, questions: Questions, output: Path, *, ranks: Ranks = ALO
             asked = replace(voices, teacher=None, teacher_name=None, briefed=None)
         scorer = asked.scorer(rows, questions, ranks)
         bar = {"unit": "seed", "desc": f"responses to {name}", "disable": ranks.rank > 0}
-        with tqdm(questions.seeds, **bar) as shown:
+        with progress_bar(questions.seeds, **bar) as shown:
             scores, predictions = scorer.score(asked.engine, asked.student, asked.teacher, shown)
         requests = [example.request_ids for example in scorer.data.examples]
         measured = measured or size_and_speed(
@@ -136,7 +135,7 @@ def answer(model: str, questions: Questions, output: Path, *, ranks: Ranks = ALO
         )
         if ranks.rank == 0:
             save_evaluation(output, evaluation)
-        results[name] = evaluation.to_dict()
+        results[name] = Scores(evaluation.to_dict())
     return results
 
 
@@ -199,13 +198,6 @@ def _load(model: str, questions: Questions) -> Voices:
         teacher_name=teacher_name,
         briefed=_teacher_encoder(protocol, teacher_name, encoder),
     )
-
-
-def _named(model: Any, tokenizer: Any) -> str:
-    """The name to load a model by, which carries the model if it is an object."""
-    if isinstance(model, (str, PathLike)):
-        return fspath(model)
-    return given_model(model, tokenizer, "the model")
 
 
 def _with_named_teacher(asked: Asking, tokenizer: Any) -> dict[str, Any]:

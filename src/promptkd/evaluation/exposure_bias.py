@@ -17,13 +17,12 @@ deviation by itself; the stop token doubles as padding and is masked.
 Source: Arora et al. 2022; PromptKD, arXiv:2402.12842, Eq. 5-7.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import tensor
-from tqdm.auto import tqdm
 
 from promptkd.data import Dataset
 from promptkd.divergences import forward_kl
@@ -42,6 +41,8 @@ from promptkd.files import write_json
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.models.language_model import LanguageModel, select_responses
+from promptkd.progress import progress_bar
+from promptkd.records import Record
 from promptkd.rollouts import Rollout
 from promptkd.run import Place
 from promptkd.token_losses import Reader, token_losses
@@ -49,6 +50,7 @@ from promptkd.token_losses import Reader, token_losses
 Responses: TypeAlias = Sequence[Sequence[Rollout]]
 """By request, then by sample."""
 
+SHOWN_LENGTHS = (1, 16, 50, 100, 256)
 AUTHORS_BLOCKED_NGRAM = 6
 
 DEFINITION = {
@@ -186,6 +188,21 @@ def curve_in_training(
     return exposure_curve(*curves)
 
 
+class ExposureBias(Record):
+    """What ``exposure_bias.json`` holds."""
+
+    def lines(self) -> Iterator[str]:
+        """R, E and ExAccErr at a few lengths."""
+        for step in sorted({min(step, len(self.steps)) for step in SHOWN_LENGTHS}):
+            keys = ("student_gap", "teacher_gap", "excess")
+            student_gap, teacher_gap, excess = (self[key][step - 1] for key in keys)
+            shown = "undefined" if excess is None else f"{excess:+.1f} %"
+            yield (
+                f"l = {step:3}: R {student_gap:.3f} nats, E {teacher_gap:.3f} nats, "
+                f"ExAccErr {shown}"
+            )
+
+
 def exposure_bias(
     run: Place,
     data: Any = None,
@@ -196,7 +213,7 @@ def exposure_bias(
     max_new_tokens: int | None = None,
     precision: str = "fp32",
     authors_script: bool = False,
-) -> dict[str, Any]:
+) -> ExposureBias:
     """Measure a run's exposure bias and save it as ``RUN/exposure_bias.json``.
 
     Responses are written with the run's decoding and nothing blocked; a gap is scored at every
@@ -234,7 +251,7 @@ def exposure_bias(
     }
     name = "exposure_bias_authors_script" if authors_script else "exposure_bias"
     write_json(Path(run) / f"{name}.json", result)
-    return result
+    return ExposureBias(result)
 
 
 def _requests(run: FinishedRun, sources: list[str], num_examples: int | None) -> Dataset:
@@ -283,7 +300,8 @@ def _generate_by_both(
 ) -> list[Responses]:
     """The student's responses, and the plain teacher's."""
     responses = []
-    for who, author in (bar := tqdm({"student": run.student, "teacher": run.teacher}.items())):
+    authors = {"student": run.student, "teacher": run.teacher}
+    for who, author in (bar := progress_bar(authors.items())):
         bar.set_description(f"the {who} responds")
         engine, by_teacher = TransformersEngine(author, run.stop), who == "teacher"
         asked = generate_responses(
@@ -300,7 +318,7 @@ def _gaps(run: FinishedRun, responses: list[Responses], **how: Any) -> list[Gaps
         UserError: if there is no gap at all.
     """
     num_steps = run.encoder.max_response_tokens
-    shown = tqdm(responses, desc="errors on either's text")
+    shown = progress_bar(responses, desc="errors on either's text")
     gaps = [measure_gaps(own, run.student, run.teacher, num_steps, **how) for own in shown]
     if exposure_curve(*gaps).teacher_gap[-1] <= NO_GAP:
         raise UserError(

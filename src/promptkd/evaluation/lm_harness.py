@@ -4,7 +4,7 @@ The harness is optional (``pip install 'promptkd[lm-eval]'``) and imported only 
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,19 @@ from promptkd.errors import UserError
 from promptkd.evaluation.named_models import named_models, run_of
 from promptkd.files import write_json, write_text
 from promptkd.models.loading import compute_dtype, default_device, load_model, load_tokenizer
+from promptkd.records import Record
 from promptkd.run import Place, TrainedRun
 
 KEPT = ("results", "versions", "n-shot", "n-samples", "higher_is_better", "configs")
 KEPT_VERSIONS = ("lm_eval_version", "transformers_version")
+
+
+class TaskResults(Record):
+    """The harness's results by model."""
+
+    def lines(self) -> Iterator[str]:
+        """The table of tasks and models."""
+        yield table(self)
 
 
 def lm_eval(
@@ -29,7 +38,7 @@ def lm_eval(
     batch_size: int = 8,
     precision: str = "auto",
     chat: bool = False,
-) -> dict[str, dict[str, Any]]:
+) -> TaskResults:
     """Run tasks of the harness on a student, and on models that belong to its run.
 
     Args:
@@ -51,7 +60,7 @@ def lm_eval(
     models = {"student": str(made.path), **named_models(made, others)}
     manager = harness.tasks.TaskManager()
     _refuse_unknown(tasks, manager.all_tasks, manager.match_tasks)
-    found = {}
+    found = TaskResults()
     for label, model in models.items():
         speaker = _speaker(harness, model, precision, batch_size)
         results = harness.simple_evaluate(

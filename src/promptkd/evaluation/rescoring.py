@@ -1,14 +1,14 @@
 """Scores of kept predictions, computed anew without generating. No torch."""
 
 from pathlib import Path
-from typing import Any
 
 from promptkd.errors import UserError
+from promptkd.evaluation.records import Scores, ScoresByData
 from promptkd.evaluation.results import own_evaluations, save_evaluation
 from promptkd.run import Place
 
 
-def rescore(directory: Place, notes: list[str] | None = None) -> dict[str, dict[str, Any]]:
+def rescore(directory: Place, notes: list[str] | None = None) -> ScoresByData:
     """Compute the scores of kept predictions anew, without generating.
 
     What needs models stays as it is, and so does what a user's own function gave.
@@ -26,13 +26,13 @@ def rescore(directory: Place, notes: list[str] | None = None) -> dict[str, dict[
     place = Path(directory)
     if (place / "evaluation").is_dir():
         place = place / "evaluation"
-    results = {}
+    results = ScoresByData()
     for folder in (place, *sorted(path for path in place.rglob("*") if path.is_dir())):
         for found in own_evaluations(folder, notes):
             if found.predictions:
                 again = found.scored_anew()
                 save_evaluation(folder, again)
-                results[str((folder / found.name).relative_to(place))] = again.to_dict()
+                results[str((folder / found.name).relative_to(place))] = Scores(again.to_dict())
     if not results:
         raise UserError(f"{directory} holds no predictions. Name a run that was evaluated.")
     return results

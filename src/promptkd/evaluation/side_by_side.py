@@ -25,8 +25,18 @@ from promptkd.models.loading import (
     load_tokenizer,
     stop_ids,
 )
+from promptkd.records import Record
 from promptkd.run import Place, TrainedRun
 from promptkd.teachers import load_soft_prompt
+
+
+class Responses(Record):
+    """What each author responds, by author."""
+
+    def lines(self) -> Iterator[str]:
+        """Every response under its author."""
+        for author, response in self.items():
+            yield f"--- {author}\n{response}\n"
 
 
 def generate(
@@ -37,7 +47,7 @@ def generate(
     context: str = "",
     seed: int = 0,
     temperature: float | None = None,
-) -> dict[str, str]:
+) -> Responses:
     """What each model of a run responds.
 
     Args:
@@ -59,7 +69,7 @@ def generate(
     decoding = GenerationSettings.of_recipe(recipe)
     if temperature is not None:
         decoding = replace(decoding, temperature=temperature)
-    responses = {}
+    responses = Responses()
     for author, name, adapter in _voices(place, recipe):
         tokenizer = load_tokenizer(name)
         encoder = Encoder.of_recipe(recipe, tokenizer, date=date_of_run(place))

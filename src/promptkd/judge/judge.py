@@ -7,14 +7,12 @@ every reply that can't be used is counted and shown.
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from promptkd.errors import UserError
 from promptkd.evaluation.results import Prediction, read_predictions
@@ -31,6 +29,8 @@ from promptkd.judge.protocols import (
     summarise_grades,
     summarise_preferences,
 )
+from promptkd.progress import progress_bar
+from promptkd.records import Record
 from promptkd.run import Place
 
 READERS = {"score": read_grades, "pairwise": read_preference}
@@ -77,6 +77,23 @@ class Selection:
     num_examples: int | None
 
 
+class Judgements(Record):
+    """What ``NAME.json`` holds of what the judge said."""
+
+    def lines(self) -> Iterator[str]:
+        """Counts, what failed, and the scores."""
+        yield ", ".join(f"{name} {count}" for name, count in self["counts"].items())
+        for reason, count in self["failures"].items():
+            yield f"  failed {count}: {reason}"
+        for example in self.malformed_examples:
+            yield f"  malformed, seed {example['seed']} row {example['index']}: {example['reply']}"
+        for name, score in (self["scores"] or {}).items():
+            low, high = score.get("interval_95", (None, None))
+            shown = f", 95% [{low:.2f}, {high:.2f}]" if low is not None else ""
+            value = "–" if score["mean"] is None else f"{score['mean']:8.3f}"
+            yield f"  {name:24} {value}{shown}"
+
+
 def judge(
     run: Place,
     data: str,
@@ -86,7 +103,7 @@ def judge(
     num_examples: int | None = None,
     output: str | Path | None = None,
     **settings: Any,
-) -> dict[str, Any]:
+) -> Judgements:
     """Let a language model judge a run's responses, and save its verdicts.
 
     Args:
@@ -125,7 +142,7 @@ def judge(
     replies = directory / f"{name}.replies.jsonl"
     write_json_lines(replies, (_row(q, judgements[q.text]) for q in questions))
     write_json(directory / f"{name}.json", result)
-    return result
+    return Judgements(result)
 
 
 def _check_protocol(protocol: str, against: str | Path | None) -> None:
@@ -206,7 +223,7 @@ def _judge_all(
         with (
             endpoint.client,
             closing(KeptReplies(path)) as kept,
-            tqdm(total=len(texts), desc="judge", unit="question") as progress,
+            progress_bar(total=len(texts), desc="judge", unit="question") as progress,
             ThreadPoolExecutor(endpoint.settings.max_concurrency) as pool,
         ):
 

@@ -2,8 +2,6 @@
 
 import copy
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from promptkd import kernels
@@ -26,6 +23,7 @@ from promptkd.given import GivenModel, refuse_lost
 from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.objects import copied
 from promptkd.models.soundness import check_weights, make_savable
+from promptkd.progress import quietly
 
 
 def default_device() -> torch.device:
@@ -89,7 +87,7 @@ def _load(name: str, dtype: torch.dtype) -> PreTrainedModel:
     adapter = Path(arguments["pretrained_model_name_or_path"])
     if (adapter / "adapter_config.json").is_file():
         return _load_adapted(name, adapter, dtype)
-    with _quietly():
+    with quietly():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 **arguments, dtype=dtype, output_loading_info=True, trust_remote_code=False
@@ -130,7 +128,7 @@ def _load_adapted(name: str, directory: Path, dtype: torch.dtype) -> PreTrainedM
         num_tokens = len(load_tokenizer(name))
         if num_tokens > embedding_rows(model):
             model.resize_token_embeddings(num_tokens)
-    with _quietly():
+    with quietly():
         try:
             whole = peft.PeftModel.from_pretrained(model, str(directory))
         except Exception as error:
@@ -154,18 +152,10 @@ def adapter_config(directory: Path) -> Any:
     return config
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the bars and tables that transformers prints for every file."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+def save_model(module: PreTrainedModel, directory: Path) -> None:
+    """Write a model as transformers does, without its bars."""
+    with quietly():
+        module.save_pretrained(directory)
 
 
 def text_config(name: str) -> Any:
@@ -212,10 +202,11 @@ def load_tokenizer(name: str) -> Any:
         base = adapter_config(directory).base_model_name_or_path
         if base:
             return load_tokenizer(base)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**arguments, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(_no_model(name, error)) from None
+    with quietly():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(**arguments, trust_remote_code=False)
+        except Exception as error:
+            raise UserError(_no_model(name, error)) from None
     return _ending(tokenizer, name)
 
 

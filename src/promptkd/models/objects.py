@@ -1,6 +1,7 @@
 """Language models that came as objects: checked, named for the records, and never changed."""
 
 import copy
+import os
 from typing import Any
 
 import peft
@@ -17,15 +18,15 @@ def given_model(model: Any, tokenizer: Any, called: str) -> str:
     """A model as whoever loads it takes it: a name as it is, an object with its tokenizer.
 
     Args:
-        model: a name, a loaded causal language model, or a ``PeftModel`` (read merged).
+        model: a name or path, a loaded causal language model, or a ``PeftModel`` (read merged).
         tokenizer: the object's; without it the one is loaded that lies where the model came from.
         called: the argument, for the messages.
 
     Raises:
         UserError: if it is something else, or only a part of it is in this process.
     """
-    if isinstance(model, str):
-        return model
+    if isinstance(model, (str, os.PathLike)):
+        return os.fspath(model)
     whole = model.get_base_model() if isinstance(model, peft.PeftModel) else model
     if not isinstance(whole, PreTrainedModel) or whole.get_output_embeddings() is None:
         raise UserError(

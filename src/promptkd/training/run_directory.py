@@ -19,7 +19,7 @@ from promptkd.files import (
     write_text,
 )
 from promptkd.given import of_object
-from promptkd.models.loading import dtype_of, model_directory
+from promptkd.models.loading import dtype_of, model_directory, save_model
 from promptkd.training import checkpoints, lock
 from promptkd.training.divergence import is_sane
 from promptkd.training.identity import AS_IT_WAS, Change, Resuming, changes, check, identity
@@ -216,7 +216,7 @@ class RunDirectory:
         whole = copy.deepcopy(merged(module) if self.recipe.student.lora else module)
         whole.to(dtype_of(self.recipe.student.model))  # pyright: ignore
         whole.generation_config.eos_token_id = list(setup.stop)  # pyright: ignore
-        whole.save_pretrained(directory)
+        save_model(whole, directory)
         setup.tokenizer.save_pretrained(directory)
 
     def _start_scores(self) -> dict[str, float]:

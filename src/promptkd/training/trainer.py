@@ -14,11 +14,12 @@ from tqdm.auto import tqdm
 from promptkd.composition import Method
 from promptkd.config import Recipe
 from promptkd.errors import NotFinite, Stopped, UserError
+from promptkd.progress import progress_bar
 from promptkd.ranks import Ranks
 from promptkd.training.identity import AS_IT_WAS, Resuming
 from promptkd.training.launch import refuse_unknown_launch
 from promptkd.training.lock import locked
-from promptkd.training.rehearsal import rehearse
+from promptkd.training.rehearsal import Rehearsal, rehearse
 from promptkd.training.run_directory import RunDirectory
 from promptkd.training.setup import set_up
 from promptkd.training.state import RunState, SourceStates
@@ -94,7 +95,7 @@ class Trainer:
                 self._train()
             self._finish()
 
-    def rehearse(self) -> dict[str, Any]:
+    def rehearse(self) -> Rehearsal:
         """Take the first steps and forget them; see ``api.check``."""
         if self.directory.finished:
             raise UserError(f"{self.directory.path} is finished. Name another output to check.")
@@ -107,7 +108,7 @@ class Trainer:
         if self.step_number == 0:
             self._validate()
         shown = {"unit": "step", "desc": self.method.name, "disable": not self.is_main}
-        with tqdm(total=max_steps, initial=self.step_number, **shown) as progress:
+        with progress_bar(total=max_steps, initial=self.step_number, **shown) as progress:
             while self.step_number < max_steps:
                 self._stop_if_asked()
                 row = self._step()
