@@ -71,7 +71,7 @@ def complete(recipe: AnyRecipe, objects: Objects, method: str | None = None) -> 
     """
     if isinstance(recipe, (str, Path)):
         recipe = load_recipe(recipe)
-    whole = recipe.to_dict() if isinstance(recipe, Recipe) else recipe
+    whole = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else recipe
     changes = objects.names()
     if isinstance(recipe, Recipe):
         changes = _merged(_names_of(recipe), changes)

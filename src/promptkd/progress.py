@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any
 
 import tqdm.auto
 import tqdm.notebook
@@ -31,7 +31,7 @@ def progress_bar(iterable: Any = None, **options: Any) -> Any:
 class Log:
     """A file to which bars are written as lines: at first, every 30 seconds, and at last."""
 
-    def __init__(self, file: TextIO):
+    def __init__(self, file: Any):
         self._file = file
         self._unwritten = ""
         self._written_at = -SECONDS_BETWEEN_LINES
