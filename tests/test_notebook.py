@@ -81,7 +81,7 @@ def test_a_bar_in_a_log_is_a_line_now_and_then():
 def test_a_bar_in_a_notebook_is_the_notebooks(monkeypatch):
     class Bar(tqdm_notebook):
         def __init__(self, iterable=None, **options):
-            self.iterable = iterable
+            self.iterable, self.disable = iterable, True
 
     monkeypatch.setattr(tqdm.auto, "tqdm", Bar)
     assert isinstance(progress_bar([1], desc="steps"), Bar)
@@ -94,4 +94,4 @@ def test_quiet_loading_leaves_warnings_to_be_heard(caplog):
         loader.error("LlamaForCausalLM LOAD REPORT from: x")
         loader.error("something that matters")
     loader.removeHandler(caplog.handler)
-    assert [record.getMessage() for record in caplog.records] == ["something that matters"]
+    assert {record.getMessage() for record in caplog.records} == {"something that matters"}

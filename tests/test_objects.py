@@ -289,3 +289,32 @@ def test_a_run_by_its_path_is_measured_without_the_teacher_that_came_as_an_objec
         pk.exposure_bias(run.path, ROWS[:4])
     assert pk.exposure_bias(run, ROWS[:4], seeds=(1,))["num_examples"] == 4
     assert pk.prompt_analysis(run, num_examples=2)["num_examples"]["train"] == 2
+
+
+class Planned(Exception):
+    """The stages are written, and the first of them would run."""
+
+
+def test_a_whole_path_writes_the_models_that_came_as_objects_for_its_stages(pair, tmp_path):
+    given = objects(pair)
+
+    def stop(sentence: str) -> None:
+        if sentence.startswith("1/"):
+            raise Planned
+
+    asked = {"tokenizer": given["tokenizer"], "student": given["student"], "say": stop}
+    with pytest.raises(Planned):
+        pk.distill(given["teacher"], given["train"], tmp_path / "whole", **asked)
+    place = tmp_path / "whole" / "given" / "teacher"
+    written = AutoModelForCausalLM.from_pretrained(place).state_dict()
+    own = given["teacher"].state_dict()
+    assert all(torch.equal(tensor, own[name]) for name, tensor in written.items())
+    stages = "".join(file.read_text() for file in (tmp_path / "whole" / "stages").iterdir())
+    assert str(place) in stages
+    assert "object:" not in stages
+    with torch.no_grad():
+        given["teacher"].lm_head.weight.add_(1.0)
+    with pytest.raises(UserError, match=r"begun otherwise .*digest of the teacher"):
+        pk.distill(given["teacher"], given["train"], tmp_path / "whole", **asked)
+    with pytest.raises(UserError, match=r"^row 2 of held_out is 5"):
+        pk.distill("x", given["train"], tmp_path / "other", held_out=[ROWS[0], 5], say=stop)
