@@ -156,7 +156,7 @@ def train(raw: Mapping[str, Any], **resuming: Any) -> Path:
     from promptkd.api import train as run_recipe
     from promptkd.config import recipe_from_dict
 
-    return run_recipe(recipe_from_dict(dict(raw)), **resuming)
+    return run_recipe(recipe_from_dict(dict(raw)), **resuming).path
 
 
 def write_recipe(directory: Path, recipe: Mapping[str, Any], name: str = "recipe.yaml") -> str:

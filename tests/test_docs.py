@@ -12,6 +12,7 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import pytest
@@ -157,6 +158,7 @@ def test_the_recipe_page_has_every_key_with_its_default():
 
 def test_the_readmes_quickstart_runs(tmp_path, monkeypatch):
     (block,) = blocks(ROOT / "README.md", "python")
+    assert indent(block, "    ") in (pk.__doc__ or "")  # the package's own example
     longer = {"max_position_embeddings": 600}
     _, teacher = save_pair(tmp_path, "llama", student_options=longer, teacher_options=longer)
     write_data(tmp_path / "train.jsonl", 32)

@@ -84,7 +84,7 @@ def run(tmp_path_factory):
         data={"validation": str(validation), "max_response_tokens": NUM_STEPS},
         optimization={"max_steps": 1},
     )
-    return train(recipe_from_dict(raw))
+    return train(recipe_from_dict(raw)).path
 
 
 # -- the arithmetic

@@ -35,7 +35,7 @@ def run(tmp_path_factory):
         data={"validation": str(validation), "max_response_tokens": 10},
         optimization={"max_steps": 2, "teacher_learning_rate": 0.1},
     )
-    return train(recipe_from_dict(raw))
+    return train(recipe_from_dict(raw)).path
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """A pruned student is its teacher with layers skipped, and the right ones are."""
 
+import copy
 import itertools
 import json
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import tiny
+from promptkd.cli import main
 from promptkd.errors import UserError
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
@@ -199,6 +201,63 @@ def test_with_calibration_the_idle_layer_is_dropped_and_the_losses_are_recorded(
     assert (record["search"], record["dropped"]) == ("greedy", [2])
     assert record["calibration"] == [data]
     assert record["loss_pruned"] == pytest.approx(record["loss_whole"])
+
+
+def test_calibration_follows_the_columns_and_the_options_of_the_template(tmp_path):
+    teacher = tiny.model("llama", num_layers=3)
+    tokenizer = tiny.tokenizer()
+    tokenizer.chat_template = "{{ opening }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    rows = [{"q": f"say {i}", "a": f"it is {i}!"} for i in range(6)]
+    reading = {
+        "columns": {"request": "q", "response": "a"},
+        "template_options": {"opening": "please "},
+        "num_calibration_rows": 2,
+    }
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    record = init_student(
+        teacher, 2, tmp_path / "student", calibration=rows, tokenizer=tokenizer, **reading
+    )
+    assert record["calibration"] == ["object:6 rows (list)"]
+    assert record["teacher"] == "object:LlamaForCausalLM"
+    assert all(torch.equal(before[name], now) for name, now in teacher.state_dict().items())
+    asked = [f"please {row['q']}" for row in rows]
+    pairs = [(text, row["a"]) for text, row in zip(asked, rows, strict=True)]
+    assert record["loss_whole"] == pytest.approx(_loss_of(teacher, tokenizer, pairs[:2]), rel=1e-3)
+    with pytest.raises(UserError, match=r"data\.columns\.reqest"):
+        init_student(
+            teacher,
+            2,
+            tmp_path / "other",
+            calibration=rows,
+            tokenizer=tokenizer,
+            columns={"reqest": "q"},
+        )
+
+
+def _loss_of(model, tokenizer, pairs: list[tuple[str, str]]) -> float:
+    """Nats per response token, the end included, in float64."""
+    losses = []
+    for request, response in pairs:
+        ids = tokenizer(request).input_ids
+        whole = [*ids, *tokenizer(response).input_ids, tiny.EOS]
+        logits = copy.deepcopy(model).double()(torch.tensor([whole])).logits[0].log_softmax(-1)
+        losses += [-logits[i - 1, whole[i]].item() for i in range(len(ids), len(whole))]
+    return sum(losses) / len(losses)
+
+
+def test_the_command_takes_columns_as_a_recipe_does(tmp_path, capsys):
+    teacher = save(tmp_path / "teacher", tiny.model("llama", num_layers=3))
+    data = tmp_path / "d.jsonl"
+    data.write_text("".join(json.dumps({"q": f"say {i}", "a": "it is!"}) + "\n" for i in range(4)))
+    command = ["init-student", "--teacher", teacher, "--layers", "2", "--calibration", str(data)]
+    command += ["--template", "none", "--output", str(tmp_path / "student"), "--set"]
+    with pytest.raises(SystemExit):
+        main([*command, "seed=1"])
+    assert "--set takes data.columns" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "data.columns.request=q", "data.columns.response=a"])
+    assert ended.value.code == 0
+    assert "layers dropped: [" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("num_layers", [0, 4, 5])

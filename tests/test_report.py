@@ -453,7 +453,7 @@ def compared(tmp_path_factory) -> Path:
             evaluation={"every_steps": 1},
             output=str(directory / name),
         )
-        runs.append(train(recipe_from_dict(recipe)))
+        runs.append(train(recipe_from_dict(recipe)).path)
     places = [(str(r), r / "evaluation") for r in runs]
     places += [(str(m), directory / "scores" / m.name) for m in (start, teacher)]
     for model, place in places:

@@ -18,6 +18,7 @@ from promptkd.evaluation.evaluate import evaluate, evaluate_with
 from promptkd.evaluation.protocol import Protocol
 from promptkd.evaluation.rescoring import rescore
 from promptkd.report.places import read_subject
+from promptkd.run import TrainedRun
 
 SETTINGS = ("decoding", "seeds", "num_examples", "template", "max_request_tokens", "dtype", "data")
 
@@ -178,9 +179,9 @@ def test_two_processes_share_the_requests_and_write_what_one_does(run, scored, t
 
 def test_a_run_is_evaluated_with_the_engine_that_it_wrote_with(run):
     recipe = load_recipe(run / "recipe.yaml", ["sampling.engine=vllm"])
-    assert Protocol.of(run, recipe, {}).engine == "vllm"
-    assert Protocol.of(run, recipe, {"engine": "transformers"}).engine == "transformers"
-    assert Protocol.of(run, None, {}).engine == "transformers"
+    assert Protocol.of(TrainedRun(run, recipe), {}).engine == "vllm"
+    assert Protocol.of(TrainedRun(run, recipe), {"engine": "transformers"}).engine == "transformers"
+    assert Protocol.of(None, {}).engine == "transformers"
 
 
 def test_the_command_names_every_model(run, scored, tmp_path):

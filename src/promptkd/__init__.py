@@ -2,12 +2,14 @@
 
     import promptkd as pk
 
-    pk.distill("gpt2-xl", "dolly.jsonl", "runs/dolly", layers=24)
-    scores = pk.evaluate("runs/dolly/promptkd", "self_instruct.jsonl", seeds=(10, 20, 30, 40, 50))
+    done = pk.distill("HuggingFaceTB/SmolLM2-135M-Instruct", "train.jsonl", "runs/first", layers=20)
+    result = pk.evaluate(done.run, "test.jsonl", seeds=(10, 20, 30, 40, 50))
+    print(result.scores.rouge_l)
 
 Every command is a function here; three have a verb in front, since the folders ``report``,
 ``judge`` and ``study`` have their names: ``write_report``, ``judge_responses``, ``run_study``.
-Names are imported when used, so that ``import promptkd`` and the command line answer at once.
+Models and rows may be objects as well as names, and results print as the commands print them:
+docs/python.md. Names are imported when used, so that ``import promptkd`` answers at once.
 """
 
 import importlib
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from promptkd.judge.judge import judge as judge_responses
     from promptkd.pruning import init_student
     from promptkd.report.report import report as write_report
+    from promptkd.run import TrainedRun
     from promptkd.study.file import load_study
     from promptkd.study.run import run_study
 
@@ -54,6 +57,7 @@ _HOMES = {
     "rescore": "promptkd.evaluation.rescoring:rescore",
     "run_study": "promptkd.study.run:run_study",
     "Term": "promptkd.composition:Term",
+    "TrainedRun": "promptkd.run:TrainedRun",
     "train": "promptkd.api:train",
     "write_report": "promptkd.report.report:report",
 }
@@ -62,6 +66,7 @@ _MODULES = ("methods", "divergences", "objectives", "rollouts", "teachers")
 __all__ = [
     "Method",
     "Term",
+    "TrainedRun",
     "UserError",
     "check",
     "compare",
@@ -101,4 +106,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__, "__version__"})
+    hidden = (name for name in globals() if name.startswith("__"))
+    return sorted({*__all__, "__version__", *hidden})

@@ -1,27 +1,46 @@
 """The library's verbs, as Python functions."""
 
-from pathlib import Path
 from typing import Any
 
 from promptkd.composition import Method
-from promptkd.config import MethodSection, Recipe
 from promptkd.methods import build_method
+from promptkd.objects import AnyRecipe, Objects, complete
+from promptkd.run import TrainedRun
 from promptkd.training.identity import AS_IT_WAS, Resuming
+from promptkd.training.rehearsal import Rehearsal
 from promptkd.training.trainer import Trainer
 
 
 def train(
-    recipe: Recipe,
+    recipe: AnyRecipe,
     method: Method | str | None = None,
     *,
+    student: Any = None,
+    teacher: Any = None,
+    tokenizer: Any = None,
+    teacher_tokenizer: Any = None,
+    train: Any = None,
+    validation: Any = None,
+    peft_config: Any = None,
     restart_from: int | None = None,
     allow_changes: bool = False,
-) -> Path:
-    """Run a recipe to its end, or go on with it; returns the run directory.
+) -> TrainedRun:
+    """Run a recipe to its end, or go on with it.
+
+    Models and rows may come as objects; the recipe then needs no names of them. They aren't
+    changed: a run trains a copy. The same call goes on with the run, or finds it finished.
 
     Args:
-        recipe: what to do. ``max_steps`` or ``epochs`` of a run that was begun may have grown.
+        recipe: what to do: validated, as nested dictionaries, or a file. ``max_steps`` or
+            ``epochs`` of a run that was begun may have grown.
         method: in place of the recipe's; a name stands for the method with its defaults.
+        student: a causal language model of transformers or PEFT, or a name as ``student.model``.
+        teacher: likewise, as ``teacher.model``.
+        tokenizer: of the models that are objects; else the one that lies where they came from.
+        teacher_tokenizer: the teacher's, if it has another one.
+        train: lists of dictionaries, ``datasets.Dataset``, or names as ``data.train``.
+        validation: likewise, as ``data.validation``.
+        peft_config: a ``peft.LoraConfig``, as ``student.lora``; merged into a student object.
         restart_from: go back to the checkpoint of this step (0: the start), with other rates.
         allow_changes: go on though data, weights or settings differ; the record says so.
 
@@ -29,33 +48,63 @@ def train(
         UserError: for bad input, in one sentence; nothing that was saved is lost.
         Stopped: when Ctrl-C, SIGTERM or SIGUSR1 asked for an end; the run can go on.
     """
-    trainer = _trainer(recipe, method, Resuming(restart_from, allow_changes))
+    objects = Objects(
+        student=student,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        teacher_tokenizer=teacher_tokenizer,
+        train=train,
+        validation=validation,
+        peft_config=peft_config,
+    )
+    trainer = _trainer(recipe, method, objects, Resuming(restart_from, allow_changes))
     trainer.run()
-    return trainer.directory.path
+    return TrainedRun(trainer.directory.path, trainer.recipe)
 
 
-def check(recipe: Recipe, method: Method | str | None = None) -> dict[str, Any]:
+def check(
+    recipe: AnyRecipe,
+    method: Method | str | None = None,
+    *,
+    student: Any = None,
+    teacher: Any = None,
+    tokenizer: Any = None,
+    teacher_tokenizer: Any = None,
+    train: Any = None,
+    validation: Any = None,
+    peft_config: Any = None,
+) -> Rehearsal:
     """Prove that a recipe works before it runs: all that ``train`` checks, and its first steps.
 
-    The steps are the run's own, on real rollouts; nothing is kept.
+    The steps are the run's own, on real rollouts; nothing is kept. The arguments are ``train``'s.
 
     Returns:
-        ``steps`` and ``epochs`` of the whole run, ``first``: the first step's line as in
-        metrics.jsonl, ``preflight``: what was found about the pair, ``example``: the first row as
-        the models see it, ``measured`` and ``forecast``: see ``training.forecast``,
+        ``steps``, ``epochs`` and ``output`` of the whole run, ``first``: the first step's line as
+        in metrics.jsonl, ``preflight``: what was found about the pair, ``example``: the first row
+        as the models see it, ``measured`` and ``forecast``: see ``training.forecast``,
         ``peak_memory`` and ``bytes_free`` on the disk.
 
     Raises:
         UserError: for everything that can be known to be wrong before the first step.
     """
-    return _trainer(recipe, method).rehearse()
+    objects = Objects(
+        student=student,
+        teacher=teacher,
+        tokenizer=tokenizer,
+        teacher_tokenizer=teacher_tokenizer,
+        train=train,
+        validation=validation,
+        peft_config=peft_config,
+    )
+    return _trainer(recipe, method, objects, AS_IT_WAS).rehearse()
 
 
 def _trainer(
-    recipe: Recipe, method: Method | str | None, resuming: Resuming = AS_IT_WAS
+    recipe: AnyRecipe, method: Method | str | None, objects: Objects, resuming: Resuming
 ) -> Trainer:
-    if isinstance(method, str):
-        recipe = recipe.model_copy(update={"method": MethodSection(name=method)})
-        method = None
-    built = method or build_method(recipe.method.name, **recipe.method.options)
-    return Trainer(recipe, built, resuming)
+    named = method if isinstance(method, str) else None
+    whole = complete(recipe, objects, named)
+    built = method if isinstance(method, Method) else None
+    return Trainer(
+        whole, built or build_method(whole.method.name, **whole.method.options), resuming
+    )

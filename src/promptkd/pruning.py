@@ -6,19 +6,20 @@ costs a fraction of what evenly spaced layers cost (docs/log.md has the numbers)
 
 import copy
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from promptkd.data import Encoder, read_examples, training_set
+from promptkd.config import ColumnsSection
+from promptkd.data import Encoder, given_rows, read_examples, training_set
 from promptkd.errors import UserError
 from promptkd.files import whole_directory, write_json
+from promptkd.keys import validate
 from promptkd.micro_batches import split_by_length
 from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.loading import (
@@ -27,32 +28,66 @@ from promptkd.models.loading import (
     embedding_rows,
     load_model,
     load_tokenizer,
+    save_model,
 )
+from promptkd.models.objects import given_model
+from promptkd.progress import progress_bar
+from promptkd.records import Record
 from promptkd.rollouts import Rollout, reference_rollouts
 from promptkd.token_losses import cross_entropies
 
 MICRO_BATCH_TOKENS = 2048
 
 
+class Pruning(Record):
+    """What ``pruning.json`` holds: the layers kept and dropped, and what that cost."""
+
+    def lines(self) -> Iterator[str]:
+        """The layers, and the losses where they were measured."""
+        yield f"layers dropped: {self.dropped} ({self.search})"
+        if "loss_whole" in self:
+            yield (
+                f"cross-entropy, nats per token: teacher {self.loss_whole:.3f}, "
+                f"student {self.loss_pruned:.3f}"
+            )
+
+
+class Reading(TypedDict, total=False):
+    """How calibration data are read, as a recipe's ``data`` says it.
+
+    Attributes:
+        template: ``auto`` if not given.
+        template_options: given to the chat template.
+        columns: which column is what, where the names aren't known ones.
+        num_calibration_rows: 32 if not given; the shortest 4 in 5 of the first ones are used.
+    """
+
+    template: str
+    template_options: Mapping[str, Any]
+    columns: Mapping[str, Any]
+    num_calibration_rows: int
+
+
 def init_student(
-    teacher: str,
+    teacher: Any,
     num_layers: int,
     output: str | Path,
     *,
-    calibration: str | Sequence[str] | None = None,
+    calibration: Any = None,
     search: str = "greedy",
-    template: str = "auto",
-    num_calibration_rows: int = 32,
     precision: str = "auto",
-) -> dict[str, Any]:
+    tokenizer: Any = None,
+    **reading: Unpack[Reading],
+) -> Pruning:
     """Write a student with the teacher's tokenizer and ``num_layers`` of its layers.
 
     Args:
-        teacher: as ``load_model`` takes it.
-        calibration: data with reference responses; without it layers are kept evenly spaced.
+        teacher: a name as ``load_model`` takes it, or a loaded model, which isn't changed.
+        calibration: data with reference responses, or rows; without it layers are evenly spaced.
         search: ``greedy`` drops the layer whose absence costs least, measures the others again, and
             so on; ``single`` measures each once and drops the cheapest: quicker and worse.
-        num_calibration_rows: rows of the calibration data that are used (the shortest 4 in 5).
+        tokenizer: of a teacher that is an object; else the one where it came from.
+        reading: template, columns and number of the calibration data: see ``Reading``.
 
     Returns:
         What ``pruning.json`` holds: layers kept and dropped, losses in nats per response token.
@@ -61,25 +96,24 @@ def init_student(
         UserError: if the output exists, or the number of layers makes no sense.
     """
     output = _empty(output)
+    name = given_model(teacher, tokenizer, "teacher")
     # The kept layers are the student's start: kept exactly, whatever they are measured in.
-    module = load_model(teacher, torch.float32, default_device())
-    tokenizer = load_tokenizer(teacher)
+    module, tokenizer = load_model(name, torch.float32, default_device()), load_tokenizer(name)
     total = len(layers_of(module)[1])
     check_layers(num_layers, total)
-    record: dict[str, Any] = {"teacher": teacher, "teacher_layers": total}
+    record = Pruning(teacher=name, teacher_layers=total)
     if calibration is None:
-        kept = evenly_spaced(total, num_layers)
-        record["search"] = "uniform"
+        kept, record["search"] = evenly_spaced(total, num_layers), "uniform"
     else:
-        sources = [calibration] if isinstance(calibration, str) else list(calibration)
-        rollouts = _calibration_rollouts(tokenizer, template, sources, num_calibration_rows)
-        model = _measurable(module, precision, teacher)
+        sources = list(given_rows(calibration, "calibration"))
+        rollouts = _calibration_rollouts(tokenizer, sources, **reading)
+        model = _measurable(module, precision, name)
         kept, measured = rank_layers(model, rollouts, num_layers, search)
         record |= {"search": search, "calibration": sources, **measured}
     record |= {"kept": kept, "dropped": [layer for layer in range(total) if layer not in kept]}
     student = keep_layers(module, kept)
     with whole_directory(output, "student") as directory:
-        student.save_pretrained(directory)
+        save_model(student, directory)
         tokenizer.save_pretrained(directory)
         write_json(directory / "pruning.json", record)
     return record
@@ -147,7 +181,7 @@ def rank_layers(
     num_passes = sum(total - done for done in range(len(rounds)))
     with (
         model.autocast(),  # weights are cast once for all passes
-        tqdm(total=num_passes, unit="pass", desc="measuring layers") as progress,
+        progress_bar(total=num_passes, unit="pass", desc="measuring layers") as progress,
     ):
         measured: dict[str, Any] = {"loss_whole": _loss(model, rollouts), "loss_without": []}
         for num_dropped in rounds:
@@ -255,17 +289,23 @@ def keep_layers(module: PreTrainedModel, kept: Sequence[int]) -> PreTrainedModel
 
 
 def _calibration_rollouts(
-    tokenizer: Any, template: str, sources: list[str], num_rows: int
+    tokenizer: Any,
+    sources: list[str],
+    template: str = "auto",
+    template_options: Mapping[str, Any] | None = None,
+    columns: Mapping[str, Any] | None = None,
+    num_calibration_rows: int = 32,
 ) -> list[Rollout]:
-    encoder = Encoder(tokenizer, template)
-    data = training_set(read_examples(sources), encoder)
+    encoder = Encoder(tokenizer, template, template_options=template_options)
+    mapped = validate(ColumnsSection, dict(columns or {}), prefix="data.columns.")
+    data = training_set(read_examples(sources, mapped), encoder)
     if not data.has_references:
         raise UserError(
             f"The calibration data {', '.join(sources)} has rows without a reference response; "
             "the loss that ranks layers needs one in each."
         )
-    chosen = reference_rollouts(data.examples[: num_rows * 5 // 4])
-    return sorted(chosen, key=lambda rollout: rollout.num_tokens)[:num_rows]
+    chosen = reference_rollouts(data.examples[: num_calibration_rows * 5 // 4])
+    return sorted(chosen, key=lambda rollout: rollout.num_tokens)[:num_calibration_rows]
 
 
 def _loss(model: LanguageModel, rollouts: Sequence[Rollout]) -> float:

@@ -13,11 +13,8 @@ from typing import Any, NoReturn
 
 import typer
 
-from promptkd.config import Recipe
 from promptkd.errors import Stopped, UserError, sentence_of
 from promptkd.files import out_of_space
-from promptkd.findings import Finding
-from promptkd.training.forecast import duration
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,52 +26,6 @@ app = typer.Typer(
 FAILED, DEFECT = 1, 70
 """Exit codes, as docs/cli.md lists them; 2 is a wrong command line."""
 SEVERAL = ("--seeds", "--data", "--held-out", "--set", "--calibration", "--metric", "--tasks")
-
-
-def show_scores(results: dict[str, Any]) -> None:
-    for name, result in results.items():
-        cut = f", {result['num_cut_requests']} requests cut" if result["num_cut_requests"] else ""
-        typer.echo(f"{name}: {result['num_examples']} examples, seeds {result['seeds']}{cut}")
-        for score, values in result["scores"].items():
-            shown = f"  {score:24} {values['mean']:8.3f}"
-            if len(result["seeds"]) > 1 and "deviation_over_seeds" in values:
-                shown += f" ± {values['deviation_over_seeds']:.2f} over seeds"
-            if "interval_95" in values:
-                low, high = values["interval_95"]
-                shown += f", 95% [{low:.2f}, {high:.2f}]"
-            if values.get("num_requests", result["num_examples"]) < result["num_examples"]:
-                shown += f", over the {values['num_requests']} requests that have it"
-            typer.echo(shown)
-
-
-def check_lines(found: dict[str, Any], recipe: Recipe) -> Iterator[str]:
-    """What ``check`` says of ``api.check``'s findings."""
-    first, expected, measured = found["first"], found["forecast"], found["measured"]
-    example = found["example"]
-    tokens = example["response_tokens"]
-    response = "generated while training" if tokens is None else f"|{'|'.join(tokens)}|"
-    yield f"the first request: {example['request']!r}; its response, by tokens: {response!r}"
-    if example["teacher_request"] is not None:
-        yield f"what the teacher reads of it: {example['teacher_request']!r}"
-    yield (
-        f"one step: loss {first['loss']:.3f} nats per token, {first['response_length']:.0f} tokens "
-        f"per response, {100 * first['share_ended']:.0f} % ended; the first took "
-        f"{measured['seconds_start']:.1f} s, later ones {measured['seconds_step']:.1f} s"
-    )
-    yield f"memory: {found['peak_memory'] / 1e9:.1f} GB at most so far"
-    yield (
-        f"disk: checkpoints and students take {expected['bytes_disk'] / 1e9:.2f} GB, "
-        f"{found['bytes_free'] / 1e9:.1f} GB are free"
-    )
-    if expected["bytes_disk"] > found["bytes_free"]:
-        yield str(Finding("PK208", "the run needs more disk than is free."))
-    yield (
-        f"the run: {found['steps']} steps of {recipe.optimization.global_batch_size} requests "
-        f"({found['epochs']:.2g} epochs), about {duration(expected['seconds'])} (steps "
-        f"{duration(expected['seconds_steps'])}, evaluations "
-        f"{duration(expected['seconds_evaluations'])}, saving "
-        f"{duration(expected['seconds_saving'])}), into {recipe.output}"
-    )
 
 
 def keep_freed_memory() -> None:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from promptkd.cli.app import app, check_lines, keep_freed_memory
+from promptkd.cli.app import app, keep_freed_memory
 from promptkd.errors import UserError
 
 
@@ -20,14 +20,22 @@ def init_student(
     search: Annotated[str, typer.Option(help="greedy | single (quicker, worse)")] = "greedy",
     template: Annotated[str, typer.Option(help="as data.template in a recipe")] = "auto",
     rows: Annotated[int, typer.Option(min=1, help="calibration rows used")] = 32,
+    set: Annotated[
+        list[str] | None,
+        typer.Option(help="data.columns.X=... and data.template_options.X=... as in a recipe"),
+    ] = None,
 ) -> None:
     """Make a student out of the teacher by dropping the layers that matter least."""
     if search not in ("single", "greedy"):
         raise UserError(f"--search is '{search}'; known: single, greedy.")
+    from promptkd.config import override
     from promptkd.pruning import init_student as run
 
+    asked = override({}, set or [])
+    of_data = asked.get("data", {})
+    if asked.keys() - {"data"} or not {*of_data} <= {"columns", "template_options"}:
+        raise UserError("--set takes data.columns.NAME=... and data.template_options.NAME=...")
     keep_freed_memory()
-
     record = run(
         teacher,
         layers,
@@ -36,13 +44,9 @@ def init_student(
         search=search,
         template=template,
         num_calibration_rows=rows,
+        **of_data,
     )
-    typer.echo(f"layers dropped: {record['dropped']} ({record['search']})")
-    if "loss_whole" in record:
-        typer.echo(
-            f"cross-entropy, nats per token: teacher {record['loss_whole']:.3f}, "
-            f"student {record['loss_pruned']:.3f}"
-        )
+    typer.echo(record)
     typer.echo(f"student: {output}")
 
 
@@ -59,9 +63,7 @@ def check(
 
     keep_freed_memory()
 
-    found = run(loaded)
-    for line in check_lines(found, loaded):
-        typer.echo(line)
+    typer.echo(run(loaded))
 
 
 @app.command()
@@ -85,8 +87,8 @@ def train(
 
     keep_freed_memory()
 
-    directory = run(loaded, restart_from=restart_from, allow_changes=allow_changes)
-    typer.echo(f"run: {directory}")
+    done = run(loaded, restart_from=restart_from, allow_changes=allow_changes)
+    typer.echo(f"run: {done.path}")
     leave()
 
 
@@ -136,7 +138,7 @@ def distill(
     from promptkd.distillation.distill import distill as run
 
     keep_freed_memory()
-    page = run(
+    done = run(
         teacher,
         data,
         output,
@@ -150,7 +152,7 @@ def distill(
         settings=override({}, set or []),
         say=typer.echo,
     )
-    typer.echo(f"report: {page}")
+    typer.echo(f"report: {done.report}")
 
 
 @app.command()
@@ -206,7 +208,7 @@ def demo(
     from promptkd.demo import demo as run
 
     keep_freed_memory()
-    typer.echo(f"report: {run(output, seed)}")
+    typer.echo(f"report: {run(output, seed).report}")
 
 
 def _seconds(budget: str) -> float:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from promptkd.cli.app import app, keep_freed_memory, show_scores
+from promptkd.cli.app import app, keep_freed_memory
 from promptkd.errors import UserError
 
 
@@ -51,11 +51,8 @@ def evaluate(
     if metric:
         options["metrics"] = metric
     found = _evaluated(model, (with_ or "").split(","), _sources(data, suite), options)
-    for label, results in found.items():
-        if label:
-            typer.echo(f"--- {label}")
-        show_scores(results)
-    if found:
+    if found is not None:
+        typer.echo(found)
         typer.echo(f"scores: {output or _run_of(Path(model)) / 'evaluation'}")
 
 
@@ -75,10 +72,8 @@ def _sources(data: list[str] | None, suite: Path | None) -> Any:
     return suite_of_files(data) if data else None
 
 
-def _evaluated(
-    model: str, others: list[str], sources: Any, options: dict[str, Any]
-) -> dict[str, Any]:
-    """The records by model; nothing on processes that only help."""
+def _evaluated(model: str, others: list[str], sources: Any, options: dict[str, Any]) -> Any:
+    """The scores; None on processes that only help."""
     from promptkd.evaluation.evaluate import evaluate as run
     from promptkd.evaluation.evaluate import evaluate_with
     from promptkd.ranks import Ranks
@@ -86,16 +81,16 @@ def _evaluated(
     keep_freed_memory()
     ranks = Ranks.of_launch()
     if any(others):
-        found: dict[str, Any] = evaluate_with(model, others, sources, ranks=ranks, **options)
+        found: Any = evaluate_with(model, others, sources, ranks=ranks, **options)
     else:
-        found = {"": run(model, sources, ranks=ranks, **options)}
-    return found if ranks.rank == 0 else {}
+        found = run(model, sources, ranks=ranks, **options)
+    return found if ranks.rank == 0 else None
 
 
 def _run_of(directory: Path) -> Path:
     from promptkd.evaluation.named_models import run_of
 
-    return run_of(directory)
+    return run_of(directory).path
 
 
 @app.command("lm-eval")
@@ -115,7 +110,6 @@ def lm_eval(
     if precision not in ("auto", "bf16", "fp32"):
         raise UserError(f"--precision is '{precision}'; known: auto, bf16, fp32.")
     from promptkd.evaluation.lm_harness import lm_eval as evaluate_tasks
-    from promptkd.evaluation.lm_harness import table
 
     keep_freed_memory()
     found = evaluate_tasks(
@@ -128,7 +122,7 @@ def lm_eval(
         precision=precision,
         chat=chat,
     )
-    typer.echo(table(found))
+    typer.echo(found)
     typer.echo(f"results: {_run_of(run) / 'lm_eval'}")
 
 
@@ -140,7 +134,7 @@ def rescore(
     from promptkd.evaluation.rescoring import rescore as run
 
     notes: list[str] = []
-    show_scores(run(directory, notes))
+    typer.echo(run(directory, notes))
     for note in notes:
         typer.echo(f"warning: {note}", err=True)
     typer.echo(f"scores: {directory}")
@@ -154,13 +148,7 @@ def compare(
     """Paired bootstrap of two evaluations on the same requests."""
     from promptkd.evaluation.comparison import compare as run
 
-    for row in run(first, second):
-        verdict = "clear" if row.shown else "not clear"
-        typer.echo(
-            f"{row.data:20} {row.score:12} {row.first:8.3f} - {row.second:8.3f} = "
-            f"{row.difference:+.3f}, 95% [{row.low:+.3f}, {row.high:+.3f}] ({verdict}, "
-            f"{row.num_requests} requests)"
-        )
+    typer.echo(run(first, second))
 
 
 @app.command()
@@ -175,10 +163,8 @@ def generate(
     """Teacher, adapted teacher and student side by side on one request."""
     from promptkd.evaluation.side_by_side import generate as respond
 
-    for author, response in respond(
-        run, request, input=input, context=context, seed=seed, temperature=temperature
-    ).items():
-        typer.echo(f"--- {author}\n{response}\n")
+    asked: dict[str, Any] = {"input": input, "context": context, "temperature": temperature}
+    typer.echo(respond(run, request, seed=seed, **asked))
     typer.echo(f"run: {run}")
 
 
@@ -215,13 +201,7 @@ def exposure_bias(
         precision=precision,
         authors_script=authors_script,
     )
-    for step in sorted({min(step, len(result["steps"])) for step in (1, 16, 50, 100, 256)}):
-        keys = ("student_gap", "teacher_gap", "excess")
-        student_gap, teacher_gap, excess = (result[key][step - 1] for key in keys)
-        shown = "undefined" if excess is None else f"{excess:+.1f} %"
-        typer.echo(
-            f"l = {step:3}: R {student_gap:.3f} nats, E {teacher_gap:.3f} nats, ExAccErr {shown}"
-        )
+    typer.echo(result)
     name = "exposure_bias_authors_script" if authors_script else "exposure_bias"
     typer.echo(f"exposure bias: {run / name}.json")
 
@@ -243,18 +223,7 @@ def analyse_prompt(
 
     keep_freed_memory()
     result = prompt_analysis(run, data, num_examples=num_examples, seed=seed, precision=precision)
-    for row in result["vectors"]:
-        nearest = row["nearest_by_cosine"][0]
-        typer.echo(
-            f"vector {row['position']}: from {row['initial_token']['token']!r}, moved "
-            f"{row['moved']:.3f}; nearest by cosine {nearest['token']!r} ({nearest['cosine']:.3f})"
-        )
-    for row in result["table_4"]:
-        typer.echo(
-            f"{row['data']}, {row['responses']}, {'with' if row['prompt'] else 'without'} prompt: "
-            f"KL(teacher || student) {row['kl_teacher_first_student']:.4f} before training, "
-            f"{row['kl_teacher_final_student']:.4f} after, nats per token"
-        )
+    typer.echo(result)
     typer.echo(f"prompt analysis: {run / 'prompt_analysis.json'}")
 
 
@@ -304,18 +273,7 @@ def judge(
 
 
 def _show_judgements(result: dict[str, Any], place: Path) -> None:
-    typer.echo(", ".join(f"{name} {count}" for name, count in result["counts"].items()))
-    for reason, count in result["failures"].items():
-        typer.echo(f"  failed {count}: {reason}")
-    for example in result["malformed_examples"]:
-        typer.echo(
-            f"  malformed, seed {example['seed']} row {example['index']}: {example['reply']}"
-        )
-    for name, score in (result["scores"] or {}).items():
-        low, high = score.get("interval_95", (None, None))
-        shown = f", 95% [{low:.2f}, {high:.2f}]" if low is not None else ""
-        value = "–" if score["mean"] is None else f"{score['mean']:8.3f}"
-        typer.echo(f"  {name:24} {value}{shown}")
+    typer.echo(result)
     typer.echo(f"judgements: {place}")
     if result["scores"] is None:
         raise UserError(

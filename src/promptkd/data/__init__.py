@@ -8,7 +8,7 @@ from promptkd.data.batches import Batch, batch_of_step, steps_of_epochs
 from promptkd.data.encoding import EncodedExample, Encoder, date_of_run
 from promptkd.data.examples import Example, content_digest
 from promptkd.data.overlap import Overlap, overlap, split_by_digest
-from promptkd.data.reading import read_examples, read_noted
+from promptkd.data.reading import given_rows, read_examples, read_noted
 from promptkd.data.sets import Dataset, evaluation_set, reads, training_set
 from promptkd.data.template_findings import (
     TemplateFinding,
@@ -31,6 +31,7 @@ __all__ = [
     "content_digest",
     "date_of_run",
     "evaluation_set",
+    "given_rows",
     "overlap",
     "read_examples",
     "read_noted",

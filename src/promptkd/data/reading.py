@@ -14,6 +14,7 @@ from promptkd.data.columns import ColumnReader
 from promptkd.data.examples import Example
 from promptkd.data.text_files import SUFFIXES, Row, Rows, text_rows
 from promptkd.errors import UserError
+from promptkd.given import GivenRows, refuse_lost
 
 PLACES = "Give a file, a folder, a glob, or a hub id (owner/name or owner/name:split)"
 _SPLIT = re.compile(r"(train|validation|valid|dev|eval|test)(?![a-z])", re.IGNORECASE)
@@ -94,10 +95,14 @@ def _each(sources: Any) -> list[Any]:
 
 def _expand(source: Any, notes: list[str]) -> Iterator[tuple[str, Rows]]:
     """(name, rows) of each file, folder or data set that a source stands for."""
+    if isinstance(source, GivenRows):
+        yield source.called, _python_rows(source.thing, source.called)
+        return
     if not isinstance(source, (str, Path)):
-        yield "the data", _python_rows(source)
+        yield "the data", _python_rows(source, "the data")
         return
     name = str(source)
+    refuse_lost(name)
     path = Path(name).expanduser()
     if path.exists() or not glob.has_magic(name):
         yield name, _rows(path, name, notes)
@@ -109,7 +114,32 @@ def _expand(source: Any, notes: list[str]) -> Iterator[tuple[str, Rows]]:
         yield found, _rows(Path(found), found, notes)
 
 
-def _python_rows(source: Any) -> Rows:
+def given_rows(sources: Any, called: str) -> tuple[str, ...]:
+    """Sources as names, of which those of Python's rows carry the rows.
+
+    Args:
+        sources: as ``read_noted`` takes them.
+        called: the argument that they are, for the messages.
+
+    Raises:
+        UserError: for what are no rows.
+    """
+    each = _each(sources)
+    names = [called] if len(each) == 1 else [f"{called}[{i}]" for i in range(len(each))]
+    return tuple(map(_named, each, names))
+
+
+def _named(source: Any, called: str) -> str:
+    if isinstance(source, (str, Path)):
+        return source if isinstance(source, str) else str(source)
+    _refuse_no_rows(source)
+    rows = source if hasattr(source, "__len__") else list(source)
+    named = GivenRows(f"{len(rows)} rows ({type(source).__name__})", rows)
+    named.called = called
+    return named
+
+
+def _refuse_no_rows(source: Any) -> None:
     if isinstance(source, Mapping):
         _each(source)  # refuses it
     if not isinstance(source, Iterable):
@@ -117,10 +147,15 @@ def _python_rows(source: Any) -> Rows:
             f"Data can't be a {type(source).__name__}. Give paths, hub ids, lists of dictionaries "
             "or a datasets.Dataset."
         )
+
+
+def _python_rows(source: Any, called: str) -> Rows:
+    _refuse_no_rows(source)
     for number, row in enumerate(source, 1):
+        where = f"row {number} of {called}"
         if not isinstance(row, Mapping):
-            raise UserError(f"row {number} of the data is {row!r}. Give dictionaries of columns.")
-        yield f"row {number}", dict(row)
+            raise UserError(f"{where} is {row!r:.80}. Give dictionaries of columns.")
+        yield where, dict(row)
 
 
 def _rows(path: Path, name: str, notes: list[str]) -> Rows:

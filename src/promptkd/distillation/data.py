@@ -29,6 +29,12 @@ class Rows:
     def has_references(self) -> bool:
         return all(example.responses for example in [*self.train, *self.validation])
 
+    def summary(self) -> str:
+        return (
+            f"{len(self.train)} rows to learn from, {len(self.validation)} to choose the student "
+            f"by, {len(self.held_out)} held out"
+        )
+
     def digest(self) -> str:
         return content_digest([*self.train, *self.validation, *self.held_out])
 

@@ -2,18 +2,28 @@
 
 import hashlib
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
 import yaml
 
 from promptkd.config import ColumnsSection, read_keys, validate
+from promptkd.data import given_rows
 from promptkd.distillation.data import read_rows
 from promptkd.distillation.plan import Facts, Order, Stages, plan
+from promptkd.distillation.scores import table
 from promptkd.distillation.stages import measure_step, purpose, run_stage
 from promptkd.errors import UserError
-from promptkd.files import read_json, write_json, write_text
-from promptkd.models.loading import load_tokenizer, text_config
+from promptkd.evaluation.named_models import run_of
+from promptkd.evaluation.records import Scores, ScoresByData, ScoresByModel
+from promptkd.files import read_json, whole_directory, write_json, write_text
+from promptkd.generation.response_cache import fingerprint
+from promptkd.given import GivenModel
+from promptkd.models.loading import load_model, load_tokenizer, save_model, text_config
+from promptkd.models.objects import given_model
+from promptkd.run import TrainedRun
 from promptkd.training.identity import differences
 from promptkd.training.requests import Say
 
@@ -26,7 +36,7 @@ class Choices(TypedDict, total=False):
     """What else may be chosen for ``distill``.
 
     Attributes:
-        student: its start, as ``load_model`` takes it; without it the teacher is pruned.
+        student: its start, as the teacher is given; without it the teacher is pruned.
         layers: how many of the teacher's layers a pruned student keeps; two thirds if not given.
         tune_teacher: ``whole`` or ``lora``: the teacher learns the task from the references first.
         method: a name of ``METHODS``, or ``module:function``.
@@ -35,7 +45,7 @@ class Choices(TypedDict, total=False):
         settings: keys of recipes, for all stages, or below a stage's name for that one.
     """
 
-    student: str | None
+    student: Any
     layers: int | None
     tune_teacher: Literal["whole", "lora"] | None
     method: str
@@ -44,36 +54,80 @@ class Choices(TypedDict, total=False):
     settings: dict[str, Any]
 
 
+@dataclass(frozen=True)
+class Distillation:
+    """A whole path that was gone: what ``distill`` returns.
+
+    Attributes:
+        path: the directory of everything.
+    """
+
+    path: Path
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    @property
+    def report(self) -> Path:
+        """The page."""
+        return self.path / "report.html"
+
+    @property
+    def run(self) -> TrainedRun:
+        """The last training: its student is the result."""
+        return run_of(self.path)
+
+    @property
+    def scores(self) -> ScoresByModel:
+        """Of start, warm-up, student and teacher, on the held-out requests."""
+        (stage,) = (self.path / "stages").glob("*-scores.yaml")
+        found = ScoresByModel()
+        for label in read_keys(stage, "Stage")["models"]:
+            record = read_json(self.path / "scores" / label / "held_out.json", [])
+            found[label] = ScoresByData(held_out=Scores(record or {}))
+        return found
+
+    def __repr__(self) -> str:
+        shown = table({label: own["held_out"] for label, own in self.scores.items()})
+        return f"{shown}\nreport: {self.report}"
+
+
 def distill(
-    teacher: str,
+    teacher: Any,
     data: Any,
     output: str | Path,
     *,
     held_out: Any = None,
+    tokenizer: Any = None,
     say: Say = print,
     **choices: Unpack[Choices],
-) -> Path:
+) -> Distillation:
     """Distil a teacher into a student, from the data to the report, in stages.
 
     The stages are planned once and written to ``output/stages``, where each can be read and
     changed before it runs. The same call goes on where an earlier one stopped.
 
     Args:
-        teacher: hub id, directory, .gguf file or finished run.
-        data: requests, with or without reference responses: what a recipe's ``data.train`` takes.
+        teacher: hub id, directory, .gguf file or finished run; or a loaded model, which isn't
+            changed, and is written to ``output/given``, so that the stages can name it.
+        data: requests, with or without reference responses: what a recipe's ``data.train`` takes,
+            or rows of Python.
         output: the directory of everything.
         held_out: data that is never trained on; a tenth of the data if not given.
+        tokenizer: of the models that are objects; else the one that lies where they came from.
         say: is told what happens.
         choices: see ``Choices``.
-
-    Returns:
-        The report's page.
 
     Raises:
         UserError: for bad input, in one sentence.
     """
-    order = Order(str(teacher), Path(output), **choices)
-    _begin(order, data, held_out, say)
+    models = {"teacher": teacher, "student": choices.get("student")}
+    named = {who: given_model(m, tokenizer, who) for who, m in models.items() if m is not None}
+    given = {who: name for who, name in named.items() if isinstance(name, GivenModel)}
+    named |= {who: str(Path(output) / "given" / who) for who in given}
+    order = Order(**{**choices, **named, "output": Path(output)})
+    test = None if held_out is None else list(given_rows(held_out, "held_out"))
+    _begin(order, given, (list(given_rows(data, "data")), test), say)
     files = sorted(
         (order.output / "stages").glob("*-*.yaml"), key=lambda f: int(f.name.partition("-")[0])
     )
@@ -82,20 +136,27 @@ def distill(
         name = file.stem.partition("-")[2]
         say(f"{number}/{len(files)} {name}: {purpose(read_keys(file, 'Stage'))}")
         before = _run(file, before, order, say)
-    return order.output / "report.html"
+    return Distillation(order.output)
 
 
-def _begin(order: Order, data: Any, held_out: Any, say: Say) -> None:
-    """Plan and write the stages, unless that was done before.
+def _begin(
+    order: Order,
+    given: Mapping[str, GivenModel],
+    data: tuple[list[str], list[str] | None],
+    say: Say,
+) -> None:
+    """Plan and write the stages, and models that came as objects, unless that was done before.
 
     Raises:
         UserError: if the directory belongs to something else, or to other data.
     """
     settings = order.settings.get("data", {})
-    columns = validate(ColumnsSection, settings.get("columns", {}), prefix="data.columns.")
-    rows = read_rows(data, held_out, columns)
+    mapped = settings.get("columns", {})
+    rows = read_rows(*data, validate(ColumnsSection, mapped, prefix="data.columns."))
     place = order.output / "order.json"
-    record, known = order.to_dict() | {"digest of the data": rows.digest()}, read_json(place, [])
+    record = order.to_dict() | {"digest of the data": rows.digest()}
+    record |= {f"digest of the {who}": fingerprint(name.thing) for who, name in given.items()}
+    known = read_json(place, [])
     if known is None and _others(order.output):
         raise UserError(f"{order.output} exists and holds something else. Choose another output.")
     changed = differences((known or {}).get("asked", record), record)
@@ -106,25 +167,30 @@ def _begin(order: Order, data: Any, held_out: Any, say: Say) -> None:
         )
     if known is not None and known["planned"]:
         return
-    config = text_config(order.teacher)
+    teacher = given.get("teacher", order.teacher)
+    config = text_config(teacher)
     facts = Facts(
         num_layers=config.num_hidden_layers,
         width=config.hidden_size,
         num_rows=len(rows.train),
         has_references=rows.has_references,
-        lengths=rows.lengths(load_tokenizer(order.teacher), settings.get("template", "auto")),
+        lengths=rows.lengths(load_tokenizer(teacher), settings.get("template", "auto")),
     )
     stages = plan(order, facts)
-    for note in rows.notes:
+    for note in (*rows.notes, f"{rows.summary()}: {order.output / 'data'}"):
         say(note)
-    say(
-        f"{len(rows.train)} rows to learn from, {len(rows.validation)} to choose the student by, "
-        f"{len(rows.held_out)} held out: {order.output / 'data'}"
-    )
     write_json(place, {"asked": record, "planned": False})
     rows.write(order.output / "data")
+    for who, name in given.items():
+        _save(name, order.output / "given" / who)
     _write(order.output / "stages", stages)
     write_json(place, {"asked": record, "planned": True})
+
+
+def _save(name: GivenModel, place: Path) -> None:
+    with whole_directory(place, "model") as directory:
+        save_model(load_model(name, name.thing.dtype), directory)
+        load_tokenizer(name).save_pretrained(directory)
 
 
 def _others(directory: Path) -> list[Path]:

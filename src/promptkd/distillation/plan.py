@@ -151,13 +151,18 @@ class _Builder:
                 "num_layers": layers,
                 "calibration": calibration,
                 "search": "greedy",
-                "template": self.common["data"]["template"],
+                **self._reading(),
                 "num_calibration_rows": CALIBRATION_ROWS,
                 "precision": self.common["precision"],
                 "output": self.place("student-init"),
             },
         )
         self.student = self.place("student-init")
+
+    def _reading(self) -> dict[str, Any]:
+        """How references become text; their columns are the split's own."""
+        data = self.common["data"]
+        return {name: data[name] for name in ("template", "template_options") if name in data}
 
     def warm_up(self) -> None:
         method = {"name": "kd"} if self.facts.has_references else {"name": "seqkd", "kl_share": 0.5}

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from promptkd.api import check, train
-from promptkd.config import recipe_from_dict
 from promptkd.data import read_examples
 from promptkd.distillation.data import to_row
 from promptkd.distillation.scores import reference_tokens, score_models, table
@@ -41,14 +40,14 @@ def purpose(content: Mapping[str, Any]) -> str:
 def run_stage(content: Mapping[str, Any]) -> str:
     """Do what a stage's file says; what came of it."""
     if "command" not in content:
-        return _outcome_of_run(train(recipe_from_dict(dict(content))))
+        return train(content).outcome
     given = {key: value for key, value in content.items() if key != "command"}
     return COMMANDS[_known(content["command"])](**given)
 
 
 def measure_step(content: Mapping[str, Any]) -> tuple[float, int]:
     """Seconds of the first step of a recipe that hasn't begun, and how many steps it would take."""
-    found = check(recipe_from_dict(dict(content)))
+    found = check(content)
     first = found["first"]
     return first["seconds_writing"] + first["seconds_learning"], found["steps"]
 
@@ -60,21 +59,6 @@ def _known(command: str) -> str:
             "one is a recipe."
         )
     return command
-
-
-def _outcome_of_run(run: Path) -> str:
-    summary = read_json(run / "summary.json", []) or {}
-    rows = read_json_lines(run / "metrics.jsonl")[0].values()
-    first = next((row["evaluation"] for row in rows if "evaluation" in row), {})
-    best = summary.get("best")
-    if not best:
-        return f"{summary.get('steps')} steps; {run}"
-    changes = [
-        f"{name} {first[name]:.3f} -> {value:.3f}"
-        for name, value in best["scores"].items()
-        if name in first
-    ]
-    return f"kept step {best['step']}; on the validation data {', '.join(changes)}"
 
 
 def _evaluate(models: dict[str, str], **given: Any) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 from promptkd.errors import UserError
 from promptkd.evaluation.results import MEASURED, Evaluation, own_evaluations, totals
 from promptkd.evaluation.statistics import paired_difference
+from promptkd.run import Place
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,18 @@ class Difference:
     def shown(self) -> bool:
         """Whether the data show a difference: the interval excludes zero."""
         return self.low > 0 or self.high < 0
+
+
+class Differences(list[Difference]):
+    """What ``compare`` returns, printed as a table."""
+
+    def __repr__(self) -> str:
+        return "\n".join(
+            f"{row.data:20} {row.score:12} {row.first:8.3f} - {row.second:8.3f} = "
+            f"{row.difference:+.3f}, 95% [{row.low:+.3f}, {row.high:+.3f}] "
+            f"({'clear' if row.shown else 'not clear'}, {row.num_requests} requests)"
+            for row in self
+        )
 
 
 def difference(own: Evaluation, other: Evaluation, score: str) -> Difference | None:
@@ -61,7 +74,7 @@ def differences(own: Evaluation, other: Evaluation) -> list[Difference]:
     return [row for row in found if row is not None]
 
 
-def compare(first: str | Path, second: str | Path) -> list[Difference]:
+def compare(first: Place, second: Place) -> Differences:
     """Every score that two evaluations share, on every data set that both were asked.
 
     Args:
@@ -72,7 +85,7 @@ def compare(first: str | Path, second: str | Path) -> list[Difference]:
         UserError: if one has no evaluation, or no data set was asked in the same way of both.
     """
     own, other = (_evaluations(Path(place)) for place in (first, second))
-    rows = []
+    rows = Differences()
     for name in sorted(own.keys() & other.keys()):
         if own[name].protocol == other[name].protocol:
             rows += differences(own[name], other[name])

@@ -3,50 +3,55 @@
 A score always carries its data, decoding settings, seeds, number of examples and interval.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any, Unpack
 
 from tqdm.auto import tqdm
 
-from promptkd.config import Recipe, load_recipe
 from promptkd.data import Encoder, Example, evaluation_set, reads
 from promptkd.errors import UserError
 from promptkd.evaluation.named_models import named_models, run_of
 from promptkd.evaluation.protocol import OF_QUESTIONS, Asking, Data, Protocol, Questions
+from promptkd.evaluation.records import Scores, ScoresByData, ScoresByModel
 from promptkd.evaluation.results import Evaluation, save_evaluation
 from promptkd.evaluation.scorer import Scorer
 from promptkd.evaluation.size_and_speed import size_and_speed
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.generation.vllm_engine import VLLMEngine
+from promptkd.given import is_lost, same
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import check_context, load_tokenizer, stop_ids
+from promptkd.models.objects import given_model
 from promptkd.models.vocabularies import load_pair, same_tokenizer
 from promptkd.ranks import ALONE, Ranks
-
-Records = dict[str, dict[str, Any]]
-"""What NAME.json hold, by NAME."""
+from promptkd.run import Place, TrainedRun
 
 
 def evaluate(
-    run_or_model: str | Path,
-    data: Data | None = None,
+    run_or_model: Any,
+    data: Data = None,
     *,
-    like: str | Path | None = None,
+    like: Place | None = None,
     output: str | Path | None = None,
+    tokenizer: Any = None,
     ranks: Ranks = ALONE,
     **asked: Unpack[Asking],
-) -> dict[str, Any]:
+) -> Scores | ScoresByData:
     """Score a run's student, or any model, on held-out requests, and save scores and predictions.
 
     Args:
-        run_or_model: a run's directory, or a model as ``load_model`` takes it.
-        data: path, glob or hub id; several are scored one by one, each under its own name. A
-            mapping of names to such is a suite; a list in it makes one data set.
+        run_or_model: a run or its directory, a model's name as ``load_model`` takes it, or a
+            loaded causal language model, which isn't changed.
+        data: path, glob or hub id; several are scored one by one, each under its own name. From
+            Python also lists of dictionaries and ``datasets.Dataset``. A mapping of names to such
+            is a suite; a list of paths in it makes one data set.
         like: a run that was evaluated, or what another ``evaluate`` wrote to: the same data,
             template, lengths, decoding, seeds, precision, metrics and teacher, where not given.
         output: directory; ``RUN/evaluation`` by default, needed for a bare model.
+        tokenizer: of the models that are objects; else the one that lies where they came from.
         ranks: the processes that share the requests; every one of them calls this.
         asked: seeds, metrics, template, lengths, sampling and more: see ``Asking``.
 
@@ -56,28 +61,27 @@ def evaluate(
     Raises:
         UserError: if the data or model can't be read.
     """
-    run = Path(run_or_model)
-    recipe = _recipe_of(run, output)
-    questions = _questions(run, recipe, data, like, asked)
-    place = Path(output) if output is not None else run / "evaluation"
-    results = answer(str(run_or_model), questions, place, ranks=ranks)
-    return next(iter(results.values())) if isinstance(data, str) else results
+    model, run = given_model(run_or_model, tokenizer, "the model"), _run(run_or_model, output)
+    questions = _questions(run, data, like, _with_named_teacher(asked, tokenizer))
+    place = Path(output) if output is not None else Path(model) / "evaluation"
+    results = answer(model, questions, place, ranks=ranks)
+    return next(iter(results.values())) if is_one(data) else results
 
 
 def evaluate_with(
-    run: str | Path,
+    run: Place,
     others: Sequence[str],
-    data: Data | None = None,
+    data: Data = None,
     *,
-    like: str | Path | None = None,
+    like: Place | None = None,
     output: str | Path | None = None,
     ranks: Ranks = ALONE,
     **asked: Unpack[Asking],
-) -> dict[str, Records]:
+) -> ScoresByModel:
     """Score a run's student, and models that belong to it, by the run's protocol.
 
     Args:
-        run: its directory, or that of ``distill``.
+        run: itself, its directory, or that of ``distill``.
         others: ``start``, ``teacher``, or, where ``distill`` made the run, any model that it
             scores (``warm-up``).
         data: see ``evaluate``, as is the rest. The others' scores go to ``RUN/evaluation/OTHER``.
@@ -88,21 +92,20 @@ def evaluate_with(
     Raises:
         UserError: for a name that the run doesn't know, and as ``evaluate``.
     """
-    run = run_of(Path(run))
-    models = named_models(run, others)
-    recipe = _recipe_of(run, None)
-    questions = _questions(run, recipe, data, like, asked)
-    place = Path(output) if output is not None else run / "evaluation"
-    results = {"student": answer(str(run), questions, place, ranks=ranks)}
+    own = run_of(run)
+    models = named_models(own, others)
+    questions = _questions(_run(own, None), data, like, _with_named_teacher(asked, None))
+    place = Path(output) if output is not None else own.path / "evaluation"
+    results = ScoresByModel(student=answer(str(own.path), questions, place, ranks=ranks))
     for label, model in models.items():
         results[label] = answer(model, questions, place / label, ranks=ranks)
     return results
 
 
-def answer(model: str, questions: Questions, output: Path, *, ranks: Ranks = ALONE) -> Records:
+def answer(model: str, questions: Questions, output: Path, *, ranks: Ranks = ALONE) -> ScoresByData:
     """Load a model, let it answer, and save what came of it."""
     voices = _load(model, questions)
-    results, measured = {}, {}
+    results, measured = ScoresByData(), {}
     for name, rows in questions.rows.items():
         asked = voices
         if voices.briefed and not reads(rows, questions.protocol.context):
@@ -132,7 +135,7 @@ def answer(model: str, questions: Questions, output: Path, *, ranks: Ranks = ALO
         )
         if ranks.rank == 0:
             save_evaluation(output, evaluation)
-        results[name] = evaluation.to_dict()
+        results[name] = Scores(evaluation.to_dict())
     return results
 
 
@@ -197,29 +200,46 @@ def _load(model: str, questions: Questions) -> Voices:
     )
 
 
-def _questions(
-    run: Path, recipe: Recipe | None, data: Data | None, like: str | Path | None, asked: Asking
-) -> Questions:
+def _with_named_teacher(asked: Asking, tokenizer: Any) -> dict[str, Any]:
     given: dict[str, Any] = dict(asked)
+    if given.get("teacher") is not None:
+        given["teacher"] = given_model(given["teacher"], tokenizer, "teacher")
+    return given
+
+
+def is_one(data: Data) -> bool:
+    """Whether this is one data set, to which no name is given."""
+    if isinstance(data, (list, tuple)):
+        return isinstance(data[0], Mapping)
+    return data is not None and not isinstance(data, Mapping)
+
+
+def _questions(
+    run: TrainedRun | None, data: Data, like: Place | None, given: dict[str, Any]
+) -> Questions:
     if like is not None:
-        return Questions.like(Path(like), data, given)
+        return Questions.like(like, data, given)
     if data is None:
         raise UserError("Say what to evaluate on: data, or an evaluation to follow.")
     of_questions = {name: given.pop(name) for name in OF_QUESTIONS if name in given}
-    return Questions.of(data, Protocol.of(run, recipe, given), **of_questions)
+    return Questions.of(data, Protocol.of(run, given), **of_questions)
 
 
 def _teacher(model: str, questions: Questions, tokenizer: Any) -> str | None:
     """Who was asked for, or the run's own if the KL to it is defined; nobody for itself."""
     asked, own = questions.teacher, questions.protocol.teacher_model
+    if asked is None and own and is_lost(own):
+        tqdm.write(f"no KL to the run's teacher, '{own}': it isn't here; give it as teacher=...")
+        return None
     if asked is None and own:
         asked = own if same_tokenizer(tokenizer, load_tokenizer(own)) else ""
-    return None if asked == model else asked or None
+    return None if asked and same(asked, model) else asked or None
 
 
 def _teacher_encoder(protocol: Protocol, name: str | None, encoder: Encoder) -> Encoder | None:
     """How the run's own teacher is asked, if it reads other requests than the student."""
-    if protocol.teacher is None or name is None or protocol.teacher_model != name:
+    own = protocol.teacher_model
+    if protocol.teacher is None or name is None or own is None or not same(own, name):
         return None
     return encoder.for_teacher(protocol.teacher, load_tokenizer(name))
 
@@ -231,15 +251,19 @@ def _engine(protocol: Protocol, student: LanguageModel, stop: Sequence[int]) -> 
     return TransformersEngine(student, stop)
 
 
-def _recipe_of(run: Path, output: str | Path | None) -> Recipe | None:
-    """The run's recipe; None for a bare model, which then needs an output."""
-    if (run / "recipe.yaml").is_file():
-        if not (run / "student").is_dir():
-            raise UserError(f"{run} has no student/ yet: let its training finish first.")
-        return load_recipe(run / "recipe.yaml")
-    if output is None:
+def _run(run_or_model: Any, output: str | Path | None) -> TrainedRun | None:
+    """The run that it is; None for a bare model, which then needs an output."""
+    is_place = isinstance(run_or_model, (str, PathLike))
+    if is_place and (Path(run_or_model) / "recipe.yaml").is_file():
+        run = TrainedRun.of(run_or_model)
+        if not run.student.is_dir():
+            raise UserError(f"{run.path} has no student/ yet: let its training finish first.")
+        return run
+    if output is None and is_place:
         raise UserError(
-            f"{run} is not a run: it holds no recipe.yaml. Check its name; or, if it is a model, "
-            "say where its scores go: --output DIR."
+            f"{run_or_model} is not a run: it holds no recipe.yaml. Check its name; or, if it is a "
+            "model, say where its scores go: --output DIR."
         )
+    if output is None:
+        raise UserError("A model's scores need a place: output='runs/its-name'.")
     return None

@@ -17,13 +17,12 @@ deviation by itself; the stop token doubles as padding and is masked.
 Source: Arora et al. 2022; PromptKD, arXiv:2402.12842, Eq. 5-7.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 from torch import tensor
-from tqdm.auto import tqdm
 
 from promptkd.data import Dataset
 from promptkd.divergences import forward_kl
@@ -44,12 +43,16 @@ from promptkd.generation.progress import responses_bar
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.models.language_model import LanguageModel, select_responses
+from promptkd.progress import progress_bar
+from promptkd.records import Record
 from promptkd.rollouts import Rollout
+from promptkd.run import Place
 from promptkd.token_losses import Reader, token_losses
 
 Responses: TypeAlias = Sequence[Sequence[Rollout]]
 """By request, then by sample."""
 
+SHOWN_LENGTHS = (1, 16, 50, 100, 256)
 AUTHORS_BLOCKED_NGRAM = 6
 
 DEFINITION = {
@@ -187,9 +190,24 @@ def curve_in_training(
     return exposure_curve(*curves)
 
 
+class ExposureBias(Record):
+    """What ``exposure_bias.json`` holds."""
+
+    def lines(self) -> Iterator[str]:
+        """R, E and ExAccErr at a few lengths."""
+        for step in sorted({min(step, len(self.steps)) for step in SHOWN_LENGTHS}):
+            keys = ("student_gap", "teacher_gap", "excess")
+            student_gap, teacher_gap, excess = (self[key][step - 1] for key in keys)
+            shown = "undefined" if excess is None else f"{excess:+.1f} %"
+            yield (
+                f"l = {step:3}: R {student_gap:.3f} nats, E {teacher_gap:.3f} nats, "
+                f"ExAccErr {shown}"
+            )
+
+
 def exposure_bias(
-    run: str | Path,
-    data: str | Sequence[str] | None = None,
+    run: Place,
+    data: Any = None,
     *,
     num_examples: int | None = 500,
     num_samples: int = 1,
@@ -197,7 +215,7 @@ def exposure_bias(
     max_new_tokens: int | None = None,
     precision: str = "fp32",
     authors_script: bool = False,
-) -> dict[str, Any]:
+) -> ExposureBias:
     """Measure a run's exposure bias and save it as ``RUN/exposure_bias.json``.
 
     Responses are written with the run's decoding and nothing blocked; a gap is scored at every
@@ -205,8 +223,8 @@ def exposure_bias(
     one that predicts the end.
 
     Args:
-        run: a finished run's directory.
-        data: requests: path, glob or hub id, or several; the run's validation data if not given.
+        run: a finished run or its directory.
+        data: requests, as a recipe's data or rows; the run's validation data if not given.
         num_examples: only the first ones; the authors' script takes 500. None takes all.
         num_samples: responses per request, seed and author.
         seeds: of the sampling. Together three samples, as the authors' script draws.
@@ -222,7 +240,7 @@ def exposure_bias(
     """
     seeds = distinct(seeds)
     finished = load_run(run, "exposure bias", precision=precision, max_new_tokens=max_new_tokens)
-    sources = [data] if isinstance(data, str) else list(data or finished.recipe.data.validation)
+    sources = finished.held_out(data)
     dataset = _requests(finished, sources, num_examples)
     describe = _by_authors_script if authors_script else _by_definition
     decoding, found = describe(finished, dataset, seeds, num_samples)
@@ -236,7 +254,7 @@ def exposure_bias(
     }
     name = "exposure_bias_authors_script" if authors_script else "exposure_bias"
     write_json(Path(run) / f"{name}.json", result)
-    return result
+    return ExposureBias(result)
 
 
 def _requests(run: FinishedRun, sources: list[str], num_examples: int | None) -> Dataset:
@@ -302,7 +320,7 @@ def _gaps(run: FinishedRun, responses: list[Responses], **how: Any) -> list[Gaps
         UserError: if there is no gap at all.
     """
     num_steps = run.encoder.max_response_tokens
-    with tqdm(responses, desc="errors on either's text") as shown:
+    with progress_bar(responses, desc="errors on either's text") as shown:
         gaps = [measure_gaps(own, run.student, run.teacher, num_steps, **how) for own in shown]
     if exposure_curve(*gaps).teacher_gap[-1] <= NO_GAP:
         raise UserError(

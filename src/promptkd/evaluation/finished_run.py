@@ -5,13 +5,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from promptkd.config import Recipe, load_recipe
+from promptkd.config import Recipe
 from promptkd.data import (
     Dataset,
     Encoder,
     Example,
     date_of_run,
     evaluation_set,
+    given_rows,
     read_examples,
     reads,
 )
@@ -24,6 +25,7 @@ from promptkd.models.loading import (
     stop_ids,
 )
 from promptkd.models.vocabularies import load_pair
+from promptkd.run import Place, TrainedRun
 
 TEACHER_LIMIT = "the longest of the teacher's requests (teacher.max_request_tokens)"
 
@@ -79,6 +81,10 @@ class FinishedRun:
             )
         return examples
 
+    def held_out(self, data: Any) -> list[str]:
+        """The names of held-out data; the run's validation data where none are given."""
+        return list(self.recipe.data.validation if data is None else given_rows(data, "data"))
+
     def evaluation_set(self, sources: Sequence[str], num_examples: int | None) -> Dataset:
         """The first rows of held-out data, as the run's models are asked them."""
         examples = self.read(sources)[:num_examples]
@@ -97,12 +103,12 @@ class FinishedRun:
 
 
 def load_run(
-    run: str | Path, what: str, *, precision: str = "fp32", max_new_tokens: int | None = None
+    run: Place, what: str, *, precision: str = "fp32", max_new_tokens: int | None = None
 ) -> FinishedRun:
     """Load student and teacher of a run over their shared vocabulary.
 
     Args:
-        run: its directory.
+        run: itself or its directory.
         what: what they are needed for, for the error messages.
         precision: auto | bf16 | fp32.
         max_new_tokens: of a response; the run's own if not given.
@@ -116,7 +122,7 @@ def load_run(
         raise UserError(
             f"{directory} is not a finished run: it has no student/. Name a run directory."
         )
-    recipe = load_recipe(directory / "recipe.yaml")
+    recipe = TrainedRun.of(run).recipe
     if recipe.teacher is None:
         raise UserError(
             f"{directory} has no teacher (method '{recipe.method.name}'), and {what} compares the "

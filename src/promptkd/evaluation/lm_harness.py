@@ -4,7 +4,7 @@ The harness is optional (``pip install 'promptkd[lm-eval]'``) and imported only 
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,23 @@ from promptkd.errors import UserError
 from promptkd.evaluation.named_models import named_models, run_of
 from promptkd.files import write_json, write_text
 from promptkd.models.loading import compute_dtype, default_device, load_model, load_tokenizer
+from promptkd.records import Record
+from promptkd.run import Place, TrainedRun
 
 KEPT = ("results", "versions", "n-shot", "n-samples", "higher_is_better", "configs")
 KEPT_VERSIONS = ("lm_eval_version", "transformers_version")
 
 
+class TaskResults(Record):
+    """The harness's results by model."""
+
+    def lines(self) -> Iterator[str]:
+        """The table of tasks and models."""
+        yield table(self)
+
+
 def lm_eval(
-    run: str | Path,
+    run: Place,
     tasks: Sequence[str],
     *,
     others: Sequence[str] = (),
@@ -28,11 +38,11 @@ def lm_eval(
     batch_size: int = 8,
     precision: str = "auto",
     chat: bool = False,
-) -> dict[str, dict[str, Any]]:
+) -> TaskResults:
     """Run tasks of the harness on a student, and on models that belong to its run.
 
     Args:
-        run: its directory, or that of ``distill``.
+        run: itself, its directory, or that of ``distill``.
         tasks: names that the harness knows, or YAML files of tasks.
         others: ``start``, ``teacher``, ...: see ``evaluate_with``.
         limit: only the first examples of each task.
@@ -46,11 +56,11 @@ def lm_eval(
         UserError: if the harness isn't installed, or knows no such task.
     """
     harness = _harness()
-    run = _finished(run)
-    models = {"student": str(run), **named_models(run, others)}
+    made = _finished(run)
+    models = {"student": str(made.path), **named_models(made, others)}
     manager = harness.tasks.TaskManager()
     _refuse_unknown(tasks, manager.all_tasks, manager.match_tasks)
-    found = {}
+    found = TaskResults()
     for label, model in models.items():
         speaker = _speaker(harness, model, precision, batch_size)
         results = harness.simple_evaluate(
@@ -64,15 +74,15 @@ def lm_eval(
         )
         asked = {"model": model, "limit": limit, "chat": chat, "dtype": str(speaker.model.dtype)}
         found[label] = asked | {key: results[key] for key in (*KEPT, *KEPT_VERSIONS)}
-        write_json(run / "lm_eval" / f"{label}.json", _plain(found[label]))
-    write_text(run / "lm_eval" / "table.md", table(found))
+        write_json(made.path / "lm_eval" / f"{label}.json", _plain(found[label]))
+    write_text(made.path / "lm_eval" / "table.md", table(found))
     return found
 
 
-def _finished(directory: str | Path) -> Path:
-    run = run_of(Path(directory))
-    if not (run / "student").is_dir():
-        raise UserError(f"{run} has no student/ yet: let its training finish first.")
+def _finished(place: Place) -> TrainedRun:
+    run = run_of(place)
+    if not run.student.is_dir():
+        raise UserError(f"{run.path} has no student/ yet: let its training finish first.")
     return run
 
 

@@ -3,44 +3,45 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from promptkd.config import load_recipe, read_keys
+from promptkd.config import read_keys
 from promptkd.errors import UserError
 from promptkd.keys import suggest
+from promptkd.run import Place, TrainedRun
 
 
-def run_of(directory: Path) -> Path:
+def run_of(place: Place) -> TrainedRun:
     """The run that is meant: itself, or the one that ``distill`` made its student by.
 
     Raises:
         UserError: if it is neither a run nor made by ``distill``.
     """
+    directory = Path(place)
     if (directory / "recipe.yaml").is_file():
-        return directory
+        return TrainedRun.of(place)
     models = _of_distillation(directory)
     if models:
         *_, student, _ = models.values()  # the order of distillation.plan: the teacher is last
-        return Path(student)
+        return TrainedRun.of(student)
     raise UserError(
         f"{directory} is neither a run (no recipe.yaml) nor a directory of promptkd distill, so "
         "no models belong to it by name."
     )
 
 
-def named_models(run: Path, names: Sequence[str]) -> dict[str, str]:
+def named_models(run: TrainedRun, names: Sequence[str]) -> dict[str, str]:
     """Models by name, in the order of the names.
 
     Raises:
         UserError: for a name that the run doesn't know, with those that it knows.
     """
-    recipe = load_recipe(run / "recipe.yaml")
-    known = {"start": recipe.student.model}
-    if recipe.teacher:
-        known["teacher"] = recipe.teacher_model(run)
-    of_all = _of_distillation(run.parent)
-    known |= {name: model for name, model in of_all.items() if Path(model) != run}
+    known = {"start": run.recipe.student.model}
+    if run.recipe.teacher:
+        known["teacher"] = run.recipe.teacher_model(run.path)
+    of_all = _of_distillation(run.path.parent)
+    known |= {name: model for name, model in of_all.items() if Path(model) != run.path}
     for name in names:
         if name not in known:
-            raise UserError(f"{run} has no model '{name}'{suggest(name, [*known])}")
+            raise UserError(f"{run.path} has no model '{name}'{suggest(name, [*known])}")
     return {name: known[name] for name in names}
 
 

@@ -13,7 +13,7 @@ Source: PromptKD, arXiv:2402.12842, Tables 2 and 4.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from promptkd.composition import Method
 from promptkd.data import Dataset, training_set
@@ -37,7 +36,10 @@ from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.methods import build_method
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import check_context, load_language_model, load_tokenizer
+from promptkd.progress import progress_bar
+from promptkd.records import Record
 from promptkd.rollouts import Rollout, reference_rollouts
+from promptkd.run import Place
 from promptkd.teachers import load_soft_prompt, prompt_vectors
 from promptkd.token_losses import Reader, token_losses
 
@@ -110,9 +112,29 @@ class Cast:
         )
 
 
+class PromptAnalysis(Record):
+    """What ``prompt_analysis.json`` holds."""
+
+    def lines(self) -> Iterator[str]:
+        """Where each vector went, and the paper's Table 4."""
+        for row in self.vectors:
+            nearest = row["nearest_by_cosine"][0]
+            yield (
+                f"vector {row['position']}: from {row['initial_token']['token']!r}, moved "
+                f"{row['moved']:.3f}; nearest by cosine {nearest['token']!r} "
+                f"({nearest['cosine']:.3f})"
+            )
+        for row in self.table_4:
+            yield (
+                f"{row['data']}, {row['responses']}, {'with' if row['prompt'] else 'without'} "
+                f"prompt: KL(teacher || student) {row['kl_teacher_first_student']:.4f} before "
+                f"training, {row['kl_teacher_final_student']:.4f} after, nats per token"
+            )
+
+
 def prompt_analysis(
-    run: str | Path,
-    data: str | Sequence[str] | None = None,
+    run: Place,
+    data: Any = None,
     *,
     method: Method | None = None,
     num_examples: int = 100,
@@ -120,12 +142,12 @@ def prompt_analysis(
     num_shown: int = 4,
     seed: int = 10,
     precision: str = "fp32",
-) -> dict[str, Any]:
+) -> PromptAnalysis:
     """Analyse the soft prompt of a finished run and save ``RUN/prompt_analysis.json``.
 
     Args:
-        run: its directory.
-        data: held-out requests; the run's validation data if not given.
+        run: itself or its directory.
+        data: held-out requests, as a recipe's data or rows; else the run's validation data.
         method: what the run was made with, if it was composed in Python.
         num_examples: the first ones of either set; the paper takes 1,000.
         num_neighbours: tokens named for each vector.
@@ -144,7 +166,7 @@ def prompt_analysis(
     speaker = finished.teacher, finished.tokenizer
     first = load_language_model(finished.recipe.student.model, precision)
     cast = Cast(finished, replace(first, vocabulary=finished.student.vocabulary), final)
-    sources = [data] if isinstance(data, str) else list(data or finished.recipe.data.validation)
+    sources = finished.held_out(data)
     sets = _requests(finished, sources, num_examples)
     analysed = _analyse(cast, sets, seed, num_shown)
     result = finished.protocol(finished.decoding()) | {
@@ -158,13 +180,13 @@ def prompt_analysis(
         **{part: [row for own in analysed for row in own[part]] for part in PARTS},
     }
     write_json(Path(run) / "prompt_analysis.json", result)
-    return result
+    return PromptAnalysis(result)
 
 
 def _analyse(
     cast: Cast, sets: Mapping[str, Dataset], seed: int, num_shown: int
 ) -> list[dict[str, list[dict[str, Any]]]]:
-    with tqdm(total=WORK_PER_SET * len(sets), unit="pass") as bar:
+    with progress_bar(total=WORK_PER_SET * len(sets), unit="pass") as bar:
         return [_analyse_set(cast, *own, seed, num_shown, bar) for own in sets.items()]
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
-from promptkd.config import ColumnsSection, Recipe, TeacherSection, load_recipe
-from promptkd.data import Encoder, Example, date_of_run, read_examples
+from promptkd.config import ColumnsSection, TeacherSection
+from promptkd.data import Encoder, Example, date_of_run, given_rows, read_examples
 from promptkd.errors import UserError
 from promptkd.evaluation.metrics import (
     METRICS,
@@ -16,13 +16,15 @@ from promptkd.evaluation.metrics import (
     of_all_responses,
 )
 from promptkd.evaluation.results import Evaluation, own_evaluations
-from promptkd.evaluation.suites import PAPER_SEEDS, distinct, listed, suite_of_files
+from promptkd.evaluation.suites import PAPER_SEEDS, distinct, suite_of_files
 from promptkd.generation.sampling import GenerationSettings
+from promptkd.run import Place, TrainedRun
 
 OF_QUESTIONS = ("seeds", "num_examples", "teacher", "metrics")
 """What ``Asking`` says of the questions, beside the protocol."""
 PRECISIONS = {"float32": "fp32", "bfloat16": "bf16"}
-Data = str | Sequence[str] | Mapping[str, str | Sequence[str]]
+Data = Any
+"""What ``data.given_rows`` takes, or a mapping of names to such."""
 
 
 class Asking(TypedDict, total=False):
@@ -32,7 +34,8 @@ class Asking(TypedDict, total=False):
         seeds: of the decoding; one response per request each.
         num_examples: only the first ones of each data set.
         teacher: also measure KL(student || teacher) on the student's responses, in nats per token;
-            a run's own if not given and its tokenizer is the student's, "" for none.
+            a name or a loaded model; a run's own if not given and its tokenizer is the student's,
+            "" for none.
         metrics: computed beside ROUGE-L and exact match: names of ``metrics.METRICS``,
             ``distinct_N``, ``NAME@K`` for pass@k, or ``module:function``.
         no_repeat_ngram_size: 6 reproduces the authors' test script; 0, the default, blocks nothing.
@@ -42,7 +45,7 @@ class Asking(TypedDict, total=False):
 
     seeds: Sequence[int] | None
     num_examples: int | None
-    teacher: str | None
+    teacher: Any
     metrics: Sequence[str]
     template: str | None
     template_options: Mapping[str, Any] | None
@@ -82,11 +85,11 @@ class Protocol:
         return self.teacher.context if self.teacher else None
 
     @classmethod
-    def of(cls, run: Path, recipe: Recipe | None, asked: Mapping[str, Any]) -> "Protocol":
-        """The run's, if it is one, with what is asked otherwise."""
+    def of(cls, run: TrainedRun | None, asked: Mapping[str, Any]) -> "Protocol":
+        """The run's, if there is one, with what is asked otherwise."""
         own = cls()
-        if recipe:
-            data = recipe.data
+        if run:
+            recipe, data = run.recipe, run.recipe.data
             own = cls(
                 template=data.template,
                 template_options=data.template_options,
@@ -95,9 +98,9 @@ class Protocol:
                 decoding=GenerationSettings.of_recipe(recipe),
                 precision=recipe.precision,
                 engine=recipe.sampling.engine,
-                date=date_of_run(run),
+                date=date_of_run(run.path),
                 teacher=recipe.teacher,
-                teacher_model=recipe.teacher_model(run) if recipe.teacher else None,
+                teacher_model=recipe.teacher_model(run.path) if recipe.teacher else None,
             )
         given: dict[str, Any] = {key: v for key, v in asked.items() if v is not None}
         if given.get("template", own.template) != own.template:
@@ -155,10 +158,10 @@ class Questions:
         """
         seeds = distinct(PAPER_SEEDS if seeds is None else seeds)
         check_metrics(metrics, len(seeds))
-        suite = data if isinstance(data, Mapping) else suite_of_files(listed(data))
-        sources = {name: listed(own) for name, own in suite.items()}
+        suite = data if isinstance(data, Mapping) else suite_of_files(given_rows(data, "data"))
+        sources = {str(name): given_rows(own, str(name)) for name, own in suite.items()}
         rows = {
-            name: read_examples(own, protocol.columns, protocol.context)[:num_examples]
+            name: read_examples(list(own), protocol.columns, protocol.context)[:num_examples]
             for name, own in sources.items()
         }
         return cls(
@@ -171,7 +174,7 @@ class Questions:
         )
 
     @classmethod
-    def like(cls, place: Path, data: Data | None, asked: Mapping[str, Any]) -> "Questions":
+    def like(cls, place: Place, data: Data, asked: Mapping[str, Any]) -> "Questions":
         """Those of an evaluation that was made; what is given here is asked otherwise.
 
         Args:
@@ -180,11 +183,11 @@ class Questions:
         Raises:
             UserError: if there is none, or if its data sets were asked in different ways.
         """
-        made = _made(place)
+        made = _made(Path(place))
         given = _asked_of(made) | {key: v for key, v in asked.items() if v is not None}
-        recipe = load_recipe(place / "recipe.yaml") if (place / "recipe.yaml").is_file() else None
+        run = TrainedRun.of(place) if (Path(place) / "recipe.yaml").is_file() else None
         of_questions = {name: given.pop(name) for name in OF_QUESTIONS if name in given}
-        protocol = Protocol.of(place, recipe, given)
+        protocol = Protocol.of(run, given)
         if protocol.date is None and made[0].date:
             protocol = replace(protocol, date=datetime.date.fromisoformat(made[0].date))
         if data is not None:

@@ -1,15 +1,15 @@
 """Scores of kept predictions, computed anew without generating. No torch."""
 
 from pathlib import Path
-from typing import Any
-
-from tqdm.auto import tqdm
 
 from promptkd.errors import UserError
+from promptkd.evaluation.records import Scores, ScoresByData
 from promptkd.evaluation.results import own_evaluations, save_evaluation
+from promptkd.progress import progress_bar
+from promptkd.run import Place
 
 
-def rescore(directory: str | Path, notes: list[str] | None = None) -> dict[str, dict[str, Any]]:
+def rescore(directory: Place, notes: list[str] | None = None) -> ScoresByData:
     """Compute the scores of kept predictions anew, without generating.
 
     What needs models stays as it is, and so does what a user's own function gave.
@@ -29,12 +29,12 @@ def rescore(directory: str | Path, notes: list[str] | None = None) -> dict[str, 
         place = place / "evaluation"
     folders = (place, *sorted(path for path in place.rglob("*") if path.is_dir()))
     kept = [(f, own) for f in folders for own in own_evaluations(f, notes) if own.predictions]
-    results = {}
-    with tqdm(kept, desc="scoring anew", unit="evaluation") as shown:
+    results = ScoresByData()
+    with progress_bar(kept, desc="scoring anew", unit="evaluation") as shown:
         for folder, found in shown:
             again = found.scored_anew()
             save_evaluation(folder, again)
-            results[str((folder / found.name).relative_to(place))] = again.to_dict()
+            results[str((folder / found.name).relative_to(place))] = Scores(again.to_dict())
     if not results:
         raise UserError(f"{directory} holds no predictions. Name a run that was evaluated.")
     return results

@@ -9,11 +9,12 @@ import peft
 from tqdm.auto import tqdm
 
 from promptkd.adapters import load_prefix
-from promptkd.config import Recipe, load_recipe
+from promptkd.config import Recipe
 from promptkd.data import Encoder, Example, date_of_run
 from promptkd.errors import UserError
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
+from promptkd.given import is_lost
 from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.loading import (
     adapter_config,
@@ -24,44 +25,57 @@ from promptkd.models.loading import (
     load_tokenizer,
     stop_ids,
 )
+from promptkd.progress import progress_bar
+from promptkd.records import Record
+from promptkd.run import Place, TrainedRun
 from promptkd.teachers import load_soft_prompt
 
 
+class Responses(Record):
+    """What each author responds, by author."""
+
+    def lines(self) -> Iterator[str]:
+        """Every response under its author."""
+        for author, response in self.items():
+            yield f"--- {author}\n{response}\n"
+
+
 def generate(
-    run: str | Path,
+    run: Place,
     request: str,
     *,
     input: str = "",
     context: str = "",
     seed: int = 0,
     temperature: float | None = None,
-) -> dict[str, str]:
+) -> Responses:
     """What each model of a run responds.
 
     Args:
-        run: a finished run's directory.
+        run: a finished run or its directory.
         request: the instruction; ``input`` is its optional context.
         context: what only the teacher reads, where the run's teacher does (``teacher.context``).
         temperature: 0 is greedy; the run's own if not given.
 
     Returns:
-        Responses by author: teacher, adapted teacher (if there is one), student.
+        Responses by author: teacher, adapted teacher (if there is one), student. A teacher that
+        came as an object is left out where it isn't given again.
 
     Raises:
         UserError: if the directory isn't a finished run.
     """
-    run = Path(run)
-    _check_finished(run)
-    recipe = load_recipe(run / "recipe.yaml")
+    place = Path(run)
+    _check_finished(place)
+    recipe = TrainedRun.of(run).recipe
     decoding = GenerationSettings.of_recipe(recipe)
     if temperature is not None:
         decoding = replace(decoding, temperature=temperature)
-    voices, responses = [*_voices(run, recipe)], {}
-    with tqdm(total=len(voices), unit="model") as bar:
+    voices, responses = [*_voices(place, recipe)], Responses()
+    with progress_bar(total=len(voices), unit="model") as bar:
         for author, name, adapter in voices:
             bar.set_description(f"the {author} responds")
             tokenizer = load_tokenizer(name)
-            encoder = Encoder.of_recipe(recipe, tokenizer, date=date_of_run(run))
+            encoder = Encoder.of_recipe(recipe, tokenizer, date=date_of_run(place))
             model, front = _load_voice(name, adapter, recipe.precision)
             stop = {*stop_ids(tokenizer, model.module), encoder.eos_token_id}
             engine = TransformersEngine(model, sorted(stop))
@@ -77,11 +91,14 @@ def generate(
 
 def _voices(run: Path, recipe: Recipe) -> Iterator[tuple[str, str, Path | None]]:
     """Who responds: author, model, adapter."""
-    if recipe.teacher:
-        yield "teacher", recipe.teacher_model(run), None
+    name = recipe.teacher_model(run) if recipe.teacher else None
+    if name and is_lost(name):
+        tqdm.write(f"the teacher, {name}, isn't here: the run that pk.train returns has it")
+    elif name:
+        yield "teacher", name, None
         adapter = run / "teacher_adapter"
         if adapter.is_dir():
-            yield "adapted teacher", recipe.teacher_model(run), adapter
+            yield "adapted teacher", name, adapter
     yield "student", str(run), None
 
 

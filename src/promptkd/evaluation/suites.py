@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from promptkd.errors import UserError
+from promptkd.given import GivenRows
 from promptkd.keys import read_keys
 
 PAPER_SEEDS = (10, 20, 30, 40, 50)
@@ -71,4 +72,5 @@ def listed(sources: Any) -> list[Any]:
 
 
 def name_of(sources: str | Sequence[str]) -> str:
-    return Path(listed(sources)[0].replace("*", "all")).stem
+    first = listed(sources)[0]
+    return first.called if isinstance(first, GivenRows) else Path(first.replace("*", "all")).stem

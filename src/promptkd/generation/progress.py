@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
-from tqdm.auto import tqdm
+from promptkd.progress import progress_bar
 
 Progress = Callable[[float], object]
 """Is told how many responses more are written; a token is a part of one."""
@@ -32,7 +32,7 @@ def responses_bar(
         stays: on the screen when all is written.
     """
     how = {"unit": "response", "unit_scale": True, "disable": not shown, "leave": stays}
-    with tqdm(total=total, desc=what, **how) as bar:
+    with progress_bar(total=total, desc=what, **how) as bar:
         engine.progress = bar.update
         try:
             yield

@@ -7,14 +7,12 @@ every reply that can't be used is counted and shown.
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from tqdm.auto import tqdm
 
 from promptkd.errors import UserError
 from promptkd.evaluation.results import Prediction, read_predictions
@@ -31,6 +29,9 @@ from promptkd.judge.protocols import (
     summarise_grades,
     summarise_preferences,
 )
+from promptkd.progress import progress_bar
+from promptkd.records import Record
+from promptkd.run import Place
 
 READERS = {"score": read_grades, "pairwise": read_preference}
 SUMMARIES = {"score": summarise_grades, "pairwise": summarise_preferences}
@@ -76,25 +77,41 @@ class Selection:
     num_examples: int | None
 
 
+class Judgements(Record):
+    """What ``NAME.json`` holds of what the judge said."""
+
+    def lines(self) -> Iterator[str]:
+        """Counts, what failed, and the scores."""
+        yield ", ".join(f"{name} {count}" for name, count in self["counts"].items())
+        for reason, count in self["failures"].items():
+            yield f"  failed {count}: {reason}"
+        for example in self.malformed_examples:
+            yield f"  malformed, seed {example['seed']} row {example['index']}: {example['reply']}"
+        for name, score in (self["scores"] or {}).items():
+            low, high = score.get("interval_95", (None, None))
+            shown = f", 95% [{low:.2f}, {high:.2f}]" if low is not None else ""
+            value = "–" if score["mean"] is None else f"{score['mean']:8.3f}"
+            yield f"  {name:24} {value}{shown}"
+
+
 def judge(
-    run: str | Path,
+    run: Place,
     data: str,
     *,
-    against: str | Path | None = None,
+    against: Place | None = None,
     seeds: Sequence[int] | None = None,
     num_examples: int | None = None,
     output: str | Path | None = None,
     **settings: Any,
-) -> dict[str, Any]:
+) -> Judgements:
     """Let a language model judge a run's responses, and save its verdicts.
 
     Args:
-        run: a run's directory; responses that it lacks are generated first.
+        run: a run or its directory; responses that it lacks are generated first.
         data: the held-out requests, as given to ``evaluate``.
         against: another run to compare with pairwise; the references if not given.
         seeds: decoding seeds of the responses; all that were evaluated if not given.
-        num_examples: only the first ones.
-        output: directory; ``RUN/judge`` by default.
+        num_examples: only the first ones; ``output`` is a directory, ``RUN/judge`` by default.
         settings: the fields of ``JudgeSettings``; ``base_url`` and ``model`` are needed.
 
     Returns:
@@ -109,22 +126,23 @@ def judge(
     Source: PromptKD, arXiv:2402.12842, Appendix C, Table 6 (``score``; own wording).
     """
     asked = JudgeSettings(**settings)
-    _check_protocol(asked.protocol, against)
+    place, other = Path(run), None if against is None else Path(against)
+    _check_protocol(asked.protocol, other)
     endpoint, chosen = Endpoint(asked), Selection(data, seeds, num_examples)
-    rows = _predictions(Path(run), chosen)
-    questions = _questions(rows, _opponents(rows, run, against, chosen), asked.protocol)
-    directory = Path(output or Path(run) / "judge")
+    rows = _predictions(place, chosen)
+    questions = _questions(rows, _opponents(rows, place, other, chosen), asked.protocol)
+    directory = Path(output or place / "judge")
     judgements = _judge_all(questions, endpoint, directory)
-    opponent = "references" if against is None else str(against)
-    result = {"model": str(run), "against": opponent, "data": data}
+    opponent = "references" if other is None else str(other)
+    result = {"model": str(place), "against": opponent, "data": data}
     result |= _record(asked, questions, judgements)
     name = name_of(data)
     if asked.protocol == "pairwise":
-        name += f".against-{opponent if against is None else Path(against).resolve().name}"
-    lines = (_row(q, judgements[q.text]) for q in questions)
-    write_json_lines(directory / f"{name}.replies.jsonl", lines)
+        name += f".against-{opponent if other is None else other.resolve().name}"
+    replies = directory / f"{name}.replies.jsonl"
+    write_json_lines(replies, (_row(q, judgements[q.text]) for q in questions))
     write_json(directory / f"{name}.json", result)
-    return result
+    return Judgements(result)
 
 
 def _check_protocol(protocol: str, against: str | Path | None) -> None:
@@ -205,7 +223,7 @@ def _judge_all(
         with (
             endpoint.client,
             closing(KeptReplies(path)) as kept,
-            tqdm(total=len(texts), desc="judge", unit="question") as progress,
+            progress_bar(total=len(texts), desc="judge", unit="question") as progress,
             ThreadPoolExecutor(endpoint.settings.max_concurrency) as pool,
         ):
 

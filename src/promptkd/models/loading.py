@@ -1,9 +1,7 @@
 """Loading causal language models and tokenizers, and what their configurations say."""
 
+import copy
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -11,21 +9,22 @@ from typing import Any
 import peft
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedModel,
 )
-from transformers.utils import logging
 from transformers.utils.hub import cached_file
 
 from promptkd import kernels
 from promptkd.errors import UserError
+from promptkd.given import GivenModel, refuse_lost
 from promptkd.models import damage
 from promptkd.models.language_model import LanguageModel, proven
+from promptkd.models.objects import copied
+from promptkd.models.soundness import check_weights, make_savable
+from promptkd.progress import quietly
 
 
 def default_device() -> torch.device:
@@ -80,12 +79,17 @@ def load_language_model(
 
 
 def _load(name: str, dtype: torch.dtype) -> PreTrainedModel:
+    if isinstance(name, GivenModel):
+        given = copied(name, dtype)
+        check_weights(name, given, {"missing_keys": (), "unexpected_keys": ()})
+        make_savable(name, given)
+        return given
     arguments = _location(name)
     adapter = Path(arguments["pretrained_model_name_or_path"])
     if (adapter / "adapter_config.json").is_file():
         return _load_adapted(name, adapter, dtype)
     damage.refuse_damaged_generation_config(adapter)
-    with _quietly():
+    with quietly():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 **arguments, dtype=dtype, output_loading_info=True, trust_remote_code=False
@@ -94,7 +98,7 @@ def _load(name: str, dtype: torch.dtype) -> PreTrainedModel:
             raise UserError(_no_model(name, error)) from None
     model, found = loaded
     check_weights(name, model, found)
-    _make_savable(name, model)
+    make_savable(name, model)
     if "gguf_file" in arguments:  # a quantised config would be saved with the model otherwise
         config: Any = model.config
         del config.quantization_config
@@ -126,7 +130,7 @@ def _load_adapted(name: str, directory: Path, dtype: torch.dtype) -> PreTrainedM
         num_tokens = len(load_tokenizer(name))
         if num_tokens > embedding_rows(model):
             model.resize_token_embeddings(num_tokens)
-    with _quietly():
+    with quietly():
         try:
             whole = peft.PeftModel.from_pretrained(model, str(directory))
         except Exception as error:
@@ -155,78 +159,10 @@ def adapter_config(directory: Path) -> Any:
     return config
 
 
-def check_weights(name: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
-    """Refuse a model some of whose numbers aren't the checkpoint's, or no numbers at all.
-
-    Args:
-        found: what transformers reports of loading: missing, unexpected and mismatched keys.
-
-    Raises:
-        UserError: with how many weights are concerned, and the first of them.
-    """
-    other = ("vision", "visual", "image", "audio", "multi_modal", "multimodal", "mtp")
-    unexpected = [
-        key for key in sorted(found["unexpected_keys"]) if not any(word in key for word in other)
-    ]
-    missing = sorted(found["missing_keys"])
-    prefixed = any(key.startswith(("_orig_mod.", "module.")) for key in unexpected)
-    hint = " Its names carry a wrapper's prefix (_orig_mod. or module.): strip it."
-    for what, keys in (
-        ("are missing from the checkpoint, and would be random", missing),
-        ("stand in the checkpoint, but the model has no place for them", unexpected),
-    ):
-        if keys:
-            raise UserError(
-                f"{name}: {len(keys)} weights of {type(model).__name__} {what} "
-                f"({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})."
-                f"{hint if prefixed else ''} Save the whole model again."
-            )
-    for key, weight in model.named_parameters():
-        if not torch.isfinite(weight).all():
-            raise UserError(
-                f"{name}: the weight {key} holds NaN or infinite numbers. It comes from a run "
-                "that diverged, or a damaged file: name an earlier checkpoint."
-            )
-
-
-def _make_savable(name: str, model: PreTrainedModel) -> None:
-    """Mend a generation config that transformers reads but refuses to save with the student."""
-    config = model.generation_config
-    if config is None:
-        return
-    try:
-        config.validate(strict=True)
-    except ValueError:
-        sampling = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
-        reset = {k: v for k, v in sampling.items() if getattr(config, k, None) not in (None, v)}
-        config.do_sample = True
-        try:
-            config.validate(strict=True)
-        except ValueError:
-            ends = ("bos_token_id", "eos_token_id", "pad_token_id")
-            kept = {key: getattr(config, key, None) for key in ends}
-            model.generation_config = GenerationConfig(**kept)
-            reset = {}
-        with_ = f"do_sample: true, since it has {', '.join(reset)}" if reset else "its tokens alone"
-        tqdm.write(
-            f"{name}: its generation_config.json contradicts itself and couldn't be saved again; "
-            f"it goes on with {with_}",
-            file=sys.stderr,
-        )
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Without the bars and tables that transformers prints for every file."""
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+def save_model(module: PreTrainedModel, directory: Path) -> None:
+    """Write a model as transformers does, without its bars."""
+    with quietly():
+        module.save_pretrained(directory)
 
 
 def text_config(name: str) -> Any:
@@ -235,6 +171,8 @@ def text_config(name: str) -> Any:
     Raises:
         UserError: if there is no such model.
     """
+    if isinstance(name, GivenModel):
+        return name.thing.config.get_text_config()
     arguments = _location(name)
     directory = Path(arguments["pretrained_model_name_or_path"])
     if (directory / "adapter_config.json").is_file():
@@ -248,6 +186,8 @@ def text_config(name: str) -> Any:
 
 def dtype_of(name: str) -> torch.dtype:
     """What a model's weights came in; fp32 where nothing says so."""
+    if isinstance(name, GivenModel):
+        return name.thing.dtype
     if "gguf_file" in _location(name):
         return torch.float32
     dtype = text_config(name).dtype
@@ -260,6 +200,8 @@ def load_tokenizer(name: str) -> Any:
     Raises:
         UserError: if there is none, or it can't be read, or has no end-of-sequence token.
     """
+    if isinstance(name, GivenModel):
+        return _ending(copy.deepcopy(name.tokenizer), name)
     arguments = _location(name)
     directory = Path(arguments["pretrained_model_name_or_path"])
     is_adapter = (directory / "adapter_config.json").is_file()
@@ -267,10 +209,15 @@ def load_tokenizer(name: str) -> Any:
         base = adapter_config(directory).base_model_name_or_path
         if base:
             return load_tokenizer(base)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**arguments, trust_remote_code=False)
-    except Exception as error:
-        raise UserError(_no_model(name, error)) from None
+    with quietly():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(**arguments, trust_remote_code=False)
+        except Exception as error:
+            raise UserError(_no_model(name, error)) from None
+    return _ending(tokenizer, name)
+
+
+def _ending(tokenizer: Any, name: str) -> Any:
     if tokenizer.eos_token_id is None:
         raise UserError(
             f"The tokenizer of {name} has no end-of-sequence token; responses need one."
@@ -360,6 +307,8 @@ def bytes_in_memory(module: nn.Module) -> int:
 
 def bytes_on_disk(name: str) -> int:
     """Of the files that hold a model's weights; a LoRA's base counts with it."""
+    if isinstance(name, GivenModel):
+        return bytes_in_memory(name.thing)
     arguments = _location(name)
     place = Path(arguments["pretrained_model_name_or_path"])
     if "gguf_file" in arguments:
@@ -378,6 +327,7 @@ def _holds_model(path: Path) -> bool:
 
 
 def _location(name: str) -> dict[str, Any]:
+    refuse_lost(name)
     name = model_directory(name)
     path = Path(name)
     if path.suffix == ".gguf":

@@ -5,6 +5,7 @@ stopped, or was made on another machine.
 """
 
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 
 from promptkd.errors import UserError
@@ -12,17 +13,18 @@ from promptkd.files import write_text
 from promptkd.report.card import add_held_out_scores
 from promptkd.report.page import render
 from promptkd.report.places import read_subject
+from promptkd.run import Place
 
 
-def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:
+def report(runs: Place | Sequence[Place], output: str | Path | None = None) -> Path:
     """Write OUTPUT/report.html, OUTPUT/figures and OUTPUT/tables.
 
     Of a single run, the held-out scores are written into its student's model card, too.
 
     Args:
-        runs: a run's directory or several, of a whole path, or of a study. Directories of scores
-            that ``promptkd evaluate --output`` wrote for a teacher or for a student's start may
-            stand among runs.
+        runs: a run or its directory, or several, of a whole path, or of a study. Directories of
+            scores that ``promptkd evaluate --output`` wrote for a teacher or for a student's start
+            may stand among runs.
         output: the directory itself if one is named and nothing is given.
 
     Returns:
@@ -31,7 +33,7 @@ def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = 
     Raises:
         UserError: if a path is none of these, or several have no output.
     """
-    paths = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
+    paths = [Path(runs)] if isinstance(runs, str | PathLike) else [Path(run) for run in runs]
     subject = read_subject(paths)
     if output is None and len(paths) > 1:
         raise UserError(f"{len(paths)} places make one report: say where, with --output DIR.")

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import typer
-from tqdm.auto import tqdm
 
 from promptkd.api import train
 from promptkd.composition import Method
@@ -21,6 +20,7 @@ from promptkd.generation.sampling import GenerationSettings
 from promptkd.methods import build_method
 from promptkd.models.loading import default_device, load_tokenizer
 from promptkd.models.vocabularies import same_tokenizer
+from promptkd.progress import progress_bar
 from promptkd.ranks import ALONE
 from promptkd.study.file import PlannedRun, Study, planned_runs
 from promptkd.study.stored import conclude, keep
@@ -60,7 +60,7 @@ def run_study(study: Study) -> Path:
     for number, run in enumerate(runs, start=len(models) + 1):
         typer.echo(f"{number} of {total}: {run.name}, in {run.recipe.output}")
         try:
-            directory = train(run.recipe, methods[run.label])
+            directory = train(run.recipe, methods[run.label]).path
             scorer.score(str(directory), directory / "evaluation", teacher=True)
             keep(study, directory, directory / "evaluation")
         except UserError as error:
@@ -206,7 +206,7 @@ def _rehearse(runs: Sequence[PlannedRun], methods: Mapping[str, Method]) -> None
     for run in runs:
         if not RunDirectory(run.recipe, methods[run.label]).finished:
             left.setdefault(run.label, run)
-    with tqdm(left.items(), desc="checking methods", unit="method") as shown:
+    with progress_bar(left.items(), desc="checking methods", unit="method") as shown:
         for label, run in shown:
             transformers = {**run.recipe.sampling.model_dump(), "engine": "transformers"}
             sampling = SamplingSection(**transformers)  # another engine takes a minute

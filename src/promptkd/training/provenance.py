@@ -6,32 +6,42 @@ from typing import Any
 from huggingface_hub import metadata_load, try_to_load_from_cache
 
 from promptkd.files import read_json
+from promptkd.given import of_object
 
 
 def hub_id(name: str) -> str | None:
-    """The name if it is a hub id; None for a place on this machine."""
+    """The name if it is a hub id; None for a place on this machine, and for an object."""
+    what, name = of_object(name)
+    if what:
+        return None
     local = Path(name).exists() or name.startswith((".", "/", "~")) or name.count("/") > 1
     return None if local else name
 
 
 def public_name(name: str) -> str:
     """A hub id, or a directory's own name without the path to it."""
-    return hub_id(name) or Path(name).resolve().name
+    what, place = of_object(name)
+    public = (hub_id(place) or Path(place).resolve().name) if place else ""
+    return " of ".join(filter(None, (what, public)))
 
 
 def card_of(name: str) -> dict[str, Any]:
     """The front matter of a model's card, as far as it is on this machine."""
-    known = hub_id(name)
+    _, name = of_object(name)
+    known = hub_id(name) if name else None
     if known:
         found = try_to_load_from_cache(known, "README.md")
         place = Path(found) if isinstance(found, str) else None
     else:
-        place = _directory(name) / "README.md"
+        place = _directory(name) / "README.md" if name else None
     return (metadata_load(place) or {}) if place and place.is_file() else {}
 
 
 def origin(name: str) -> list[str]:
     """The hub ids that a model was made from: its own, those on its card, or its teacher's."""
+    _, name = of_object(name)
+    if not name:
+        return []
     known = hub_id(name)
     if known:
         return [known]

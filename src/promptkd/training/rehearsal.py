@@ -3,19 +3,20 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm.auto import tqdm
-
 from promptkd.config import Recipe
 from promptkd.data import Dataset
+from promptkd.findings import Finding
 from promptkd.models.loading import dtype_of, num_parameters
+from promptkd.progress import progress_bar
 from promptkd.ranks import Ranks
+from promptkd.records import Record
 from promptkd.training.checkpoints import save_checkpoint
-from promptkd.training.forecast import Measured, Schedule, forecast
+from promptkd.training.forecast import Measured, Schedule, duration, forecast
 from promptkd.training.setup import Setup
 from promptkd.training.state import RunState
 from promptkd.training.tracking import peak_memory
@@ -29,17 +30,49 @@ EVALUATED = 32
 """Validation requests that are timed; what the rest takes is in proportion."""
 
 
+class Rehearsal(Record):
+    """What ``api.check`` returns."""
+
+    def lines(self) -> Iterator[str]:
+        """Example, cost of a step, and the forecast."""
+        first, expected, measured = self["first"], self["forecast"], self["measured"]
+        example = self["example"]
+        tokens = example["response_tokens"]
+        response = "generated while training" if tokens is None else f"|{'|'.join(tokens)}|"
+        yield f"the first request: {example['request']!r}; its response, by tokens: {response!r}"
+        if example["teacher_request"] is not None:
+            yield f"what the teacher reads of it: {example['teacher_request']!r}"
+        yield (
+            f"one step: loss {first['loss']:.3f} nats per token, {first['response_length']:.0f} "
+            f"tokens per response, {100 * first['share_ended']:.0f} % ended; the first took "
+            f"{measured['seconds_start']:.1f} s, later ones {measured['seconds_step']:.1f} s"
+        )
+        yield f"memory: {self.peak_memory / 1e9:.1f} GB at most so far"
+        yield (
+            f"disk: checkpoints and students take {expected['bytes_disk'] / 1e9:.2f} GB, "
+            f"{self.bytes_free / 1e9:.1f} GB are free"
+        )
+        if expected["bytes_disk"] > self.bytes_free:
+            yield str(Finding("PK208", "the run needs more disk than is free."))
+        yield (
+            f"the run: {self.steps} steps of {self.requests_per_step} requests "
+            f"({self.epochs:.2g} epochs), about {duration(expected['seconds'])} (steps "
+            f"{duration(expected['seconds_steps'])}, evaluations "
+            f"{duration(expected['seconds_evaluations'])}, saving "
+            f"{duration(expected['seconds_saving'])}), into {self.output}"
+        )
+
+
 def rehearse(
     recipe: Recipe,
     setup: Setup,
     ranks: Ranks,
     state: RunState,
     take_step: Callable[[int], dict[str, Any]],
-) -> dict[str, Any]:
+) -> Rehearsal:
     """Measure a few steps, a part of an evaluation and a checkpoint, and forget them.
 
-    Returns:
-        See ``api.check``.
+    See ``api.check``.
     """
     row, seconds_start, seconds_later = _first_steps(setup.max_steps, take_step, ranks)
     seconds_evaluation = _time_evaluation(recipe, setup, ranks)
@@ -53,17 +86,19 @@ def rehearse(
         bytes_checkpoint=bytes_checkpoint,
         bytes_student=num_parameters(student) * dtype_of(recipe.student.model).itemsize,
     )
-    return {
-        "steps": setup.max_steps,
-        "epochs": setup.max_steps * batch / len(setup.data),
-        "first": row,
-        "preflight": setup.found,
-        "example": _example(setup),
-        "measured": asdict(measured),
-        "forecast": asdict(forecast(measured, Schedule.of(recipe, setup.max_steps))),
-        "peak_memory": peak_memory(setup.student.device),
-        "bytes_free": shutil.disk_usage(_existing(Path(recipe.output))).free,
-    }
+    return Rehearsal(
+        steps=setup.max_steps,
+        epochs=setup.max_steps * batch / len(setup.data),
+        requests_per_step=batch,
+        output=recipe.output,
+        first=row,
+        preflight=setup.found,
+        example=_example(setup),
+        measured=asdict(measured),
+        forecast=asdict(forecast(measured, Schedule.of(recipe, setup.max_steps))),
+        peak_memory=peak_memory(setup.student.device),
+        bytes_free=shutil.disk_usage(_existing(Path(recipe.output))).free,
+    )
 
 
 def _first_steps(
@@ -71,7 +106,8 @@ def _first_steps(
 ) -> tuple[dict[str, Any], float, float]:
     """The first step's line, its seconds, and those of a later one."""
     at_most = min(1 + LATER_STEPS, max_steps)
-    with tqdm(total=at_most, desc="first steps", unit="step", disable=ranks.rank > 0) as bar:
+    shown = {"desc": "first steps", "unit": "step", "disable": ranks.rank > 0}
+    with progress_bar(total=at_most, **shown) as bar:
         started = time.perf_counter()
         row, taken = take_step(0), 1
         bar.update()

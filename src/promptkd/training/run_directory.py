@@ -21,7 +21,8 @@ from promptkd.files import (
     write_json,
     write_text,
 )
-from promptkd.models.loading import dtype_of, model_directory
+from promptkd.given import of_object
+from promptkd.models.loading import dtype_of, model_directory, save_model
 from promptkd.training import checkpoints, lock
 from promptkd.training.divergence import is_sane
 from promptkd.training.identity import AS_IT_WAS, Change, Resuming, changes, check, identity
@@ -222,14 +223,16 @@ class RunDirectory:
                 self._save_whole(average.module, setup, directory)
         if teacher and self.recipe.teacher and teacher.has_adapter:
             with whole_directory(self.path / "teacher_adapter", "adapter") as directory:
-                teacher.save(directory, self.recipe.teacher_model(self.path))
+                name = self.recipe.teacher_model(self.path)
+                _, came_from = of_object(name)
+                teacher.save(directory, came_from or name)
 
     def _save_whole(self, module: PreTrainedModel, setup: Setup, directory: Path) -> None:
         """A model with its tokenizer, in the precision that the student came in."""
         whole = copy.deepcopy(merged(module) if self.recipe.student.lora else module)
         whole.to(dtype_of(self.recipe.student.model))  # pyright: ignore
         whole.generation_config.eos_token_id = list(setup.stop)  # pyright: ignore
-        whole.save_pretrained(directory)
+        save_model(whole, directory)
         setup.tokenizer.save_pretrained(directory)
 
     def _start_scores(self) -> dict[str, float]:

@@ -20,6 +20,7 @@ from promptkd.generation.response_cache import fingerprint
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.generation.vllm_engine import VLLMEngine
+from promptkd.given import GivenModel
 from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.loading import (
     compute_dtype,
@@ -30,6 +31,7 @@ from promptkd.models.loading import (
     num_parameters,
     stop_ids,
 )
+from promptkd.models.objects import own_weights
 from promptkd.models.vocabularies import same_tokenizer, same_weights, shared_vocabulary
 from promptkd.ranks import Ranks
 from promptkd.teachers import Teacher
@@ -266,6 +268,8 @@ def _load_student(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> P
     lora = recipe.student.lora
     own_dtype = dtype if lora else torch.float32
     module = load_model(recipe.student.model, own_dtype, device, recipe.attention)
+    if isinstance(recipe.student.model, GivenModel) and not lora:
+        own_weights(module)
     if lora:
         add_lora(module, lora.r, lora.alpha, lora.target_modules, recipe.seed)
     if recipe.optimization.gradient_checkpointing:

@@ -19,10 +19,10 @@ from promptkd.training.forecast import Schedule
 from promptkd.training.identity import AS_IT_WAS, Resuming
 from promptkd.training.launch import refuse_unknown_launch
 from promptkd.training.lock import locked
-from promptkd.training.progress import Progress
-from promptkd.training.rehearsal import rehearse
+from promptkd.training.rehearsal import Rehearsal, rehearse
 from promptkd.training.roll_call import RollCall
 from promptkd.training.run_directory import RunDirectory
+from promptkd.training.run_progress import RunProgress
 from promptkd.training.setup import set_up
 from promptkd.training.state import RunState, SourceStates
 from promptkd.training.stopping import StopRequest
@@ -101,7 +101,7 @@ class Trainer:
             self._finish()
         self.roll_call.close()
 
-    def rehearse(self) -> dict[str, Any]:
+    def rehearse(self) -> Rehearsal:
         """Take the first steps and forget them; see ``api.check``."""
         if self.directory.finished:
             raise UserError(f"{self.directory.path} is finished. Name another output to check.")
@@ -113,7 +113,7 @@ class Trainer:
         if self.recipe.tracking:
             self.accelerator.init_trackers("promptkd")
         schedule, say = Schedule.of(recipe, max_steps), self.say if self.is_main else None
-        with Progress(self.method.name, schedule, done=self.step_number, say=say) as progress:
+        with RunProgress(self.method.name, schedule, done=self.step_number, say=say) as progress:
             if self.step_number == 0:
                 self._validate()
                 progress.evaluated()

@@ -4,15 +4,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from tqdm.auto import tqdm
-
+from promptkd.progress import progress_bar
 from promptkd.training.forecast import Forecast, Measured, Schedule, duration, forecast
 
 MEASURED_STEPS = 3
 """The first takes longer than later ones, so that at least two others are measured."""
 
 
-class Progress:
+class RunProgress:
     """Shows a run's steps, and forecasts the whole run by its beginning.
 
     A run that goes on from a checkpoint measures no evaluation before its steps and forecasts
@@ -27,7 +26,7 @@ class Progress:
 
     def __init__(self, name: str, schedule: Schedule, done: int, say: Callable[[str], None] | None):
         shown = {"unit": "step", "desc": name, "disable": say is None}
-        self._bar = tqdm(total=schedule.max_steps, initial=done, **shown)
+        self._bar = progress_bar(total=schedule.max_steps, initial=done, **shown)
         self._schedule = schedule
         self._say = say
         self._forecast: Forecast | None = None
@@ -36,7 +35,7 @@ class Progress:
         self._steps: list[float] = []
         self._measures = done == 0
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> "RunProgress":
         return self
 
     def __exit__(self, *_: object) -> None:

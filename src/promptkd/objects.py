@@ -1,0 +1,145 @@
+"""A recipe whose models and data come as objects of Python, in place of the names in it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import peft
+
+from promptkd.config import Recipe, load_recipe, recipe_from_dict
+from promptkd.data import given_rows
+from promptkd.errors import UserError
+from promptkd.given import Given
+from promptkd.models.objects import given_model
+
+AnyRecipe = Recipe | Mapping[str, Any] | str | Path
+"""Validated, as nested dictionaries, or the path of its file."""
+AS_LORA = {"r": "r", "lora_alpha": "alpha", "target_modules": "target_modules"}
+"""PEFT's names of what ``student.lora`` has."""
+SAYS_NOTHING = ("task_type", "inference_mode", "fan_in_fan_out", "base_model_name_or_path")
+"""Fields of a ``LoraConfig`` that follow from the model."""
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What stands in place of names in a recipe, which may then be missing there.
+
+    Attributes:
+        student: as ``student.model``: a causal language model of transformers, or a name.
+        teacher: as ``teacher.model``, likewise.
+        tokenizer: of the models that are objects; not given, the one that lies where they are from.
+        teacher_tokenizer: the teacher's, if it has another one.
+        train: as ``data.train``: lists of dictionaries, ``datasets.Dataset``, or names.
+        validation: as ``data.validation``, likewise.
+        peft_config: as ``student.lora``: a ``peft.LoraConfig``.
+    """
+
+    student: Any = None
+    teacher: Any = None
+    tokenizer: Any = None
+    teacher_tokenizer: Any = None
+    train: Any = None
+    validation: Any = None
+    peft_config: Any = None
+
+    def names(self) -> dict[str, dict[str, Any]]:
+        """What the objects are called in the recipe, by section and key."""
+        own: dict[str, dict[str, Any]] = {"student": {}, "teacher": {}, "data": {}}
+        if self.student is not None:
+            own["student"]["model"] = given_model(self.student, self.tokenizer, "student")
+        if self.teacher is not None:
+            tokenizer = self.teacher_tokenizer or self.tokenizer
+            own["teacher"]["model"] = given_model(self.teacher, tokenizer, "teacher")
+        if self.train is not None:
+            own["data"]["train"] = given_rows(self.train, "train")
+        if self.validation is not None:
+            own["data"]["validation"] = given_rows(self.validation, "validation")
+        return {section: keys for section, keys in own.items() if keys}
+
+
+def complete(recipe: AnyRecipe, objects: Objects, method: str | None = None) -> Recipe:
+    """The recipe with the objects in it, under names that carry them.
+
+    Args:
+        recipe: its names of what is an object may be missing.
+        objects: what stands in their place.
+        method: the name of a method, with its defaults, in place of the recipe's.
+
+    Raises:
+        UserError: for a wrong recipe, and for objects that are no models or rows.
+    """
+    if isinstance(recipe, (str, Path)):
+        recipe = load_recipe(recipe)
+    whole = recipe.model_dump(mode="json") if isinstance(recipe, Recipe) else recipe
+    changes = objects.names()
+    if isinstance(recipe, Recipe):
+        changes = _merged(_names_of(recipe), changes)
+    raw = _merged(whole, changes)
+    if method is not None:
+        raw["method"] = {"name": method}
+    is_object = isinstance(changes.get("student", {}).get("model"), Given)
+    if objects.peft_config is not None:
+        lora = lora_keys(objects.peft_config) | ({"merge": True} if is_object else {})
+        raw = _merged(raw, {"student": {"lora": lora}})
+    completed = recipe_from_dict(raw)
+    lora = completed.student.lora
+    if is_object and lora and not lora.merge:
+        raise UserError(
+            "The student came as an object, and an adapter names the model that it belongs to. "
+            "Set student.lora.merge, which saves whole weights, or name the student."
+        )
+    carried = {  # validation keeps the text of a name alone
+        section: getattr(completed, section).model_copy(update=keys)
+        for section, keys in changes.items()
+    }
+    return completed.model_copy(update=carried)
+
+
+def _names_of(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Those of a recipe that may carry objects, from another call."""
+    data = recipe.data
+    found: dict[str, dict[str, Any]] = {
+        "student": {"model": recipe.student.model},
+        "data": {"train": data.train, "validation": data.validation},
+    }
+    if recipe.teacher:
+        found["teacher"] = {"model": recipe.teacher.model}
+    return found
+
+
+def _merged(whole: Mapping[str, Any], changes: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Sections with some of their keys changed; what is no section is left to validation."""
+    found = dict(whole)
+    for section, keys in changes.items():
+        own = found.get(section) or {}
+        if isinstance(own, Mapping):
+            found[section] = {**own, **keys}
+    return found
+
+
+def lora_keys(config: Any) -> dict[str, Any]:
+    """A ``peft.LoraConfig`` as the keys of ``student.lora``.
+
+    Raises:
+        UserError: for another kind of adapter, and for settings that a recipe doesn't have.
+    """
+    if not isinstance(config, peft.LoraConfig):
+        raise UserError(
+            f"peft_config is a {type(config).__name__}. A student is trained whole or by LoRA: "
+            "give a peft.LoraConfig."
+        )
+    own, plain = config.to_dict(), peft.LoraConfig().to_dict()
+    known = {*AS_LORA, *SAYS_NOTHING}
+    others = [name for name in plain if name not in known and own[name] != plain[name]]
+    if others:
+        raise UserError(
+            f"peft_config sets {', '.join(others)}, which student.lora doesn't have. It takes "
+            f"{', '.join(AS_LORA)}."
+        )
+    modules = own["target_modules"] or ()
+    if isinstance(modules, str):
+        raise UserError(
+            f"peft_config.target_modules is {modules!r}: list the layers' names instead."
+        )
+    return {"r": own["r"], "alpha": own["lora_alpha"], "target_modules": sorted(modules)}

@@ -1,0 +1,74 @@
+"""How long it takes, shown where it is read: a bar in a terminal or notebook, lines in a log.
+
+And what other libraries would say meanwhile of every file that they read. No torch.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import tqdm.auto
+import tqdm.notebook
+import tqdm.std
+
+SECONDS_BETWEEN_LINES = 30.0
+"""In a log."""
+TABLE = "LOAD REPORT"
+"""How transformers heads its table of missing and unexpected weights (``models.soundness``)."""
+
+
+def progress_bar(iterable: Any = None, **options: Any) -> Any:
+    """``tqdm``, also in notebooks; where nobody watches (a file, a pipe) a line now and then."""
+    in_notebook = issubclass(tqdm.auto.tqdm, tqdm.notebook.tqdm_notebook)
+    if in_notebook or sys.stderr.isatty():
+        return tqdm.auto.tqdm(iterable, **options)
+    return tqdm.std.tqdm(iterable, file=Log(sys.stderr), **options)
+
+
+class Log:
+    """A file to which bars are written as lines: at first, every 30 seconds, and at last."""
+
+    def __init__(self, file: Any):
+        self._file = file
+        self._unwritten = ""
+        self._written_at = -SECONDS_BETWEEN_LINES
+
+    def write(self, text: str) -> None:
+        """Take what tqdm writes: a carriage return and the bar, or a newline after the last."""
+        ended = text == "\n"
+        self._unwritten = text.strip() or self._unwritten
+        due = time.monotonic() - self._written_at >= SECONDS_BETWEEN_LINES
+        if self._unwritten and (ended or due):
+            self._file.write(f"{self._unwritten}\n")
+            self._file.flush()
+            self._unwritten, self._written_at = "", time.monotonic()
+
+    def flush(self) -> None:
+        """Lines are flushed when they are written."""
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Without bars for every file that transformers reads or writes, and its table of weights.
+
+    Its warnings are heard.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    loaders = logging.getLogger("transformers.modeling_utils")
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    loaders.addFilter(_no_table)
+    try:
+        yield
+    finally:
+        loaders.removeFilter(_no_table)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _no_table(record: logging.LogRecord) -> bool:
+    return TABLE not in record.getMessage()

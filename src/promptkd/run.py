@@ -1,0 +1,89 @@
+"""A run, as ``train`` returns it and as other verbs take it in place of its directory. No torch."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from promptkd.config import Recipe, load_recipe
+from promptkd.files import read_json, read_json_lines
+
+Place = str | os.PathLike[str]
+"""Of a run: its directory, or the run itself."""
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A run's directory and what is in it (docs/run-directory.md).
+
+    It goes wherever a run's path goes. Models and rows that came as objects are still in its
+    recipe: the teacher that a run was made with is there to be measured against.
+
+    Attributes:
+        path: the directory.
+        recipe: as it ran.
+    """
+
+    path: Path
+    recipe: Recipe = field(repr=False)
+
+    @classmethod
+    def of(cls, place: Place) -> "TrainedRun":
+        """A run by its directory, whose recipe is read; a run as it is.
+
+        Raises:
+            UserError: if there is no recipe that can be read.
+        """
+        if isinstance(place, cls):
+            return place
+        return cls(Path(place), load_recipe(Path(place) / "recipe.yaml"))
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    @property
+    def student(self) -> Path:
+        """Loads with transformers."""
+        return self.path / "student"
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What ``summary.json`` holds; empty while the run isn't finished."""
+        return read_json(self.path / "summary.json", []) or {}
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The lines of ``metrics.jsonl``: one per step, and one per evaluation."""
+        return list(read_json_lines(self.path / "metrics.jsonl")[0].values())
+
+    @property
+    def start_scores(self) -> dict[str, float]:
+        """Of the student before its first step, on the validation data."""
+        return next((row["evaluation"] for row in self.metrics if "evaluation" in row), {})
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """Of the student that was kept, on the validation data."""
+        return (self.summary.get("best") or {}).get("scores", {})
+
+    @property
+    def outcome(self) -> str:
+        """What came of it, in a sentence."""
+        best, start = self.summary.get("best"), self.start_scores
+        if not best:
+            return f"{self.summary.get('steps')} steps; {self.path}"
+        changes = [
+            f"{name} {start[name]:.3f} -> {value:.3f}"
+            for name, value in best["scores"].items()
+            if name in start
+        ]
+        return f"kept step {best['step']}; on the validation data {', '.join(changes)}"
+
+    def __repr__(self) -> str:
+        return f"{self.recipe.method.name} run in {self.path}: {self.outcome}"
