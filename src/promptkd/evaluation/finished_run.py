@@ -17,6 +17,7 @@ from promptkd.data import (
 )
 from promptkd.errors import UserError
 from promptkd.generation.sampling import GenerationSettings
+from promptkd.models.frozen import Storage
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import (
     check_context,
@@ -124,7 +125,8 @@ def load_run(
         )
     tokenizer = load_tokenizer(str(directory))
     name_of_teacher = recipe.teacher_model(directory)
-    student, teacher = load_pair(str(directory), name_of_teacher, tokenizer, precision)
+    storage = Storage(recipe.teacher.quantization, recipe.teacher.offload)
+    student, teacher = load_pair(str(directory), name_of_teacher, tokenizer, precision, storage)
     assert teacher is not None, "there is one"
     encoder = Encoder.of_recipe(
         recipe, tokenizer, date=date_of_run(directory), max_response_tokens=max_new_tokens

@@ -10,7 +10,8 @@ from typing import Any
 
 from promptkd.config import Recipe
 from promptkd.data import Dataset
-from promptkd.models.loading import dtype_of, num_parameters
+from promptkd.models.loading import dtype_of
+from promptkd.models.sizes import num_parameters
 from promptkd.ranks import Ranks
 from promptkd.training.checkpoints import save_checkpoint
 from promptkd.training.forecast import Measured, Schedule, forecast

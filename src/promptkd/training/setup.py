@@ -20,6 +20,7 @@ from promptkd.generation.response_cache import fingerprint
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.generation.vllm_engine import VLLMEngine
+from promptkd.models.frozen import Storage
 from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.loading import (
     compute_dtype,
@@ -27,9 +28,9 @@ from promptkd.models.loading import (
     load_model,
     load_tokenizer,
     native_bf16,
-    num_parameters,
     stop_ids,
 )
+from promptkd.models.sizes import num_parameters
 from promptkd.models.vocabularies import same_tokenizer, same_weights, shared_vocabulary
 from promptkd.ranks import Ranks
 from promptkd.teachers import Teacher
@@ -234,7 +235,9 @@ def _load_models(
             refuse_moving_author(recipe.teacher, method)
             other, average = self_teacher(recipe.teacher, module, name, dtype)
         else:
-            other = load_model(name, dtype, device, recipe.attention).requires_grad_(False)
+            storage = Storage(recipe.teacher.quantization, recipe.teacher.offload)
+            other = load_model(name, dtype, device, recipe.attention, storage)
+            other.requires_grad_(False)
         rows = embedding_rows(other)
         tokenizers = requests.tokenizer, teacher_tokenizer
         comparable = same_tokenizer(*tokenizers)
@@ -251,6 +254,7 @@ def _load_models(
         if method.teacher is not None:
             teacher = method.teacher.build(plain_teacher, teacher_tokenizer)
             preflight.check_self_teacher(recipe.teacher, requests.teacher_encoder, teacher)
+            preflight.check_gradient(teacher)
     student = LanguageModel(module, vocabulary, dtype)
     return Models(
         student=proven(student, f"the student {recipe.student.model}"),
