@@ -172,8 +172,13 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     step = _bind_step(recipe, method, models, ranks)
     if recipe.optimization.micro_batch_tokens is None:
         longest = requests.longest_row
-        budget = measured_budget(models.student, models.teacher, longest, ranks.number, say)
-        step.settings = replace(step.settings, micro_batch_tokens=budget)
+        together = recipe.optimization.teacher_step == "with_student"
+        budget = measured_budget(
+            models.student, models.teacher, longest, together=together, ranks=ranks, say=say
+        )
+        step.settings = replace(
+            step.settings, micro_batch_tokens=budget.micro_batch, kept_tokens=budget.kept
+        )
     requests.say(say)
     return Setup(
         requests=requests,
