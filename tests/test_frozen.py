@@ -212,7 +212,7 @@ def test_a_teacher_without_gradient_is_refused(saved):
         check_gradient(teacher)
     with torch.no_grad():
         model.module.base_model.norm.weight.fill_(torch.inf)
-    with pytest.raises(UserError, match="has the norm (nan|inf)"):
+    with pytest.raises(UserError, match=r"has the norm (nan|inf)"):
         check_gradient(teacher)
 
 
@@ -226,7 +226,7 @@ def test_offloading_to_the_device_that_computes_is_refused(saved, tmp_path):
     raw = tiny.recipe(saved, teacher={"offload": True}, output=str(tmp_path / "run"))
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    with pytest.raises(UserError, match="teacher.offload is true, but this run computes on the"):
+    with pytest.raises(UserError, match=r"teacher.offload is true, but this run computes on the"):
         runs.train(raw)
 
 

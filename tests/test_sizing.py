@@ -17,7 +17,6 @@ from promptkd.training.sizing import (
     Shape,
     fits,
     kept_per_token,
-    micro_batch_tokens,
     remedies,
     replace,
     standing_bytes,

@@ -64,10 +64,10 @@ def check(
     loaded = load_recipe(recipe, overrides or [])
     if gpus is not None:
         from promptkd.methods import build_method
-        from promptkd.training.planned import plan_lines, plan_of
+        from promptkd.training.planned import Cluster, plan_lines, plan_of
 
         method = build_method(loaded.method.name, **loaded.method.options)
-        plan = plan_of(loaded, method, gpus, memory, sharded)
+        plan = plan_of(loaded, method, Cluster(gpus, memory, sharded))
         for line in plan_lines(plan, loaded.optimization.max_steps):
             typer.echo(line)
         return

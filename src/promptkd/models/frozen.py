@@ -2,9 +2,9 @@
 
     y = x W'^T        dx = dy W'        W' made anew for each product, and forgotten after it
 
-W' is the weight in the precision that is multiplied: made of 8 or 4 bits and scales, or fetched from
-the machine's memory. A graph therefore keeps no W', however long it lives, and a soft prompt gets
-its gradient through the weights that wrote.
+W' is the weight in the precision that is multiplied: made of 8 or 4 bits and scales, or fetched
+from the machine's memory. So a graph keeps no W', however long it lives, and a soft prompt gets its
+gradient through the weights that wrote.
 
 bitsandbytes quantises; its products aren't used. In 8 bits they round the tokens too and depend on
 which other tokens stand in the batch. In 4 bits, on processors (0.50.2), the first pass without

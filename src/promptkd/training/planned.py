@@ -1,12 +1,14 @@
 """A recipe on machines that aren't at hand: what ``promptkd check --gpus`` says. Nothing runs."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 from promptkd.composition import Method
-from promptkd.config import THE_STUDENT, Recipe
+from promptkd.config import Recipe
 from promptkd.errors import UserError
 from promptkd.models.loading import text_config
 from promptkd.rollouts import Corpus, OfflineTeacher, Reference
+from promptkd.teachers import FromTokens
 from promptkd.training.forecast import duration
 from promptkd.training.sizing import (
     H100,
@@ -24,36 +26,51 @@ from promptkd.training.sizing import (
 )
 
 
-def plan_of(
-    recipe: Recipe, method: Method, gpus: int, memory_gb: float, sharded: bool = False
-) -> Plan:
+@dataclass(frozen=True)
+class Cluster:
+    """Cards, and whether both models are divided among them."""
+
+    gpus: int
+    memory_gb: float
+    sharded: bool = False
+
+
+def plan_of(recipe: Recipe, method: Method, cluster: Cluster) -> Plan:
     """The recipe's pair and lengths, every request and response as long as it may be.
 
     Raises:
         UserError: if a model's configuration can't be read, or cards are more than requests.
     """
     batch = recipe.optimization.global_batch_size
-    if gpus > batch:
+    if cluster.gpus > batch:
         raise UserError(
-            f"global_batch_size {batch} is smaller than the {gpus} GPUs: some would have nothing "
-            "to do. Raise it, or plan for fewer."
+            f"global_batch_size {batch} is smaller than the {cluster.gpus} GPUs: some would have "
+            "nothing to do. Raise it, or plan for fewer."
         )
-    section = recipe.teacher if method.needs_teacher else None
-    itself = section is not None and section.model == THE_STUDENT
-    student = Shape.of_config(text_config(recipe.student.model))
-    teacher = None
-    if section:
-        teacher = student if itself else Shape.of_config(text_config(recipe.teacher_model()))
+    student, teacher = Shape.of_config(text_config(recipe.student.model)), None
+    if recipe.teacher and method.needs_teacher:
+        teacher = Shape.of_config(text_config(recipe.teacher_model()))
+    return plan_for(recipe, method, (student, teacher), cluster)
+
+
+def plan_for(
+    recipe: Recipe, method: Method, pair: tuple[Shape, Shape | None], cluster: Cluster
+) -> Plan:
+    """The same for given shapes of student and teacher."""
+    student, teacher = pair
+    section = recipe.teacher if teacher else None
     request, response = recipe.data.max_request_tokens, recipe.data.longest_response
+    adapts = method.adaptation is not None
+    front = method.teacher.length if isinstance(method.teacher, FromTokens) else 0
     given = Reference | OfflineTeacher | Corpus
     return Plan(
         student=student,
         teacher=teacher,
-        batch=batch,
+        batch=recipe.optimization.global_batch_size,
         request=request,
         response=response,
-        longest=request + response + int(method.adaptation is not None) * 7,
-        adapts=method.adaptation is not None,
+        longest=request + response + front,
+        adapts=adapts,
         together=recipe.optimization.teacher_step == "with_student",
         on_policy=any(not isinstance(term.rollouts, given) for term in method.terms),
         vllm=recipe.sampling.engine == "vllm",
@@ -61,9 +78,9 @@ def plan_of(
         quantization=section.quantization if section else None,
         offload=section.offload if section else False,
         checkpointed=recipe.optimization.gradient_checkpointing,
-        sharded=sharded,
-        ranks=gpus,
-        memory=memory_gb * 1e9,
+        sharded=cluster.sharded,
+        ranks=cluster.gpus,
+        memory=cluster.memory_gb * 1e9,
     )
 
 
@@ -78,7 +95,7 @@ def plan_lines(plan: Plan, max_steps: int | None) -> Iterator[str]:
     )
     yield f"memory per card, GB: {parts}; together {sum(held.values()) / 1e9:.1f}"
     if written := writing_bytes(plan):
-        yield f"while writing, GB more: {written / 1e9:.1f} (a copy of the student, keys and values)"
+        yield f"while writing, GB more: {written / 1e9:.1f} (a copy of the student, its cache)"
     tokens = micro_batch_tokens(plan)
     yield (
         f"a token keeps {kept_per_token(plan) / 1e6:.2f} MB, so a micro-batch has at most {tokens} "
