@@ -134,8 +134,7 @@ def load_run(
     for model, name in ((student, f"{directory}"), (teacher, name_of_teacher)):
         lengths = encoder.max_request_tokens, encoder.max_response_tokens
         check_context(model.module.config, *lengths, name)
-    stop = {*stop_ids(tokenizer, student.module), *stop_ids(tokenizer, teacher.module)}
-    stop.add(encoder.eos_token_id)
+    ends = [stop_ids(tokenizer, model.module) for model in (student, teacher)]
     return FinishedRun(
         directory=directory,
         recipe=recipe,
@@ -145,5 +144,5 @@ def load_run(
         student=student,
         teacher=teacher,
         teacher_name=name_of_teacher,
-        stop=tuple(sorted(stop)),
+        stop=tuple(sorted({encoder.eos_token_id, *ends[0], *ends[1]})),
     )

@@ -151,6 +151,7 @@ class NF4Linear(FrozenLinear):
     """
 
     weight: UInt8[Tensor, "bytes 1"]
+    pairs: Float[Tensor, "256 2"]
 
     def __init__(self, layer: nn.Linear):
         packed: Any = layer.weight

@@ -171,14 +171,7 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
         authors.add_teacher(models.plain_teacher, models.teacher_tokenizer, requests.examples, asks)
     step = _bind_step(recipe, method, models, ranks)
     if recipe.optimization.micro_batch_tokens is None:
-        longest = requests.longest_row
-        together = recipe.optimization.teacher_step == "with_student"
-        budget = measured_budget(
-            models.student, models.teacher, longest, together=together, ranks=ranks, say=say
-        )
-        step.settings = replace(
-            step.settings, micro_batch_tokens=budget.micro_batch, kept_tokens=budget.kept
-        )
+        _measure_budget(step, requests.longest_row, say)
     requests.say(say)
     return Setup(
         requests=requests,
@@ -305,6 +298,17 @@ def _bind_step(recipe: Recipe, method: Method, models: Models, ranks: Ranks) -> 
             teacher_step=optimization.teacher_step,
         ),
         ranks=ranks,
+    )
+
+
+def _measure_budget(step: Step, longest: int, say: Say) -> None:
+    """Give a step the micro-batches that fit here, rows of ``longest`` tokens among them."""
+    together = step.settings.teacher_step == "with_student"
+    budget = measured_budget(
+        step.student, step.teacher, longest, together=together, ranks=step.ranks, say=say
+    )
+    step.settings = replace(
+        step.settings, micro_batch_tokens=budget.micro_batch, kept_tokens=budget.kept
     )
 
 
