@@ -246,21 +246,25 @@ def matmul_peak(size: int = 2048, repeats: int = 5) -> float:
     return 2 * size**3 / statistics.median(seconds[1:])
 
 
-def record(name: str, row: Mapping[str, Any]) -> None:
-    """Write ``results/name.PRECISION.json``: the row, and on what it was measured."""
+def machine() -> dict[str, Any]:
+    """On what, and at which commit, a number was measured."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    machine = {
+    return {
         "processor": _processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "precision": PRECISION,
         "commit": commit,
     }
+
+
+def record(name: str, row: Mapping[str, Any]) -> None:
+    """Write ``results/name.PRECISION.json``: the row, and on what it was measured."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.{PRECISION}.json"
-    path.write_text(json.dumps({**row, "machine": machine}, indent=1) + "\n")
+    path.write_text(json.dumps({**row, "machine": machine()}, indent=1) + "\n")
     print(json.dumps(row))
 
 

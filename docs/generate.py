@@ -12,7 +12,9 @@ import inspect
 import json
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import typer
@@ -20,11 +22,13 @@ from typer.main import get_command
 
 from promptkd.cli import app
 from promptkd.composition import TEACHERS, Method
-from promptkd.config import TeacherSection
+from promptkd.config import TeacherSection, load_recipe
 from promptkd.divergences import DIVERGENCES
 from promptkd.findings import CHECKS
-from promptkd.methods import METHODS
+from promptkd.methods import METHODS, build_method
 from promptkd.objectives import Divergence, Weighted
+from promptkd.training.planned import Cluster, plan_for, plan_lines
+from promptkd.training.sizing import H100, Plan, Shape, weak_scaling
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "promptkd"
@@ -234,6 +238,58 @@ def compared() -> dict[tuple[str, str, str], dict[str, str]]:
     return rows
 
 
+def cards() -> str:
+    """What benchmarks/gpu.py measured, a table for each card."""
+    files = sorted((ROOT / "benchmarks" / "results" / "gpu").glob("*.json"))
+    if not files:
+        return "Not measured: no card was at hand. `python benchmarks/gpu.py` measures one."
+    tables = []
+    for path in files:
+        found = json.loads(path.read_text())
+        machine = found.pop("machine")
+        said = f"{machine['card']}, torch {machine['torch']}, {machine['commit']}"
+        rows = [f"**{said}**", "", "| section | | |", "|---|---|---|"]
+        for keys, value in leaves(found):
+            rows.append(f"| {keys[0]} | {', '.join(keys[1:])} | {value:.4g} |")
+        rows += [
+            f"| {name} | failed | {own['failed']} |"
+            for name, own in found.items()
+            if "failed" in own
+        ]
+        tables.append("\n".join(rows))
+    return "\n\n".join(tables)
+
+
+def qwen_pair() -> Plan:
+    """Qwen3-8B and -0.6B, as published, with the lengths of recipes/qwen3-8b-eight-gpus.yaml."""
+    common: dict[str, Any] = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8}
+    large = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
+    small = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+    small |= {"num_attention_heads": 16, "tie_word_embeddings": True}
+    large |= {"num_attention_heads": 32, "tie_word_embeddings": False}
+    student, teacher = (SimpleNamespace(**common, **own) for own in (small, large))
+    return plan_for(
+        load_recipe(ROOT / "recipes" / "qwen3-8b-eight-gpus.yaml"),
+        build_method("promptkd"),
+        (Shape.of_config(student), Shape.of_config(teacher)),
+        Cluster(gpus=8, memory_gb=80),
+    )
+
+
+def eight_gpus() -> str:
+    return "\n".join(["```", *plan_lines(qwen_pair(), 500), "```"])
+
+
+def weak_scaling_table() -> str:
+    counts = (1, 8, 16, 64, 512)
+    rows = [f"| ranks | {' | '.join(map(str, counts))} |", f"|---|{len(counts) * '---|'}"]
+    for name, sharded in (("replicas", False), ("sharded", True)):
+        plan = replace(qwen_pair(), sharded=sharded)
+        shares = [f"{weak_scaling(plan, H100, ranks):.0%}" for ranks in counts]
+        rows.append(f"| {name} | {' | '.join(shares)} |")
+    return "\n".join(rows)
+
+
 def leaves(tree: dict[str, Any], keys: tuple[str, ...] = ()) -> Iterable[tuple[Any, float]]:
     """Every number in nested dictionaries, after the keys that lead to it."""
     for key, value in tree.items():
@@ -255,6 +311,9 @@ PARTS: dict[str, Callable[[], str]] = {
     "all files": all_files,
     "targets": targets,
     "benchmarks": benchmarks,
+    "cards": cards,
+    "eight gpus": eight_gpus,
+    "weak scaling": weak_scaling_table,
 }
 
 

@@ -12,11 +12,14 @@ import torch
 import runs
 import tiny
 from promptkd.errors import UserError
+from promptkd.ranks import Ranks
 from promptkd.teachers import SoftPrompt
 from promptkd.training.token_budget import (
     CEILINGS,
+    Budget,
     bytes_per_token,
     free_memory,
+    measured_budget,
     token_budget,
 )
 
@@ -47,13 +50,35 @@ def test_a_frozen_teacher_keeps_activations_once_its_soft_prompt_learns():
 
 
 def test_the_budget_is_half_of_what_is_free_within_its_bounds():
-    at = {"per_token": 1000, "reserved": 500_000, "longest": 100, "device": CPU}
+    at = {"per_token": [1000], "reserved": 500_000, "longest": 100, "device": CPU}
 
-    assert token_budget(free=2_500_000, **at) == 1000
-    assert token_budget(free=4_500_000, **at) == 2000
-    assert token_budget(free=10**12, **at) == CEILINGS["cpu"]
+    assert token_budget(free=2_500_000, **at) == Budget(1000, kept=1000)
+    assert token_budget(free=4_500_000, **at) == Budget(2000, kept=2000)
+    assert token_budget(free=10**12, **at).micro_batch == CEILINGS["cpu"]
     with pytest.raises(UserError, match="A sequence of 100 tokens does not fit"):
         token_budget(free=600_000, **at)
+
+
+def test_the_larger_graph_decides_and_both_are_kept_where_the_sum_fits():
+    at = {"reserved": 0, "longest": 100, "device": CPU}
+
+    assert token_budget([1000, 3000], free=6_000_000, **at) == Budget(1000, kept=750)
+    assert token_budget([4000], free=6_000_000, **at) == Budget(750, kept=750)
+
+
+def test_the_rank_with_the_least_memory_decides(monkeypatch):
+    class Others(Ranks):
+        def gather(self, items):
+            return [*items, 3_000_000]
+
+    student = model(2)
+    kept_by_student = kept(student, student)
+    trained = sum(p.nbytes for p in student.module.parameters())
+    budget = measured_budget(
+        student, None, 10, together=False, ranks=Others(0, 2), say=lambda sentence: None
+    )
+
+    assert budget.micro_batch == int((3_000_000 - 3 * trained) / 2 / kept_by_student)
 
 
 def test_some_memory_is_free():

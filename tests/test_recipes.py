@@ -41,6 +41,8 @@ def test_a_recipe_comes_through_the_preflight_with_tiny_models(path, stand_ins, 
         f"data.train={stand_ins / 'data.jsonl'}",
         f"data.validation={stand_ins / 'data.jsonl'}",
         f"output={tmp_path / 'run'}",
+        "data.template_options={}",  # the real tokenizer's
+        "sampling.engine=transformers",
     ]
     if load_recipe(path).teacher:
         overrides.append(f"teacher.model={stand_ins / 'teacher'}")

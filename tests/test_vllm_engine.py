@@ -4,15 +4,17 @@ import sys
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 import runs
 import tiny
+from promptkd.adapters import add_lora, merged
 from promptkd.errors import UserError
 from promptkd.evaluation.evaluate import evaluate
 from promptkd.files import write_json_lines
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
-from promptkd.generation.vllm_engine import VLLMEngine
+from promptkd.generation.vllm_engine import VLLMEngine, whole_weights
 from promptkd.models.language_model import LanguageModel
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's imports warn of many things
@@ -51,6 +53,43 @@ def test_greedy_text_is_that_of_the_transformers_engine_also_after_an_update(eng
     assert after == plain.generate(REQUESTS, SEEDS, decoding)
     assert after != before
     assert (torch.get_num_threads(), torch.set_num_threads) == (threads, set_threads)
+
+
+def lora_student():
+    module = tiny.model("llama", seed=3, width=128, num_attention_heads=2, num_key_value_heads=1)
+    add_lora(module, 4, 8, ("q_proj", "down_proj"), seed=0)
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(0, 0.1)
+    return LanguageModel(module, 98)
+
+
+def test_the_weights_of_a_lora_student_are_those_of_the_merged_model():
+    student = lora_student()
+    ours = dict(whole_weights(student))
+    expected = dict(merged(student.module).named_parameters())
+
+    assert ours.keys() == expected.keys()
+    for name, weight in expected.items():
+        assert_close(ours[name], weight[:98] if len(weight) == tiny.ROWS else weight.data)
+
+
+@runs.needs_vllm
+def test_an_engine_with_other_weights_than_the_students_is_refused(engines, monkeypatch):
+    _, ours, _ = engines
+    monkeypatch.setattr(ours, "_proven", False)
+    monkeypatch.setattr(ours, "_push_weights", lambda: None)
+    ours.generate(REQUESTS, SEEDS, GenerationSettings(4))
+    student = ours._model.module.get_output_embeddings().weight
+    monkeypatch.setattr(ours, "_proven", False)
+    with torch.no_grad():
+        kept = student.clone()
+        student.neg_()
+    with pytest.raises(UserError, match="vLLM writes something else than the student"):
+        ours.generate(REQUESTS, SEEDS, GenerationSettings(4))
+    with torch.no_grad():
+        student.copy_(kept)
 
 
 @runs.needs_vllm
@@ -139,3 +178,13 @@ def test_a_run_whose_teacher_reads_more_is_the_same_with_either_engine(tmp_path)
         rows = runs.json_lines(runs.train(raw) / "metrics.jsonl")
         losses.append([row["loss"] for row in rows if "loss" in row])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@runs.needs_vllm
+def test_a_lora_student_writes_as_with_the_transformers_engine():
+    """A second engine in one process: none that was there before can be used after it."""
+    student, decoding = lora_student(), GenerationSettings(12, temperature=0.0)
+    ours = VLLMEngine(student, (tiny.EOS,), 64)
+    plain = TransformersEngine(student, (tiny.EOS,))
+
+    assert ours.generate(REQUESTS, SEEDS, decoding) == plain.generate(REQUESTS, SEEDS, decoding)

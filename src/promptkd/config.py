@@ -117,6 +117,12 @@ class TeacherSection(Section):
     max_request_tokens: int | None = Field(
         default=None, ge=1, description="of the teacher's request; not given: whatever it takes"
     )
+    quantization: Literal["8bit", "4bit"] | None = Field(
+        default=None, description="8bit | 4bit: how its linear layers are held (bitsandbytes)"
+    )
+    offload: bool = Field(
+        default=False, description="its linear layers stay off the GPU until they are multiplied"
+    )
 
     @field_validator("template_options")
     @classmethod
@@ -129,6 +135,11 @@ class TeacherSection(Section):
             raise ValueError(
                 f"follow is {self.follow}, but the model is {self.model}: only model: student moves"
             )
+        if self.quantization and self.offload:
+            raise ValueError("quantization and offload are both given: choose one")
+        if (self.quantization or self.offload) and self.model == THE_STUDENT:
+            key = "quantization" if self.quantization else "offload"
+            raise ValueError(f"{key} is for a model of its own, and the model is the student's")
         return self
 
     @property

@@ -155,6 +155,12 @@ CHECKS = (
         meaning="Checkpoints and students need more disk than is free.",
         remedy="Lower `checkpoints.keep`, or free some space.",
     ),
+    Check(
+        "PK209",
+        "refused",
+        meaning="No gradient, or none that is finite, comes through the teacher to its prompt.",
+        remedy="Hold the teacher otherwise (`teacher.quantization`, `teacher.offload`).",
+    ),
     # 3xx: while training
     Check(
         "PK301",

@@ -54,11 +54,27 @@ def init_student(
 def check(
     recipe: Annotated[Path, typer.Argument(help="YAML file; see recipes/")],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value ...")] = None,
+    gpus: Annotated[
+        int | None, typer.Option(min=1, help="compute for so many, from shapes alone; nothing runs")
+    ] = None,
+    memory: Annotated[float, typer.Option(min=1, help="GB of each, with --gpus")] = 80.0,
+    sharded: Annotated[
+        bool, typer.Option("--sharded", help="with --gpus: both models divided among them")
+    ] = False,
 ) -> None:
     """Prove that a recipe works before it runs: models, data, first steps; time and memory."""
     from promptkd.config import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
+    if gpus is not None:
+        from promptkd.methods import build_method
+        from promptkd.training.planned import Cluster, plan_lines, plan_of
+
+        method = build_method(loaded.method.name, **loaded.method.options)
+        plan = plan_of(loaded, method, Cluster(gpus, memory, sharded))
+        for line in plan_lines(plan, loaded.optimization.max_steps):
+            typer.echo(line)
+        return
     from promptkd.api import check as run
 
     keep_freed_memory()

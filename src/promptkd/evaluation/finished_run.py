@@ -18,6 +18,7 @@ from promptkd.data import (
 )
 from promptkd.errors import UserError
 from promptkd.generation.sampling import GenerationSettings
+from promptkd.models.frozen import Storage
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import (
     check_context,
@@ -130,7 +131,8 @@ def load_run(
         )
     tokenizer = load_tokenizer(str(directory))
     name_of_teacher = recipe.teacher_model(directory)
-    student, teacher = load_pair(str(directory), name_of_teacher, tokenizer, precision)
+    storage = Storage(recipe.teacher.quantization, recipe.teacher.offload)
+    student, teacher = load_pair(str(directory), name_of_teacher, tokenizer, precision, storage)
     assert teacher is not None, "there is one"
     encoder = Encoder.of_recipe(
         recipe, tokenizer, date=date_of_run(directory), max_response_tokens=max_new_tokens
@@ -138,8 +140,7 @@ def load_run(
     for model, name in ((student, f"{directory}"), (teacher, name_of_teacher)):
         lengths = encoder.max_request_tokens, encoder.max_response_tokens
         check_context(model.module.config, *lengths, name)
-    stop = {*stop_ids(tokenizer, student.module), *stop_ids(tokenizer, teacher.module)}
-    stop.add(encoder.eos_token_id)
+    ends = [stop_ids(tokenizer, model.module) for model in (student, teacher)]
     return FinishedRun(
         directory=directory,
         recipe=recipe,
@@ -149,5 +150,5 @@ def load_run(
         student=student,
         teacher=teacher,
         teacher_name=name_of_teacher,
-        stop=tuple(sorted(stop)),
+        stop=tuple(sorted({encoder.eos_token_id, *ends[0], *ends[1]})),
     )

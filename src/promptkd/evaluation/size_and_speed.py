@@ -9,7 +9,7 @@ import torch
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.models.language_model import LanguageModel
-from promptkd.models.loading import bytes_in_memory, bytes_on_disk, num_parameters
+from promptkd.models.sizes import bytes_in_memory, bytes_on_disk, num_parameters
 from promptkd.rollouts import Tokens
 
 TIMED_REQUESTS, TIMED_TOKENS, REPEATS = 16, 32, 3

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from promptkd.errors import UserError
 from promptkd.generation.progress import Progress, unseen
@@ -24,6 +26,10 @@ from promptkd.models.language_model import PADDING, LanguageModel
 GPU_SHARE = 0.3
 """Of the card's memory, for vLLM's weights and cache; training needs the rest."""
 CPU_CACHE_GIB = 2
+COMPARED = 4
+"""Tokens that are written to compare vLLM with the student, once."""
+NEAR = {torch.float32: 1e-2, torch.bfloat16: 0.5}
+"""Nats between two tokens that rounding may make change places."""
 
 
 class VLLMEngine:
@@ -42,6 +48,7 @@ class VLLMEngine:
         self.stop_ids = torch.tensor(stop_ids, device=model.device)
         self.progress: Progress = unseen
         self._model = model
+        self._proven = False
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are pushed within the process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_CACHE_GIB))
@@ -62,6 +69,8 @@ class VLLMEngine:
             options: dict[str, Any] = {}
             if model.device.type == "cuda":
                 options["gpu_memory_utilization"] = GPU_SHARE
+                if torch.distributed.is_initialized():  # else every rank's engine takes card 0
+                    options["distributed_executor_backend"] = "external_launcher"
             self._engine = vllm.LLM(
                 directory,
                 skip_tokenizer_init=True,
@@ -83,17 +92,49 @@ class VLLMEngine:
         decoding: GenerationSettings,
     ) -> list[Response]:
         """One response per request, in the order of the requests; see ``TransformersEngine``."""
-        choose = TokenSampler(decoding)
         with _own_threads_back():
             self._push_weights()
-            outputs = self._engine.generate(
-                [{"prompt_token_ids": list(request)} for request in requests],
-                [self._sampling(choose, seed, decoding) for seed in seeds],
-                use_tqdm=False,
-            )
+            if not self._proven and requests:
+                self._compare(requests[0])
+                self._proven = True
+            return self._written(requests, seeds, decoding)
+
+    def _written(
+        self,
+        requests: Sequence[Tokens],
+        seeds: Sequence[Sequence[int]],
+        decoding: GenerationSettings,
+    ) -> list[Response]:
+        choose = TokenSampler(decoding)
+        outputs = self._engine.generate(
+            [{"prompt_token_ids": list(request)} for request in requests],
+            [self._sampling(choose, seed, decoding) for seed in seeds],
+            use_tqdm=False,
+        )
         assert len(outputs) == len(requests)
         self.progress(len(outputs))
         return [Response(tuple(output.outputs[0].token_ids)) for output in outputs]
+
+    @torch.no_grad()
+    def _compare(self, request: Tokens) -> None:
+        """After the first push: what vLLM writes greedily is what the student finds likeliest.
+
+        Raises:
+            UserError: if it holds other weights, or computes something else with them.
+        """
+        (written,) = self._written([request], [(0,)], GenerationSettings(COMPARED, temperature=0.0))
+        new, model = list(written.token_ids), self._model
+        tokens = torch.tensor([[*request, *new]], device=model.device)
+        hidden = model.hidden_states(tokens)[0, len(request) - 1 : -1]
+        logprobs = model.head.logprobs(hidden)
+        chosen = logprobs[torch.arange(len(new)), torch.tensor(new, device=model.device)]
+        worst = (logprobs.amax(-1) - chosen).max().item()
+        if not worst < NEAR[model.dtype]:
+            raise UserError(
+                "vLLM writes something else than the student: a token that it chose is "
+                f"{worst:.2g} nats less likely than the likeliest. Use "
+                "sampling.engine=transformers; please report the model."
+            )
 
     def _sampling(
         self, choose: TokenSampler, seed: Sequence[int], decoding: GenerationSettings
@@ -110,17 +151,29 @@ class VLLMEngine:
     def _push_weights(self) -> None:
         # The prefix cache holds keys of the weights before.
         self._engine.collective_rpc(
-            "reload_weights", kwargs={"weights_iterator": list(self._weights())}
+            "reload_weights", kwargs={"weights_iterator": list(whole_weights(self._model))}
         )
         self._engine.reset_prefix_cache()
 
-    def _weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        module: Any = self._model.module
-        tables = {id(module.get_input_embeddings().weight)}
-        tables |= {id(p) for p in module.get_output_embeddings().parameters()}
-        for name, tensor in module.named_parameters():
-            shared = tensor[: self._model.vocabulary] if id(tensor) in tables else tensor
-            yield name, shared.detach().to(self._model.dtype)
+
+def whole_weights(model: LanguageModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """By the names of a model without adapters, LoRA's update added, the shared rows alone."""
+    module: Any = model.module
+    tables = {id(module.get_input_embeddings().weight)}
+    tables |= {id(p) for p in module.get_output_embeddings().parameters()}
+    adapted = {
+        f"{place}.base_layer.weight": layer
+        for place, layer in module.named_modules()
+        if isinstance(layer, BaseTunerLayer)
+    }
+    for name, tensor in module.named_parameters():
+        if "lora_" in name:
+            continue
+        weight = tensor[: model.vocabulary].detach() if id(tensor) in tables else tensor.detach()
+        if name in adapted:
+            layer: Any = adapted[name]
+            weight = weight + layer.get_delta_weight("default").detach()
+        yield name.replace(".base_layer.", "."), weight.to(model.dtype)
 
 
 @dataclass

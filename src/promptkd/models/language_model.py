@@ -121,8 +121,13 @@ class LanguageModel:
     def num_trunk_weights(self) -> int:
         """Entries of the matrices that every token is multiplied with, the head's left out."""
         trunk: Any = self.module.base_model
-        layers = (layer for layer in trunk.modules() if isinstance(layer, nn.Linear | Conv1D))
-        return sum(layer.weight.numel() for layer in layers)
+        return sum(
+            layer.in_features * layer.out_features  # a quantised weight has fewer entries
+            if isinstance(layer, nn.Linear)
+            else layer.weight.numel()
+            for layer in trunk.modules()
+            if isinstance(layer, nn.Linear | Conv1D)
+        )
 
     @property
     def head(self) -> Head:

@@ -2,25 +2,26 @@
 
 import copy
 import os
+from collections.abc import Mapping
 from inspect import signature
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import peft
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
 )
-from transformers.utils.hub import cached_file
 
 from promptkd import kernels
 from promptkd.errors import UserError
 from promptkd.given import GivenModel, refuse_lost
 from promptkd.models import damage
+from promptkd.models.frozen import WHOLE, Storage
 from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.objects import copied
 from promptkd.models.soundness import check_weights, make_savable
@@ -37,6 +38,7 @@ def load_model(
     dtype: torch.dtype,
     device: torch.device | None = None,
     attention: str = "auto",
+    storage: Storage = WHOLE,
 ) -> PreTrainedModel:
     """Load a causal language model for evaluation-mode use, with the kernels of its device.
 
@@ -47,25 +49,34 @@ def load_model(
         dtype: of the weights.
         device: ``default_device`` if not given.
         attention: auto | sdpa | flash | eager.
+        storage: how the weights are held, of a model that isn't to learn.
 
     Raises:
-        UserError: if there is no such model, or it doesn't have that attention here.
+        UserError: if there is no such model, it doesn't have that attention here, or this machine
+            can't hold it so.
     """
     device = device or default_device()
-    module: Any = _load(name, dtype).eval()
+    storage.refuse_missing(device)
+    module: Any = _load(name, dtype, storage.loading(dtype, device)).eval()
     if "past_key_values" not in signature(module.base_model.forward).parameters:
         raise UserError(
             f"{name} ({type(module).__name__}) keeps what it has read in a form of its own instead "
             "of transformers' cache, so promptkd can't generate with it. Choose a model with "
             "attention, alone or beside recurrent layers."
         )
+    storage.apply(module, name)
     module.to(device)
     kernels.prepare(module, device, attention)
     return module
 
 
 def load_language_model(
-    name: str, precision: str, *, vocabulary: int | None = None, device: torch.device | None = None
+    name: str,
+    precision: str,
+    *,
+    vocabulary: int | None = None,
+    device: torch.device | None = None,
+    storage: Storage = WHOLE,
 ) -> LanguageModel:
     """A frozen model to generate and measure with, over the first ``vocabulary`` token ids or all.
 
@@ -74,25 +85,42 @@ def load_language_model(
     """
     device = device or default_device()
     dtype = compute_dtype(precision, device)
-    module = load_model(name, dtype, device).requires_grad_(False)
+    module = load_model(name, dtype, device, storage=storage).requires_grad_(False)
     return proven(LanguageModel(module, vocabulary or embedding_rows(module), dtype), name)
 
 
-def _load(name: str, dtype: torch.dtype) -> PreTrainedModel:
+def _load(
+    name: str, dtype: torch.dtype, quantized: Mapping[str, Any] = MappingProxyType({})
+) -> PreTrainedModel:
     if isinstance(name, GivenModel):
+        if quantized:
+            raise UserError(
+                "teacher.quantization reads a model from its files, and the teacher came as an "
+                "object. Name its directory, or give it quantised."
+            )
         given = copied(name, dtype)
         check_weights(name, given, {"missing_keys": (), "unexpected_keys": ()})
         make_savable(name, given)
         return given
-    arguments = _location(name)
+    arguments = location(name)
     adapter = Path(arguments["pretrained_model_name_or_path"])
-    if (adapter / "adapter_config.json").is_file():
+    is_adapter = (adapter / "adapter_config.json").is_file()
+    if quantized and (is_adapter or "gguf_file" in arguments):
+        raise UserError(
+            f"teacher.quantization needs a whole model as save_pretrained writes it, and {name} is "
+            f"{'a LoRA' if is_adapter else 'a .gguf file'}. Save it whole, or leave the key out."
+        )
+    if is_adapter:
         return _load_adapted(name, adapter, dtype)
     damage.refuse_damaged_generation_config(adapter)
     with quietly():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                **arguments, dtype=dtype, output_loading_info=True, trust_remote_code=False
+                **arguments,
+                **quantized,
+                dtype=dtype,
+                output_loading_info=True,
+                trust_remote_code=False,
             )
         except Exception as error:  # whatever another library says of files that others wrote
             raise UserError(_no_model(name, error)) from None
@@ -173,7 +201,7 @@ def text_config(name: str) -> Any:
     """
     if isinstance(name, GivenModel):
         return name.thing.config.get_text_config()
-    arguments = _location(name)
+    arguments = location(name)
     directory = Path(arguments["pretrained_model_name_or_path"])
     if (directory / "adapter_config.json").is_file():
         base = adapter_config(directory).base_model_name_or_path
@@ -188,7 +216,7 @@ def dtype_of(name: str) -> torch.dtype:
     """What a model's weights came in; fp32 where nothing says so."""
     if isinstance(name, GivenModel):
         return name.thing.dtype
-    if "gguf_file" in _location(name):
+    if "gguf_file" in location(name):
         return torch.float32
     dtype = text_config(name).dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
@@ -202,7 +230,7 @@ def load_tokenizer(name: str) -> Any:
     """
     if isinstance(name, GivenModel):
         return _ending(copy.deepcopy(name.tokenizer), name)
-    arguments = _location(name)
+    arguments = location(name)
     directory = Path(arguments["pretrained_model_name_or_path"])
     is_adapter = (directory / "adapter_config.json").is_file()
     if is_adapter and not (directory / "tokenizer_config.json").is_file():
@@ -295,38 +323,11 @@ def embedding_rows(module: PreTrainedModel) -> int:
     return table.weight.shape[0]
 
 
-def num_parameters(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
-
-
-def bytes_in_memory(module: nn.Module) -> int:
-    """Of its weights and buffers as they are loaded; what two layers share counts once."""
-    held = {t.data_ptr(): t.nbytes for t in (*module.parameters(), *module.buffers())}
-    return sum(held.values())
-
-
-def bytes_on_disk(name: str) -> int:
-    """Of the files that hold a model's weights; a LoRA's base counts with it."""
-    if isinstance(name, GivenModel):
-        return bytes_in_memory(name.thing)
-    arguments = _location(name)
-    place = Path(arguments["pretrained_model_name_or_path"])
-    if "gguf_file" in arguments:
-        return (place / arguments["gguf_file"]).stat().st_size
-    if not place.is_dir():  # a hub id, in the cache that it was loaded from
-        place = Path(str(cached_file(str(place), "config.json"))).parent
-    files = [*place.glob("*.safetensors")] or [*place.glob("*.bin")]
-    base = None
-    if (place / "adapter_config.json").is_file():
-        base = peft.PeftConfig.from_pretrained(str(place)).base_model_name_or_path
-    return sum(file.stat().st_size for file in files) + (bytes_on_disk(base) if base else 0)
-
-
 def _holds_model(path: Path) -> bool:
     return any((path / name).is_file() for name in ("config.json", "adapter_config.json"))
 
 
-def _location(name: str) -> dict[str, Any]:
+def location(name: str) -> dict[str, Any]:
     refuse_lost(name)
     name = model_directory(name)
     path = Path(name)

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from promptkd.errors import UserError
+from promptkd.models.frozen import WHOLE, Storage
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import embedding_rows, load_language_model, load_tokenizer
 
@@ -68,15 +69,26 @@ def same_weights(one: Any, other: Any) -> bool:
     if ours.keys() != theirs.keys():
         return False
     return all(
-        value.shape == theirs[name].shape and torch.equal(value, theirs[name].to(value.dtype))
+        value.shape == theirs[name].shape and torch.equal(value, theirs[name].to(value))
         for name, value in ours.items()
     )
 
 
 def load_pair(
-    student: str, teacher: str | None, tokenizer: Any, precision: str
+    student: str,
+    teacher: str | None,
+    tokenizer: Any,
+    precision: str,
+    storage: Storage = WHOLE,
 ) -> tuple[LanguageModel, LanguageModel | None]:
     """Two models over their shared vocabulary, or the first alone over all of its own.
+
+    Args:
+        student: the first model's name.
+        teacher: the second's.
+        tokenizer: the student's.
+        precision: auto | bf16 | fp32.
+        storage: how the teacher's weights are held.
 
     Raises:
         UserError: if one can't be loaded, or they have different token tables.
@@ -84,6 +96,6 @@ def load_pair(
     own = load_language_model(student, precision)
     if teacher is None:
         return own, None
-    other = load_language_model(teacher, precision)
+    other = load_language_model(teacher, precision, storage=storage)
     shared = shared_vocabulary(tokenizer, load_tokenizer(teacher), own.module, other.module)
     return replace(own, vocabulary=shared), replace(other, vocabulary=shared)

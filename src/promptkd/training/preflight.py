@@ -1,5 +1,6 @@
 """Checks before step 1 for mistakes that corrupt a run silently; codes: ``findings``."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -124,6 +125,30 @@ def check_self_teacher(section: TeacherSection, encoder: Encoder | None, teacher
             "The teacher is the student itself and reads the same requests: there is nothing to "
             "learn from it. Set teacher.context or teacher.system, or use method.name=promptkd.",
             "PK204",
+        )
+
+
+def check_gradient(teacher: Teacher) -> None:
+    """Refuse a teacher through whose weights, as they are held, no gradient comes.
+
+    Raises:
+        UserError: naming what is wrong with it.
+    """
+    learned = teacher.parameters()
+    if not learned:
+        return
+    tokens = torch.arange(1, 9, device=teacher.model.device)[None]
+    hidden = teacher.hidden_states(tokens.clamp_max(teacher.model.vocabulary - 1)).float()
+    loss = (hidden * torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device)).sum()
+    gradients = torch.autograd.grad(loss, learned, allow_unused=True)
+    norms = [torch.zeros(()) if g is None else g.detach().norm().cpu() for g in gradients]
+    norm = torch.stack([own.float() for own in norms]).sum().item()
+    if norm == 0 or not math.isfinite(norm):
+        raise UserError(
+            f"The gradient that comes through the teacher to what is adapted has the norm {norm}: "
+            "nothing would be learnt. Leave out teacher.quantization or teacher.offload if one is "
+            "set, or use gkd; please report the model.",
+            "PK209",
         )
 
 

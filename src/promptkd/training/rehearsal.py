@@ -11,7 +11,8 @@ from typing import Any
 from promptkd.config import Recipe
 from promptkd.data import Dataset
 from promptkd.findings import Finding
-from promptkd.models.loading import dtype_of, num_parameters
+from promptkd.models.loading import dtype_of
+from promptkd.models.sizes import num_parameters
 from promptkd.progress import progress_bar
 from promptkd.ranks import Ranks
 from promptkd.records import Record

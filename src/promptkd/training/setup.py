@@ -21,6 +21,7 @@ from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.generation.vllm_engine import VLLMEngine
 from promptkd.given import GivenModel
+from promptkd.models.frozen import Storage
 from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.loading import (
     compute_dtype,
@@ -28,10 +29,10 @@ from promptkd.models.loading import (
     load_model,
     load_tokenizer,
     native_bf16,
-    num_parameters,
     stop_ids,
 )
 from promptkd.models.objects import own_weights
+from promptkd.models.sizes import num_parameters
 from promptkd.models.vocabularies import same_tokenizer, same_weights, shared_vocabulary
 from promptkd.ranks import Ranks
 from promptkd.teachers import Teacher
@@ -172,9 +173,7 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
         authors.add_teacher(models.plain_teacher, models.teacher_tokenizer, requests.examples, asks)
     step = _bind_step(recipe, method, models, ranks)
     if recipe.optimization.micro_batch_tokens is None:
-        longest = requests.longest_row
-        budget = measured_budget(models.student, models.teacher, longest, ranks.number, say)
-        step.settings = replace(step.settings, micro_batch_tokens=budget)
+        _measure_budget(step, requests.longest_row, say)
     requests.say(say)
     return Setup(
         requests=requests,
@@ -236,7 +235,9 @@ def _load_models(
             refuse_moving_author(recipe.teacher, method)
             other, average = self_teacher(recipe.teacher, module, name, dtype)
         else:
-            other = load_model(name, dtype, device, recipe.attention).requires_grad_(False)
+            storage = Storage(recipe.teacher.quantization, recipe.teacher.offload)
+            other = load_model(name, dtype, device, recipe.attention, storage)
+            other.requires_grad_(False)
         rows = embedding_rows(other)
         tokenizers = requests.tokenizer, teacher_tokenizer
         comparable = same_tokenizer(*tokenizers)
@@ -253,6 +254,7 @@ def _load_models(
         if method.teacher is not None:
             teacher = method.teacher.build(plain_teacher, teacher_tokenizer)
             preflight.check_self_teacher(recipe.teacher, requests.teacher_encoder, teacher)
+            preflight.check_gradient(teacher)
     student = LanguageModel(module, vocabulary, dtype)
     return Models(
         student=proven(student, f"the student {recipe.student.model}"),
@@ -300,6 +302,17 @@ def _bind_step(recipe: Recipe, method: Method, models: Models, ranks: Ranks) -> 
             teacher_step=optimization.teacher_step,
         ),
         ranks=ranks,
+    )
+
+
+def _measure_budget(step: Step, longest: int, say: Say) -> None:
+    """Give a step the micro-batches that fit here, rows of ``longest`` tokens among them."""
+    together = step.settings.teacher_step == "with_student"
+    budget = measured_budget(
+        step.student, step.teacher, longest, together=together, ranks=step.ranks, say=say
+    )
+    step.settings = replace(
+        step.settings, micro_batch_tokens=budget.micro_batch, kept_tokens=budget.kept
     )
 
 

@@ -136,12 +136,14 @@ class StepSettings:
 
     Attributes:
         micro_batch_tokens: of a forward pass.
+        kept_tokens: of a step whose graphs of student and teacher both fit; as above if None.
         max_grad_norm: of the student's gradient and of the teacher's, each.
         teacher_step: "before_student" or "with_student", see above.
         tiling: of the losses; the device's own if None.
     """
 
     micro_batch_tokens: int
+    kept_tokens: int | None = None
     max_grad_norm: float = 1.0
     teacher_step: str = "before_student"
     tiling: Tiling | None = None
@@ -192,7 +194,7 @@ class Step:
 
     def state_dict(self) -> dict[str, Any]:
         """What a run keeps to its end: other cuts would change the last digits."""
-        return {"micro_batch_tokens": self.settings.micro_batch_tokens}
+        return {n: getattr(self.settings, n) for n in ("micro_batch_tokens", "kept_tokens")}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.settings = replace(self.settings, **state)
@@ -213,12 +215,12 @@ class Step:
         pieces, metrics = self._cut(rollouts)
         adaptation = self.method.adaptation
         coefficient = adaptation.coefficient(step, max_steps) if adaptation else 0.0
-        together = self.settings.teacher_step == "with_student"
+        settings, together = self.settings, self.settings.teacher_step == "with_student"
         kept: dict[int, States] = {}
         if adaptation and not together:
             # Where all fits the budget, the student's graphs are kept and nothing is done twice.
-            num_positions = sum(piece.num_positions for piece in pieces)
-            keeps = len(pieces) == 1 or num_positions <= self.settings.micro_batch_tokens
+            num_positions = sum(p.num_positions for p in pieces)
+            keeps = num_positions <= (settings.kept_tokens or settings.micro_batch_tokens)
             for place, piece in enumerate(pieces):
                 student = self._student_states(piece.batch, keeps, metrics.cost)
                 if keeps:

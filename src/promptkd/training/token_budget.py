@@ -1,6 +1,7 @@
 """How many tokens fit into memory at once."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import psutil
 import torch
@@ -9,10 +10,26 @@ from torch import Tensor, nn
 
 from promptkd.errors import UserError
 from promptkd.models.language_model import LanguageModel
+from promptkd.ranks import Ranks
 from promptkd.teachers import Teacher
 
 CEILINGS = {"cpu": 4096, "cuda": 32768}
 """Tokens beyond which matmuls don't get faster."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Of tokens, padding included.
+
+    Attributes:
+        micro_batch: of a forward pass.
+        kept: of a step whose graphs of student and teacher are both kept meanwhile.
+    """
+
+    micro_batch: int
+    kept: int
+
+
 SHARE = 0.5
 """Of free memory; activations that aren't kept, fragments and other processes need the rest."""
 
@@ -34,6 +51,7 @@ def bytes_per_token(speak: Speak, parameters: Sequence[nn.Parameter], device: to
 
     Args:
         parameters: the model's; kept too, but they are there anyway.
+        device: the model's.
     """
     there = {parameter.untyped_storage().data_ptr() for parameter in parameters}
     lengths, kept = (16, 32), []
@@ -55,12 +73,15 @@ def bytes_per_token(speak: Speak, parameters: Sequence[nn.Parameter], device: to
 
 
 def token_budget(
-    per_token: int, reserved: int, free: int, longest: int, device: torch.device
-) -> int:
+    per_token: Sequence[int], reserved: int, free: int, longest: int, device: torch.device
+) -> Budget:
     """The most tokens of a micro-batch, padding included.
 
+    A pass builds the graph of one model that learns, so the larger counts; where a step is small
+    enough for the sum of them, the student's is kept while the teacher learns.
+
     Args:
-        per_token: bytes that each keeps.
+        per_token: bytes that each keeps in the graph of each model that learns.
         reserved: bytes that training will take whatever the budget: gradients, optimizer state.
         free: bytes.
         longest: tokens of the longest sequence, which must fit.
@@ -68,43 +89,53 @@ def token_budget(
     Raises:
         UserError: if not even one longest sequence fits.
     """
-    fitting = int(SHARE * (free - reserved) / per_token)
+    usable = SHARE * (free - reserved)
+    fitting = int(usable / max(per_token))
     if fitting < longest:
         raise UserError(
             f"A sequence of {longest} tokens does not fit into memory: {free / 1e9:.1f} GB are "
             f"free, gradients and optimizer state take {reserved / 1e9:.1f} GB of them, and a "
-            f"token {per_token / 1e6:.2f} MB. Use gradient_checkpointing, shorter sequences, a "
-            "LoRA student, or set micro_batch_tokens yourself to try it."
+            f"token {max(per_token) / 1e6:.2f} MB. Use gradient_checkpointing, shorter sequences, "
+            "a LoRA student, or set micro_batch_tokens yourself to try it."
         )
-    return max(longest, min(fitting, CEILINGS[device.type]))
+    micro_batch = max(longest, min(fitting, CEILINGS[device.type]))
+    return Budget(micro_batch, kept=min(micro_batch, int(usable / sum(per_token))))
 
 
 def measured_budget(
     student: LanguageModel,
     teacher: Teacher | None,
     longest: int,
-    num_ranks: int,
+    *,
+    together: bool,
+    ranks: Ranks,
     say: Callable[[str], None],
-) -> int:
+) -> Budget:
     """The same, from what a token keeps in the models that learn, and what is free here.
 
     Args:
+        student: learns.
+        teacher: learns, or not, or there is none.
         longest: tokens of a request and its response, what stands in front of the teacher's aside.
-        num_ranks: processes, which share a machine's memory on the CPU.
+        together: whether both learn from one pass, so that both graphs are there at a time.
+        ranks: share a machine's memory on the CPU; the one with the least decides for all.
+        say: is told the result.
     """
     device = student.device
     learners: list[tuple[Speak, LanguageModel]] = [(student.hidden_states, student)]
     if teacher and teacher.parameters():
         learners.append((teacher.hidden_states, teacher.model))
-    per_token = sum(
+    kept = [
         bytes_per_token(speak, list(model.module.parameters()), device) for speak, model in learners
-    )
+    ]
+    per_token = [sum(kept)] if together else kept
     trained = sum(p.nbytes for p in student.module.parameters() if p.requires_grad)
-    free = free_memory(device) // (num_ranks if device.type == "cpu" else 1)
+    free = free_memory(device) // (ranks.number if device.type == "cpu" else 1)
+    free = min(ranks.gather([free]))
     longest += teacher.front_length if teacher else 0
     budget = token_budget(per_token, 3 * trained, free, longest, device)
     say(
-        f"micro_batch_tokens: {budget} ({free / 1e9:.1f} GB free, {per_token / 1e6:.2f} MB kept "
-        "per token)"
+        f"micro_batch_tokens: {budget.micro_batch} ({free / 1e9:.1f} GB free, "
+        f"{max(per_token) / 1e6:.2f} MB kept per token)"
     )
     return budget

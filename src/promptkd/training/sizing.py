@@ -1,0 +1,353 @@
+"""What a run takes on machines that aren't at hand: bytes and seconds, as equations. No torch.
+
+    bytes   = weights + gradients + AdamW + writing + losses + tokens of a micro-batch x kept
+    seconds = writing + passes of the trunks + losses + talk of the ranks
+
+An estimate: attention's own products, loading, evaluation and the wait for the longest response
+are left out. What is calibrated, and on what, is said at each ``Machine``.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+CONTEXT_BYTES = 0.7e9
+"""Of CUDA itself."""
+LOSS_BYTES = 1.2e9
+"""Logits of a chunk and temporaries of a tile, ``objectives.TILINGS`` for CUDA."""
+USABLE = 0.9
+"""Of a card's memory; the allocator's fragments take the rest."""
+BITS = {None: 16.0, "8bit": 8.1, "4bit": 4.5}
+"""Of a weight in the teacher's linear layers, scales counted."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder of gated MLPs, as Llama's and Qwen's are; other architectures come near."""
+
+    layers: int
+    width: int
+    intermediate: int
+    queries: int
+    keys: int
+    vocabulary: int
+    tied: bool
+
+    @classmethod
+    def of_config(cls, config: Any) -> "Shape":
+        """From transformers' configuration of a text model."""
+        heads, width = config.num_attention_heads, config.hidden_size
+        head = getattr(config, "head_dim", None) or width // heads
+        return cls(
+            layers=config.num_hidden_layers,
+            width=width,
+            intermediate=getattr(config, "intermediate_size", None) or 4 * width,
+            queries=heads * head,
+            keys=(getattr(config, "num_key_value_heads", None) or heads) * head,
+            vocabulary=config.vocab_size,
+            tied=config.tie_word_embeddings,
+        )
+
+    @property
+    def layer(self) -> int:
+        """Weights of one."""
+        return self.width * (2 * self.queries + 2 * self.keys + 3 * self.intermediate)
+
+    @property
+    def trunk(self) -> int:
+        return self.layers * self.layer
+
+    @property
+    def head(self) -> int:
+        return self.vocabulary * self.width
+
+    @property
+    def weights(self) -> int:
+        return self.trunk + self.head * (1 if self.tied else 2)
+
+    def kept_per_token(self, learns: bool, checkpointed: bool) -> float:
+        """Bytes that a token keeps in the graph in mixed precision, transformers' layers on a GPU.
+
+        With h the width, i the MLP's and k keys' and values', a layer keeps
+
+            30 h + 4 k + 8 i    that learns: fp32 norms, every product's bf16 input
+            12 h + 4 k + 6 i    frozen, under a prompt that learns: no product's input
+            4 h, 2 h            the same, checkpointed: the layer's input
+
+        Counted on 1.5B and 7B (Qwen2.5's shapes): 3.34 and 4.46 MB a token; the equations give
+        3.33 and 4.44. q is as wide as h there; elsewhere its own width stands for the attention's
+        part of h.
+        """
+        if checkpointed:
+            return self.layers * (4 if learns else 2) * self.width
+        norms, products, gates = (26, 4, 8) if learns else (8, 4, 6)
+        attention = products * (self.queries + self.keys)
+        return self.layers * (norms * self.width + attention + gates * self.intermediate)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One rank's.
+
+    Attributes:
+        flops: per second, of large products.
+        trunk_share: of it, in the passes of the models.
+        loss_share: of it, between hidden states and losses.
+        bandwidth: bytes of weights per second, while text is written.
+        launch: seconds of the host for a kernel; 0 where it isn't what one waits for.
+        link: bytes per second between two ranks of a machine.
+        network: bytes per second of a rank to other machines.
+        latency: seconds of one message.
+        per_machine: ranks of one.
+        source: where the numbers come from.
+    """
+
+    flops: float
+    trunk_share: float
+    loss_share: float
+    bandwidth: float
+    launch: float
+    link: float
+    network: float
+    latency: float
+    per_machine: int
+    source: str
+
+
+EPYC = Machine(
+    flops=8.68e11,
+    trunk_share=0.60,
+    loss_share=0.48,
+    bandwidth=11.6e9,
+    launch=0.0,
+    link=4e9,
+    network=1e9,
+    latency=1e-4,
+    per_machine=1,
+    source="two cores of an AMD EPYC in bf16, measured (benchmarks/results/phases.bf16.json)",
+)
+H100 = Machine(
+    flops=989e12,
+    trunk_share=0.43,
+    loss_share=0.25,
+    bandwidth=2.0e12,
+    launch=7e-6,
+    link=300e9,
+    network=40e9,
+    latency=2e-5,
+    per_machine=8,
+    source="the H100's data sheet and estimated shares of it; not measured",
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run as the equations see it.
+
+    Attributes:
+        student: its shape.
+        teacher: its shape, or None.
+        batch: requests of a step, over all ranks.
+        request: tokens, on average; ``response`` likewise.
+        longest: tokens of the longest row, prompt included.
+        adapts: whether the teacher learns (a soft prompt, LoRA).
+        together: ``teacher_step: with_student``.
+        on_policy: whether the student writes.
+        vllm: whether vLLM does.
+        lora: whether the student learns by adapters.
+        quantization: of the teacher.
+        offload: of the teacher.
+        checkpointed: the student's graph; ``teacher_checkpointed`` the teacher's.
+        sharded: over all ranks, both models; else every rank holds them whole.
+        ranks: how many.
+        memory: bytes of a card.
+    """
+
+    student: Shape
+    teacher: Shape | None
+    batch: int
+    request: float
+    response: float
+    longest: int
+    adapts: bool = True
+    together: bool = False
+    on_policy: bool = True
+    vllm: bool = False
+    lora: bool = False
+    quantization: str | None = None
+    offload: bool = False
+    checkpointed: bool = False
+    teacher_checkpointed: bool = False
+    sharded: bool = False
+    ranks: int = 1
+    memory: float = 80e9
+
+    @property
+    def tokens(self) -> float:
+        """Of one rank's step, responses and all."""
+        return self.rows * (self.request + self.response)
+
+    @property
+    def rows(self) -> float:
+        return self.batch / self.ranks
+
+
+VLLM_SHARE = 0.3
+"""Of a card's memory: ``vllm_engine.GPU_SHARE``."""
+
+
+def standing_bytes(plan: Plan) -> dict[str, float]:
+    """What a rank holds whatever the micro-batch.
+
+    Of a student of N weights that learns whole: 4 N of fp32 weights, 4 N of gradient, 8 N of
+    AdamW; of LoRA's 2 N in bf16 (its adapters, about a hundredth, count 16 bytes a weight). Of a
+    frozen teacher 2 N, or what its linear layers are held in. Sharded, each divided by the ranks,
+    and the layer that computes and the ends (embeddings, head) whole in bf16.
+    """
+    own, parts = plan.student, plan.ranks if plan.sharded else 1
+    trained = own.weights * (0.01 if plan.lora else 1)
+    held = {
+        "student": (2 * own.weights + 4 * trained if plan.lora else 4 * own.weights) / parts,
+        "gradients and optimizer": 12 * trained / parts,
+    }
+    whole = [own]
+    if plan.teacher:
+        bits = 0.0 if plan.offload else BITS[plan.quantization]
+        ends = plan.teacher.weights - plan.teacher.trunk
+        held["teacher"] = (bits / 8 * plan.teacher.trunk + 2 * ends) / parts
+        whole.append(plan.teacher)
+    if plan.sharded:
+        held["gathered"] = sum(2 * (2 * each.layer + each.head) for each in whole)
+    if plan.on_policy and plan.vllm:
+        held["vLLM"] = VLLM_SHARE * plan.memory
+    return held | {"losses": LOSS_BYTES, "CUDA": CONTEXT_BYTES}
+
+
+def writing_bytes(plan: Plan, batch_tokens: int = 32768) -> float:
+    """While transformers writes: a copy in bf16, and keys and values of a batch of rows."""
+    if not plan.on_policy or plan.vllm:
+        return 0.0
+    own = plan.student
+    tokens = min(batch_tokens, plan.rows * plan.longest)
+    return 2 * own.weights * (not plan.lora) + 4 * own.layers * own.keys * tokens
+
+
+def kept_per_token(plan: Plan) -> float:
+    """Of the larger graph; of both where they are there together."""
+    kept = [plan.student.kept_per_token(True, plan.checkpointed)]
+    if plan.teacher and plan.adapts:
+        kept.append(plan.teacher.kept_per_token(False, plan.teacher_checkpointed))
+    return sum(kept) if plan.together else max(kept)
+
+
+def micro_batch_tokens(plan: Plan) -> int:
+    """The most that fit, or fewer than the longest row where nothing does."""
+    free = USABLE * plan.memory - sum(standing_bytes(plan).values())
+    return max(0, int(free / kept_per_token(plan)))
+
+
+def fits(plan: Plan) -> bool:
+    standing = sum(standing_bytes(plan).values())
+    return (
+        micro_batch_tokens(plan) >= plan.longest
+        and standing + writing_bytes(plan) <= USABLE * plan.memory
+    )
+
+
+def step_seconds(plan: Plan, machine: Machine) -> dict[str, float]:
+    """One step of one rank, by phase; products of real tokens with weights, as ``step.Cost``.
+
+    A token costs 2 W in a forward pass, W the trunk's weights: the student's three passes' worth
+    (forward, to the input, to the weights), the teacher's one, or, where it learns, three, and
+    one more where it moves before the student. Checkpointing makes a graph's forward again.
+    """
+    own, other = plan.student, plan.teacher
+    again = plan.adapts and not plan.together and plan.tokens > micro_batch_tokens(plan)
+    student = 2 * own.trunk * plan.tokens * (3 + plan.checkpointed + again)
+    passes = (4 if not plan.together else 3) if plan.adapts else 1
+    heads = 3 * own.head + (again + plan.adapts) * own.head * (not plan.together)
+    teacher = 0.0
+    if other:
+        teacher = 2 * other.trunk * plan.tokens * (passes + plan.adapts * plan.teacher_checkpointed)
+        heads += passes * other.head
+    responses = plan.rows * plan.response
+    return {
+        "writing": _writing_seconds(plan, machine),
+        "student": student / (machine.trunk_share * machine.flops),
+        "teacher": teacher / (machine.trunk_share * machine.flops),
+        "losses": 2 * heads * responses / (machine.loss_share * machine.flops),
+        "talk": _talk_seconds(plan, machine),
+    }
+
+
+def _writing_seconds(plan: Plan, machine: Machine, batch_tokens: int = 32768) -> float:
+    """Every token reads every weight once, or waits for 40 kernels a layer and 62 more.
+
+    vLLM is taken as twice the reading of weights.
+    """
+    if not plan.on_policy:
+        return 0.0
+    own = plan.student
+    reading = 2 * (own.trunk + own.head) / machine.bandwidth
+    if plan.vllm:
+        return plan.response * 2 * reading
+    batches = max(1.0, plan.rows * plan.longest / batch_tokens)
+    return batches * plan.response * max(reading, (40 * own.layers + 62) * machine.launch)
+
+
+def _talk_seconds(plan: Plan, machine: Machine) -> float:
+    """A ring: every rank sends 2 (n - 1) / n of the fp32 gradient once a step.
+
+    Sharded, half of that, and the bf16 weights once a pass and micro-batch: the student's three
+    times, the teacher's as often as it passes.
+    """
+    if plan.ranks == 1:
+        return 0.0
+    share = (plan.ranks - 1) / plan.ranks
+    speed = machine.link if plan.ranks <= machine.per_machine else machine.network
+    messages = 2 * (plan.ranks - 1) * machine.latency
+    gradient = 4 * plan.student.weights * (0.01 if plan.lora else 1)
+    if not plan.sharded:
+        return 2 * share * gradient / speed + messages
+    pieces = max(1.0, plan.tokens / max(micro_batch_tokens(plan), plan.longest))
+    layers = 3 * 2 * plan.student.weights
+    if plan.teacher:
+        passes = (4 - plan.together) if plan.adapts else 1
+        layers += passes * 2 * plan.teacher.weights
+    return share * (gradient + pieces * layers) / speed + messages
+
+
+def weak_scaling(plan: Plan, machine: Machine, ranks: int) -> float:
+    """Share of the speed of one rank that each of ``ranks`` keeps, with as many rows each."""
+    alone = replace(plan, ranks=1, batch=max(1, round(plan.rows)))
+    many = replace(plan, ranks=ranks, batch=alone.batch * ranks)
+    seconds = [sum(step_seconds(each, machine).values()) for each in (alone, many)]
+    return seconds[0] / seconds[1]
+
+
+REMEDIES = {
+    "optimization.gradient_checkpointing=true": {"checkpointed": True},
+    "optimization.teacher_step=before_student": {"together": False},
+    "teacher.quantization=8bit": {"quantization": "8bit"},
+    "teacher.quantization=4bit": {"quantization": "4bit"},
+    "teacher.offload=true": {"offload": True},
+    "student.lora={}": {"lora": True},
+}
+"""Keys that take less memory, and what they change in a plan."""
+
+
+def remedies(plan: Plan) -> list[str]:
+    """Keys of the recipe each of which makes it fit, or else all that leave more room."""
+    usable = {
+        key: change
+        for key, change in REMEDIES.items()
+        if any(getattr(plan, name) != value for name, value in change.items())
+        and (plan.teacher or not key.startswith("teacher."))
+        and not (plan.offload and key.startswith("teacher.quantization"))
+        and not (plan.quantization and key.startswith("teacher.offload"))
+    }
+    enough = [key for key, change in usable.items() if fits(replace(plan, **change))]
+    return enough or [
+        key
+        for key, change in usable.items()
+        if micro_batch_tokens(replace(plan, **change)) > micro_batch_tokens(plan)
+    ]

@@ -1,0 +1,154 @@
+"""What a run will take elsewhere: equations that give back what was counted and measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import runs
+import tiny
+from promptkd.models.language_model import LanguageModel
+from promptkd.models.sizes import num_parameters
+from promptkd.training.sizing import (
+    EPYC,
+    H100,
+    Plan,
+    Shape,
+    fits,
+    kept_per_token,
+    remedies,
+    replace,
+    standing_bytes,
+    step_seconds,
+    weak_scaling,
+    writing_bytes,
+)
+from promptkd.training.token_budget import bytes_per_token
+
+SMOL = Shape(30, 576, 1536, queries=576, keys=192, vocabulary=49152, tied=True)
+SMOL10 = Shape(10, 576, 1536, queries=576, keys=192, vocabulary=49152, tied=True)
+SMALL = Shape(28, 1536, 8960, queries=1536, keys=256, vocabulary=151936, tied=True)
+LARGE = Shape(28, 3584, 18944, queries=3584, keys=512, vocabulary=152064, tied=False)
+PAIR = Plan(SMALL, LARGE, batch=64, request=512, response=512, longest=1031)
+MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "phases.bf16.json"
+KINDS = {
+    "gkd": {"adapts": False},
+    "with_student": {"together": True},
+    "before_student": {"together": False},
+}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
+def test_a_shape_counts_a_models_weights_but_for_norms_and_biases(name):
+    module = tiny.model(name, num_layers=3, rows=256, width=64)
+    counted = sum(p.numel() for p in module.parameters() if p.dim() == 2)
+
+    assert Shape.of_config(module.config).weights == counted
+    assert counted / num_parameters(module) > 0.95
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_token_keeps_what_the_equation_says(learns):
+    """In mixed precision, in transformers' own layers; attention in bf16."""
+    module = tiny.model("qwen2", num_layers=2, width=64, intermediate_size=256)
+    more = tiny.model("qwen2", num_layers=4, width=64, intermediate_size=256)
+    kept = []
+    for each in (module, more):
+        each.set_attn_implementation("sdpa")
+        each.requires_grad_(learns)
+        model = LanguageModel(each if learns else each.to(torch.bfloat16), 104, torch.bfloat16)
+        prompt = None if learns else torch.nn.Parameter(torch.zeros(2, 64))
+
+        def speak(tokens, model=model, prompt=prompt):
+            return model.hidden_states(tokens, prompt)
+
+        kept.append(bytes_per_token(speak, list(each.parameters()), model.device))
+    shape = Shape.of_config(module.config)
+    per_layer = (kept[1] - kept[0]) / 2
+
+    expected = shape.kept_per_token(learns, checkpointed=False) / shape.layers
+    assert per_layer == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_seconds_of_measured_steps_come_out_within_a_tenth(kind):
+    """8 requests of 45 tokens on average and 128 new ones, SmolLM2 to 10 of its layers."""
+    measured = json.loads(MEASURED.read_text())["methods"][kind]
+    plan = Plan(SMOL10, SMOL, 8, 45, 128, longest=320, memory=1e12, **KINDS[kind])
+    ours = step_seconds(plan, EPYC)
+
+    assert sum(ours.values()) == pytest.approx(measured["seconds"]["whole"], rel=0.1)
+    assert ours["teacher"] == pytest.approx(measured["seconds"]["teacher"], rel=0.1)
+
+
+def test_the_pair_of_a_whole_card_takes_what_was_computed_by_hand():
+    """16 bytes a student's weight and 2 a teacher's: 24.7 + 15.2 GB (1.54 and 7.62 billion)."""
+    held = standing_bytes(replace(PAIR, vllm=True))
+
+    both = held["student"] + held["gradients and optimizer"] + held["teacher"]
+    assert both == pytest.approx(39.9e9, rel=0.005)
+    assert held["vLLM"] == 0.3 * 80e9
+    assert writing_bytes(replace(PAIR, vllm=True)) == 0
+    assert writing_bytes(PAIR) > 2 * SMALL.weights
+
+
+def test_sharding_divides_what_stands_and_quantising_the_teachers_layers():
+    whole, sharded = (standing_bytes(replace(PAIR, ranks=8, sharded=s)) for s in (False, True))
+    assert sharded["gradients and optimizer"] == whole["gradients and optimizer"] / 8
+    assert sharded["teacher"] == whole["teacher"] / 8
+    four = standing_bytes(replace(PAIR, quantization="4bit"))["teacher"]
+    away = standing_bytes(replace(PAIR, offload=True))["teacher"]
+
+    ends = 2 * (LARGE.weights - LARGE.trunk)
+    assert away == ends
+    assert four - ends == pytest.approx(LARGE.trunk * 4.5 / 8)
+
+
+def test_graphs_count_singly_where_the_teacher_moves_first_and_together_where_with_it():
+    alone = SMALL.kept_per_token(True, False), LARGE.kept_per_token(False, False)
+
+    assert kept_per_token(PAIR) == max(alone)
+    assert kept_per_token(replace(PAIR, together=True)) == sum(alone)
+    assert kept_per_token(replace(PAIR, adapts=False)) == alone[0]
+
+
+def test_long_responses_fit_once_both_graphs_are_checkpointed():
+    long = replace(PAIR, request=256, response=8192, longest=8455, vllm=True)
+    assert not fits(long)
+    assert fits(replace(long, checkpointed=True, teacher_checkpointed=True))
+
+
+def test_what_does_not_fit_names_keys_that_make_it_fit():
+    large = replace(PAIR, student=LARGE, lora=False, memory=80e9)
+    assert not fits(large)
+    assert remedies(large) == ["student.lora={}"]
+    with_lora = replace(large, lora=True)
+    assert fits(with_lora)
+    tight = replace(PAIR, memory=50e9)
+    assert not fits(tight)
+    assert "teacher.quantization=4bit" in remedies(tight)
+
+
+def test_ranks_lose_to_their_talk_alone_and_more_over_the_network():
+    shares = [weak_scaling(PAIR, H100, ranks) for ranks in (1, 8, 64, 512)]
+    assert shares[0] == 1
+    assert shares == sorted(shares, reverse=True)
+    assert shares[1] > 0.9
+
+
+def test_the_command_says_what_a_named_cluster_would_take_without_running(tmp_path):
+    tiny.save_pair(tmp_path)
+    tiny.write_data(tmp_path / "train.jsonl")
+    path = runs.write_recipe(tmp_path, tiny.recipe(tmp_path))
+    result = runs.run(["check", path, "--gpus", "2", "--memory", "80"], tmp_path / "out")
+
+    assert result.status == 0, result.stderr
+    assert "computed, not measured, for 2 GPUs of 80 GB, replicas" in result.stdout
+    assert "3 steps: about" in result.stdout
+    assert not (tmp_path / "run").exists()
+    small = runs.run(["check", path, "--gpus", "2", "--memory", "1"], tmp_path / "small")
+    assert "this does not fit." in small.stdout
+    many = runs.run(["check", path, "--gpus", "8"], tmp_path / "many")
+    assert many.status == 1
+    assert "global_batch_size 4 is smaller than the 8 GPUs" in many.stderr
