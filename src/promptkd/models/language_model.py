@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from promptkd.errors import UserError
 from promptkd.kernels.attention import can_pack, packed_arguments
 from promptkd.kernels.matmul import linear
+from promptkd.models import sharding
 
 PADDING = -1
 """In place of a token, where a row of tokens has ended or not begun."""
@@ -126,6 +127,7 @@ class LanguageModel:
 
     @property
     def head(self) -> Head:
+        sharding.gather_ends(self.module)
         layer: Any = self.module.get_output_embeddings()
         config = self.module.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0
@@ -160,6 +162,12 @@ class LanguageModel:
         Returns:
             Nothing of meaning at padding.
         """
+        given = tokens, soft_prompt, past_key_values, past_length
+        return sharding.enter(self.module, self._read, *given)
+
+    def _read(
+        self, tokens: Tensor, soft_prompt: Tensor | None, past_key_values: Any, past_length: int
+    ) -> Tensor:
         name, inputs, real = "input_ids", tokens.clamp_min(0), tokens != PADDING
         if soft_prompt is not None:
             name = "inputs_embeds"
