@@ -103,17 +103,16 @@ def _receive(module: PreTrainedModel, weights: dict[str, Tensor], device: torch.
     state = {}
     for name, own in module.state_dict(keep_vars=True).items():
         if id(own) not in parts:
-            value = weights[name].to(device) if first else torch.empty_like(own, device=device)
+            if first:
+                value = weights[name].to(device)
+            else:
+                value = torch.empty(own.shape, dtype=own.dtype, device=device)
+            dist.broadcast(value, 0)
             if isinstance(own, DTensor):
-                if not first:
-                    value = torch.empty(own.shape, dtype=own.dtype, device=device)
-                dist.broadcast(value, 0)
                 value = distribute_tensor(
                     value, own.device_mesh, own.placements, src_data_rank=None
                 )
                 value = nn.Parameter(value, requires_grad=own.requires_grad)
-            else:
-                dist.broadcast(value, 0)
             parts[id(own)] = value
         state[name] = parts[id(own)]
     module.load_state_dict(state, assign=True)
