@@ -7,7 +7,7 @@ export HF_HUB_OFFLINE ?= 1
 DATA ?= src/promptkd/starter/train.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help setup vllm-cpu demo check lint types test fmt docs bench clean
+.PHONY: help setup vllm-cpu demo study-table check lint types test fmt docs bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 16
@@ -29,6 +29,9 @@ $(VLLM_STAMP): $(STAMP)
 
 demo: $(STAMP)  ## a real teacher, a distilled student and a report, within ten minutes on two cores
 	$(BIN)/promptkd demo
+
+study-table: $(STAMP)  ## every study's tables and figures from what results/study/ keeps, without training
+	for study in $(wildcard results/study/*/study.yaml); do $(BIN)/promptkd study $$study --table-only || exit 1; done
 
 check: lint types test  ## all that must be green: what CI runs
 

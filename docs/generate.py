@@ -1,6 +1,7 @@
 """Write the generated parts of README.md and docs/ anew, from the code itself (``make docs``).
 
-A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end of NAME -->``;
+A generated part stands between ``<!-- generated: NAME -->`` and ``<!-- end of NAME -->``, a number
+of a study between ``<!-- study: ... -->`` and ``<!-- end -->`` (docs/study.md), on every page.
 tests/test_docs.py fails when one of them is not what this script would write.
 """
 
@@ -12,13 +13,14 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import typer
 from typer.main import get_command
 
 from promptkd.cli import app
 from promptkd.composition import TEACHERS, Method
+from promptkd.config import TeacherSection
 from promptkd.divergences import DIVERGENCES
 from promptkd.findings import CHECKS
 from promptkd.methods import METHODS
@@ -26,27 +28,20 @@ from promptkd.objectives import Divergence, Weighted
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "promptkd"
-PAGES = (
-    "README.md",
-    "docs/methods.md",
-    "docs/cli.md",
-    "docs/architecture.md",
-    "docs/benchmarks.md",
-    "docs/findings.md",
-)
 
 
 def methods_table() -> str:
     """One row per method, read off the composition that its defaults give."""
     lines = [
-        "| method | responses written by | minimised at each token | teacher |",
-        "|---|---|---|---|",
+        "| method | responses written by | minimised at each token | teacher | which reads |",
+        "|---|---|---|---|---|",
     ]
     for name, function in METHODS.items():
         method = function()
         writers = dict.fromkeys(describe(term.rollouts) for term in method.terms)
         objectives = dict.fromkeys(describe_term(term) for term in method.terms)
         cells = [f"`{name}`", "; ".join(writers), "; ".join(objectives), teacher_of(method)]
+        cells.append(reading_of(method))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -124,6 +119,23 @@ def teacher_of(method: Method) -> str:
         return words
     towards, back = describe(adaptation.towards_student), describe(adaptation.towards_itself)
     return f"{words}, moved by {towards} to the student and {back} to itself"
+
+
+def reading_of(method: Method) -> str:
+    if method.teacher is None:
+        return "–"
+    return "more than the student" if method.needs_context else "the same, or more"
+
+
+def teacher_keys() -> str:
+    """The recipe's keys on who the teacher is and what it reads."""
+    rows = ["| key | default | |", "|---|---|---|"]
+    for name, field in TeacherSection.model_fields.items():
+        default = "required" if field.is_required() else f"`{json.dumps(field.default)}`"
+        kinds = [f"`{kind}`" for kind in get_args(field.annotation) if isinstance(kind, str)]
+        choices = f"{', '.join(kinds)}: " if kinds else ""
+        rows.append(f"| `teacher.{name}` | {default} | {choices}{field.description} |")
+    return "\n".join(rows)
 
 
 def commands() -> str:
@@ -235,6 +247,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "methods table": methods_table,
     "methods": method_pages,
     "options": option_table,
+    "teacher keys": teacher_keys,
     "findings": findings,
     "commands": commands,
     "command line": command_pages,
@@ -245,8 +258,52 @@ PARTS: dict[str, Callable[[], str]] = {
 }
 
 
+QUOTED = re.compile(r"(<!-- study: ([^>]*?) -->)(.*?)(<!-- end -->)", re.DOTALL)
+
+
+def quote(asked: str, results: Path = ROOT / "results" / "study") -> str:
+    """One number of a study, with its interval, from what it keeps.
+
+    Args:
+        asked: ``STUDY, DATA, METHOD SCORE`` or ``STUDY, DATA, METHOD - BASELINE SCORE``, where
+            DATA is a data set or ``over_all``.
+    """
+    study, data, what = (part.strip() for part in asked.split(","))
+    record = json.loads((results / study / "study.json").read_text())
+    found = record["over_all"] if data == "over_all" else record["data"][data]
+    who, _, score = what.rpartition(" ")
+    first, minus, second = who.partition(" - ")
+    if minus:
+        (row,) = (
+            row
+            for row in found["differences"]
+            if (row["first"], row["second"], row["score"]) == (first, second, score)
+        )
+        number, low, high = row["difference"], row["low"], row["high"]
+    else:
+        (model,) = (model for model in found["models"] if model["label"] == first)
+        own = model["scores"][score]
+        number, (low, high) = own["mean"], own["interval_95"]
+    places = 3 if score in ("reverse_kl_to_teacher", "cross_entropy") else 1
+    shown = [f"{value:{sign}.{places}f}" for value, sign in ((number, "+" if minus else "-"),)]
+    shown += [f"{value:.{places}f}" for value in (low, high)]
+    return "{} [{}, {}]".format(*shown).replace("-", "−")
+
+
+def with_quotes(page: str, results: Path = ROOT / "results" / "study") -> str:
+    """The page with its studies' numbers; those shown as code are left alone."""
+    parts = re.split(r"(```.*?```|`[^`\n]*`)", page, flags=re.DOTALL)
+    return "".join(
+        part
+        if part.startswith("`")
+        else QUOTED.sub(lambda m: m[1] + quote(m[2], results) + m[4], part)
+        for part in parts
+    )
+
+
 def fill(page: str) -> str:
     """The page with every generated part as the code has it now."""
+    page = with_quotes(page)
     for name, write in PARTS.items():
         start, end = f"<!-- generated: {name} -->\n", f"<!-- end of {name} -->"
         if start in page:
@@ -256,6 +313,5 @@ def fill(page: str) -> str:
 
 
 if __name__ == "__main__":
-    for name in PAGES:
-        path = ROOT / name
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         path.write_text(fill(path.read_text()))

@@ -5,7 +5,9 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+import runs
 import tiny
+from promptkd.errors import UserError
 from promptkd.kernels.attention import (
     BLOCK,
     CausalAttention,
@@ -161,3 +163,23 @@ def test_a_model_that_asks_for_another_attention_keeps_it():
     tiny.language_model(model, 64)
 
     assert model.config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_run_attends_as_its_recipe_says_and_learns_the_same(tmp_path, attention):
+    tiny.save_pair(tmp_path)
+    tiny.write_data(tmp_path / "train.jsonl")
+    losses = {}
+    for name in ("auto", attention):
+        raw = tiny.recipe(tmp_path, method={"name": "promptkd"}, attention=name)
+        raw["optimization"] |= {"max_steps": 2, "optimizer": "sgd"}
+        run = runs.train(raw | {"output": str(tmp_path / name)})
+        losses[name] = [row["loss"] for row in runs.json_lines(run / "metrics.jsonl")]
+    assert losses[attention] == pytest.approx(losses["auto"], rel=1e-4)
+
+
+def test_flash_attention_without_a_gpu_is_refused(tmp_path):
+    tiny.save_pair(tmp_path)
+    tiny.write_data(tmp_path / "train.jsonl")
+    with pytest.raises(UserError, match=r"attention is flash, which needs a GPU"):
+        runs.train(tiny.recipe(tmp_path, attention="flash"))

@@ -56,6 +56,13 @@ def refusal(pair, tmp_path, capfd):
     return train
 
 
+@pytest.mark.parametrize("other", [{"temperature": 0.7}, {"top_p": 0.9}, {"top_k": 5}], ids=str)
+def test_an_estimate_from_sampled_tokens_under_another_law(refusal, other):
+    sentence = refusal(method={"name": "opd"}, sampling=other)
+    assert "have to come from the student's own law" in sentence
+    assert "(PK111)" in sentence
+
+
 def test_a_missing_data_file(refusal):
     assert "none.jsonl does not exist" in refusal(data={"train": "/nowhere/none.jsonl"})
 
@@ -83,7 +90,8 @@ def test_a_method_that_needs_references_on_data_without(refusal, tmp_path, metho
     tiny.write_data(tmp_path / "d.jsonl", with_output=False)
     options = {"rollouts": "reference"} if method == "promptkd" else {}
     sentence = refusal(method={"name": method} | options, data={"train": str(tmp_path / "d.jsonl")})
-    assert sentence.startswith(f"The method '{method}' learns from reference responses, but row 0")
+    assert sentence.startswith(f"The method '{method}' learns from reference responses, but ")
+    assert "d.jsonl:1 has none" in sentence
 
 
 def test_a_metric_that_needs_references_on_data_without(refusal, tmp_path):

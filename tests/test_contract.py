@@ -54,8 +54,11 @@ def pairs(tmp_path_factory):
 def recipe(directory, output, method, max_steps=2, **overrides):
     """A short run; its validation loss steers the methods that ask for it."""
     data = {"max_response_tokens": 8}
-    if build_method(**method).needs_validation:
+    built = build_method(**method)
+    if built.needs_validation:
         data["validation"] = str(directory / "validation.jsonl")
+    if built.needs_context:
+        overrides["teacher"] = {"context_template": "{{ request }} ~ {{ response }}"}
     raw = tiny.recipe(
         directory,
         method=method,
@@ -143,6 +146,10 @@ def test_another_seed_gives_another_run(pairs, tmp_path, name):
     assert losses[0] != losses[1]
 
 
+class Killed(Exception):
+    """The process ends here."""
+
+
 @dataclass(frozen=True)
 class KilledOnce:
     """Another source that dies in the fourth step, unless it left its mark already."""
@@ -165,7 +172,7 @@ class KilledOnce:
     def write(self, batch, writers, state):
         if writers.step == 3 and not Path(self.mark).exists():
             Path(self.mark).touch()
-            raise KeyboardInterrupt
+            raise Killed
         return self.source.write(batch, writers, state)
 
     def observe(self, validation_loss, state):
@@ -185,7 +192,7 @@ def test_resumed_run_equals_the_uninterrupted_one_bit_for_bit(pairs, tmp_path, n
     train(recipe(pairs["llama"], tmp_path / "whole", options_of(name), **options), method)
     mark.unlink()
     stopped = recipe(pairs["llama"], tmp_path / "stopped", options_of(name), **options)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(Killed):
         train(stopped, method)
     saved = saved_checkpoints(tmp_path / "stopped/checkpoints")
     assert [path.name for path in saved] == ["step-000002"]

@@ -236,7 +236,11 @@ def test_an_unknown_template_is_refused():
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
-    [("{{ question }}", "'question' is undefined"), ("{% if %}", "Expected an expression")],
+    [
+        ("{{ instruction }} {{ question }}", "'question' is undefined"),
+        ("{{ question }}", "never reads 'instruction'"),
+        ("{% if %}", "Expected an expression"),
+    ],
 )
 def test_a_template_file_that_cannot_be_rendered_is_refused(tmp_path, text, complaint):
     path = tmp_path / "quiz.jinja"
@@ -244,6 +248,15 @@ def test_a_template_file_that_cannot_be_rendered_is_refused(tmp_path, text, comp
 
     with pytest.raises(UserError, match=rf"quiz\.jinja.*{complaint}"):
         encoder(str(path)).render(Example("Why?"))
+
+
+def test_a_template_file_that_leaves_out_the_input_is_refused_where_there_is_one(tmp_path):
+    path = tmp_path / "short.jinja"
+    path.write_text("Q: {{ instruction }}")
+
+    assert encoder(str(path)).render(Example("Why?")) == "Q: Why?"
+    with pytest.raises(UserError, match=r"leaves out this row's input\. Put \{\{ input \}\}"):
+        encoder(str(path)).render(Example("Why?", "because"))
 
 
 def test_several_turns_need_the_chat_template():

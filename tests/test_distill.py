@@ -187,7 +187,7 @@ def test_another_order_or_other_data_in_the_same_directory_is_refused(whole, pai
     assert "layers 2 -> 1" in other.stderr
     other = runs.run(arguments(pair, output, "--layers", 2, data="requests.jsonl"), tmp_path)
     assert other.status == 1
-    assert "content" in other.stderr
+    assert "digest of the data" in other.stderr
 
 
 @pytest.mark.parametrize(
@@ -263,7 +263,7 @@ def test_rows_of_the_held_out_data_are_never_trained_on():
 )
 def test_a_teacher_that_does_not_do_the_task_yet_is_to_be_tuned(scores, doubt):
     means = {name: {"mean": value} for name, value in scores.items()}
-    said = verdict({"scores": means, "reference_tokens": [45, 55]})
+    said = verdict({"scores": means}, [45, 55])
     assert doubt in said
     assert ("--tune-teacher" in said) == (doubt != "it does this task")
 

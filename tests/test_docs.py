@@ -6,9 +6,11 @@ import doctest
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,7 @@ def recipe_defaults(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[s
         section = next(
             (o for o in options if inspect.isclass(o) and issubclass(o, BaseModel)), None
         )
-        if section is not None:
+        if section is not None and not isinstance(field.default, int):
             found |= recipe_defaults(section, f"{prefix}{key}.")
         else:
             found[prefix + key] = ... if field.is_required() else field.default
@@ -95,6 +97,34 @@ def test_the_generated_parts_are_what_the_code_says(page):
     assert load(ROOT / "docs" / "generate.py").fill(page.read_text()) == page.read_text(), (
         f"{page.name} is stale: run 'make docs'"
     )
+
+
+def test_a_number_that_a_page_quotes_is_what_the_study_keeps(tmp_path):
+    own = {"mean": 21.34, "interval_95": [20.0, 22.71]}
+    gap = {"difference": 0.41, "low": -0.26, "high": 1.04}
+    record = {
+        "over_all": {
+            "models": [{"label": "gkd", "scores": {"rouge_l": own}}],
+            "differences": [
+                {"first": "promptkd", "second": "gkd", "score": "rouge_l", **gap},
+                {"first": "promptkd", "second": "gkd", "score": "ended", **gap},
+            ],
+        },
+        "data": {},
+    }
+    (tmp_path / "main").mkdir()
+    (tmp_path / "main" / "study.json").write_text(json.dumps(record))
+    fill = partial(load(ROOT / "docs" / "generate.py").with_quotes, results=tmp_path)
+    page = (
+        "It gains <!-- study: main, over_all, promptkd - gkd rouge_l -->3<!-- end --> over "
+        "<!-- study: main, over_all, gkd rouge_l --><!-- end -->; "
+        "`<!-- study: x --><!-- end -->` is how it is written."
+    )
+    filled = fill(page)
+    assert " rouge_l -->+0.4 [−0.3, 1.0]<!-- end --> over" in filled
+    assert "gkd rouge_l -->21.3 [20.0, 22.7]<!-- end -->" in filled
+    assert "`<!-- study: x --><!-- end -->`" in filled
+    assert fill(filled) == filled
 
 
 def test_the_methods_table_of_the_readme_names_every_method():

@@ -142,6 +142,27 @@ def test_co_author_with_the_whole_share_writes_alone(architecture, share):
     assert actual != written(student if share else teacher, decoding)
 
 
+def test_a_co_author_reads_its_own_requests():
+    """Alone in writing, it writes what it would write to them; the student reads its own."""
+    student, teacher = language_model("llama"), language_model("llama", 2, num_layers=3)
+    decoding = GenerationSettings(12, temperature=0)
+    told = tuple((44, 22, 90)[: 1 + i % 3] + request for i, request in enumerate(REQUESTS))
+    actual = written(student, decoding, co_author=CoAuthor(teacher, 1.0, told))
+    assert actual == written(teacher, decoding, list(told)) != written(teacher, decoding)
+    engine = TransformersEngine(student, STOP)
+    written_by_both = engine.generate(
+        REQUESTS, SEEDS, GenerationSettings(8), co_author=CoAuthor(teacher, 0.4, told)
+    )
+    for own, other, response in zip(REQUESTS, told, written_by_both, strict=True):
+        ids = response.token_ids
+        for model, request, found in (
+            (student, own, response.student_logprobs),
+            (teacher, other, response.teacher_logprobs),
+        ):
+            expected = logprobs_of(model, request, ids)[range(len(ids)), list(ids)]
+            torch.testing.assert_close(torch.tensor(found), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_co_authored_tokens_carry_the_logprobs_of_both_models():
     student, teacher = language_model("llama"), language_model("llama", 2, num_layers=3)
     engine = TransformersEngine(student, STOP)
@@ -156,6 +177,46 @@ def test_co_authored_tokens_carry_the_logprobs_of_both_models():
             expected = logprobs_of(model, request, ids)[range(len(ids)), list(ids)]
             torch.testing.assert_close(torch.tensor(own), expected, rtol=1e-4, atol=1e-4)
     assert engine.generate(REQUESTS, SEEDS, GenerationSettings(8))[0].annotations() == {}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.5}, {"top_k": 3}, {"top_p": 0.7, "temperature": 1.7}],
+    ids=str,
+)
+def test_sampling_logprobs_are_those_of_the_law_that_tokens_were_drawn_from(settings):
+    student, teacher = language_model("llama"), language_model("llama", 2, num_layers=3)
+    decoding, co_author = GenerationSettings(8, **settings), CoAuthor(teacher, 0.4)
+    engine = TransformersEngine(student, STOP)
+    for request, response in zip(
+        REQUESTS, engine.generate(REQUESTS, SEEDS, decoding, co_author=co_author), strict=True
+    ):
+        ids = list(response.token_ids)
+        q, p = (
+            logprobs_of(model, request, response.token_ids).double().exp()
+            for model in (student, teacher)
+        )
+        weights = (0.6 * q + 0.4 * p) ** (1 / decoding.temperature)
+        law = weights / weights.sum(-1, keepdim=True)
+        for own in law:
+            ranked = sorted(own.tolist(), reverse=True)
+            if decoding.top_k:
+                own[own < ranked[decoding.top_k - 1]] = 0
+            if decoding.top_p < 1:
+                before = [sum(ranked[:i]) for i in range(len(ranked))]
+                own[own < min(x for x, s in zip(ranked, before, strict=True) if s < 0.7)] = 0
+            own /= own.sum()
+        expected = law[range(len(ids)), ids].log().float()
+        actual = torch.tensor(response.sampling_logprobs)
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_greedy_token_is_certain():
+    student, teacher = language_model("llama"), language_model("llama", 2, num_layers=3)
+    decoding, co_author = GenerationSettings(8, temperature=0), CoAuthor(teacher, 0.4)
+    engine = TransformersEngine(student, STOP)
+    for response in engine.generate(REQUESTS, SEEDS, decoding, co_author=co_author):
+        assert set(response.sampling_logprobs) == {0.0}
 
 
 def chi_square(counts, probabilities):

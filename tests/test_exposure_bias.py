@@ -383,7 +383,7 @@ def test_the_authors_slice_loses_the_first_term(pair):
 
 
 def test_a_run_gets_a_file_with_all_that_its_numbers_need(run):
-    result = exposure_bias(run, seeds=(1, 2), num_samples=2, micro_batch_tokens=256)
+    result = exposure_bias(run, seeds=(1, 2), num_samples=2)
     assert json.loads((run / "exposure_bias.json").read_text()) == result
     assert result["num_examples"] == 4
     assert result["decoding"]["max_new_tokens"] == NUM_STEPS

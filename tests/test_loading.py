@@ -179,6 +179,6 @@ def test_an_added_padding_token_without_a_row_matters_only_where_it_is_used(tmp_
     tokenizer.save_pretrained(student)
     tiny.write_data(tmp_path / "train.jsonl")
     runs.train(tiny.recipe(tmp_path, optimization={"max_steps": 1}))
-    (tmp_path / "train.jsonl").write_text('{"instruction": "say [PAD]", "output": "it"}\n')
-    with pytest.raises(UserError, match=r"Row 0 .* holds the token '\[PAD\]'"):
+    (tmp_path / "train.jsonl").write_text('{"instruction": "say [PAD]", "output": "it"}\n' * 4)
+    with pytest.raises(UserError, match=r"train.jsonl:1: .* holds the token '\[PAD\]'"):
         runs.train(tiny.recipe(tmp_path, output=str(tmp_path / "other")))

@@ -328,6 +328,7 @@ def test_minillm_is_unbiased_for_the_reverse_kl_of_responses_of_two_tokens():
             notes = {
                 "student_logprobs": tuple(own.tolist()),
                 "teacher_logprobs": tuple(others.tolist()),
+                "sampling_logprobs": tuple(own.tolist()),
             }
             return [Rollout(0, (0,), y, "mixed", notes)]
 

@@ -112,13 +112,20 @@ def test_words_in_any_script(text, words):
     assert unicode_words(text) == words
 
 
-@pytest.mark.parametrize("others", [1, 2, 20])
+@pytest.mark.parametrize("others", [11, 12, 20])
 def test_rouge_l_chooses_no_student_where_its_tokeniser_drops_references(others):
     references = [["yes"]] * 10 + [["你好"]] * others + [[]]
     with pytest.raises(UserError, match=rf"{others} of {10 + others} ref.* row 10\)"):
         check_criterion("rouge_l", references)
     check_criterion("rouge_l_unicode", references)
-    check_criterion("rouge_l", [["yes"]] * 19 + [["你好"]])
+    assert check_criterion("rouge_l", [["yes"]] * 3) is None
+
+
+def test_rouge_l_chooses_by_the_references_that_it_can_read_and_says_how_many_it_cannot():
+    left_out = check_criterion("rouge_l", [["yes"], ["你好"], ["no"], ["👍"]])
+    assert left_out is not None
+    assert "can't read 2 of 4 references" in left_out
+    assert "the first is row 1" in left_out
 
 
 @pytest.mark.parametrize(

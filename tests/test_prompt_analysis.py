@@ -40,7 +40,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def analysis(run):
-    return prompt_analysis(run, micro_batch_tokens=128, num_shown=2)
+    return prompt_analysis(run, num_shown=2)
 
 
 def rows(analysis, part, **where):

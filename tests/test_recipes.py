@@ -30,7 +30,7 @@ def stand_ins(tmp_path_factory):
     directory = tmp_path_factory.mktemp("stand_ins")
     room = {"max_position_embeddings": 2048}
     tiny.save_pair(directory, student_options=room, teacher_options=room, chat_template=True)
-    tiny.write_data(directory / "data.jsonl")
+    tiny.write_data(directory / "data.jsonl", 256)
     return directory
 
 

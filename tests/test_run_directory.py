@@ -124,7 +124,8 @@ def test_the_summary_names_the_best_evaluation_and_the_card_repeats_it(finished)
     assert best["step"] == min(measured, key=lambda step: measured[step])
     assert best["scores"] == by_step[best["step"]]
     card = (run / "student" / "README.md").read_text()
-    assert f"| reverse_kl_to_teacher | {best['value']:.4g} |" in card
+    start = by_step[0]["reverse_kl_to_teacher"]
+    assert f"| reverse_kl_to_teacher | {start:.4g} | {best['value']:.4g} |" in card
     assert f"this is step {best['step']}" in card
 
 

@@ -14,13 +14,12 @@ from safetensors.torch import load_file, save_file
 import runs
 import tiny
 from promptkd.config import recipe_from_dict
-from promptkd.errors import UserError
+from promptkd.errors import NotFinite, UserError
 from promptkd.methods import build_method
 from promptkd.training.checkpoints import saved_checkpoints, step_of
 from promptkd.training.divergence import is_sane
 from promptkd.training.lock import locked
 from promptkd.training.run_directory import RunDirectory
-from promptkd.training.step import LossNotFinite
 
 MAX_STEPS = 40
 
@@ -171,7 +170,7 @@ def test_a_run_that_diverged_says_the_command_that_goes_back_and_it_works(pair, 
     raw["checkpoints"] = {"every_steps": 2, "keep": 2}
     runs.train(raw | {"optimization": raw["optimization"] | {"max_steps": 6}})
     wild = raw["optimization"] | {"learning_rate": 1e30, "max_grad_norm": 1e9}
-    with pytest.raises(LossNotFinite) as diverged:
+    with pytest.raises(NotFinite) as diverged:
         runs.train(raw | {"optimization": wild}, restart_from=6)
     sentence = str(diverged.value)
     command = sentence.partition("promptkd train ")[2].split()
@@ -271,5 +270,5 @@ def test_an_output_with_a_name_too_long_ends_in_a_sentence(pair, tmp_path):
     outcome = runs.run(["train", runs.write_recipe(tmp_path, raw)], tmp_path)
 
     assert outcome.status == 1
-    assert "File name too long. Name another place." in outcome.stderr
+    assert "File name too long. Name a shorter one." in outcome.stderr
     assert "Traceback" not in outcome.stderr

@@ -1,12 +1,15 @@
 """Methods x seeds: validated before anything runs, never done twice, summed up in one table."""
 
 import contextlib
+import gzip
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
@@ -16,14 +19,12 @@ from promptkd.cli import main
 from promptkd.config import load_recipe
 from promptkd.errors import UserError
 from promptkd.evaluation.results import Evaluation, Prediction, Score
-from promptkd.evaluation.statistics import (
-    bootstrap_interval,
-    mean_and_deviation,
-    paired_difference,
-)
+from promptkd.evaluation.statistics import mean_and_deviation
+from promptkd.evaluation.two_levels import estimate, holm
 from promptkd.study.file import ScoringSection, Study, load_study, planned_runs, study_from_dict
+from promptkd.study.findings import Findings, Line
 from promptkd.study.run import StudyScorer
-from promptkd.study.table import Failure, Findings, Line, study_table
+from promptkd.study.table import Failure, study_table
 from runs import Moment
 
 EXPLODING = {"optimizer": "sgd", "learning_rate": 1e30, "max_grad_norm": 1e30, "max_steps": 3}
@@ -88,6 +89,11 @@ def models_and_scores(output: Path) -> dict[str, tuple[str, int]]:
     return {name: state for name, state in everything if re.search("seed-./|start/|teacher/", name)}
 
 
+def timeless(table: str) -> str:
+    """Without the seconds that training took."""
+    return re.sub(r"\d+\.\d s", "", table)
+
+
 def stored(directory: Path, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     record = json.loads((directory / f"{name}.json").read_text())
     return record["scores"], runs.json_lines(directory / f"{name}.predictions.jsonl")
@@ -128,7 +134,7 @@ def test_the_numbers_are_those_of_the_stored_evaluations(finished, name):
     lines = {line["label"]: line for line in found["models"]}
     assert list(lines) == ["kd", "gkd", "start", "teacher"]
 
-    lengths: dict[str, list[float]] = {}
+    lengths: dict[str, np.ndarray] = {}
     for label, line in lines.items():
         seeds = line["training_seeds"]
         assert seeds == ([0, 1] if label in ("kd", "gkd") else [])
@@ -140,23 +146,42 @@ def test_the_numbers_are_those_of_the_stored_evaluations(finished, name):
             assert values["by_seed"] == means
             assert values["mean"] == pytest.approx(mean)
             assert values.get("deviation_over_seeds") == (deviation if seeds else None)
-        rows = [row for _, predictions in each for row in predictions]
-        of_request = [
-            [row["num_tokens"] for row in rows if row["index"] == index]
-            for index in sorted({row["index"] for row in rows})
-        ]
-        assert {len(values) for values in of_request} == {2 * len(each)}
-        lengths[label] = [sum(values) / len(values) for values in of_request]
+        lengths[label] = np.array([totals_of(rows, "num_tokens") for _, rows in each])
         interval = line["scores"]["response_length"]["interval_95"]
-        assert interval == pytest.approx(list(bootstrap_interval(lengths[label])))
+        assert interval == pytest.approx(list(estimate([lengths[label]]).interval_95))
 
     assert lines["kd"]["scores"]["response_length"]["deviation_over_seeds"] > 0
     compared = {(row["first"], row["score"]): row for row in found["differences"]}
     assert ("kd", "response_length") not in compared
     for label in ("gkd", "start", "teacher"):
         row = compared[label, "response_length"]
-        expected = paired_difference(*([(v, 1) for v in lengths[k]] for k in (label, "kd")))
-        assert (row["difference"], row["low"], row["high"]) == pytest.approx(expected)
+        sign = 1 if label == "gkd" else -1
+        expected = estimate(*([lengths[k]] for k in (label, "kd")[::sign]))
+        ends = sorted(sign * end for end in expected.interval_95)
+        numbers = [row["difference"], row["low"], row["high"], row["p"]]
+        assert numbers == pytest.approx([sign * expected.value, *ends, expected.p_value])
+        assert row["p_corrected"] == (row["p"] if label == "gkd" else None)
+
+
+def totals_of(rows: list[dict[str, Any]], field: str) -> list[tuple[float, float]]:
+    """Per request, the sum over decoding seeds and their number."""
+    by_request: dict[int, list[float]] = {}
+    for row in rows:
+        by_request.setdefault(row["index"], []).append(row[field])
+    return [(sum(own), len(own)) for _, own in sorted(by_request.items())]
+
+
+def test_over_all_data_sets_a_method_has_the_mean_of_its_scores(finished):
+    record = json.loads((finished[0] / "study.json").read_text())
+    means = [
+        line["scores"]["rouge_l"]["mean"]
+        for found in (*record["data"].values(), record["over_all"])
+        for line in found["models"]
+        if line["label"] == "gkd"
+    ]
+    assert means[2] == pytest.approx((means[0] + means[1]) / 2)
+    (table, *_) = (finished[0] / "table.md").read_text().split("## ")[1:]
+    assert table.startswith("mean of 2 data sets")
 
 
 def test_the_table_is_printed_and_written_with_those_numbers(finished):
@@ -168,14 +193,21 @@ def test_the_table_is_printed_and_written_with_those_numbers(finished):
     value = f"{length['mean']:.1f} ± {length['deviation_over_seeds']:.1f}"
     cell = f"{value} [{low:.1f}, {high:.1f}]"
 
-    printed = next(line for line in outcome.stdout.splitlines() if line.startswith("gkd "))
-    assert cell in printed
+    printed = [line for line in outcome.stdout.splitlines() if line.startswith("gkd ")]
+    assert cell in printed[1]
     markdown = (output / "table.md").read_text()
-    assert cell in next(line for line in markdown.splitlines() if line.startswith("| gkd | 2 |"))
-    assert markdown.count("| Model | Seeds | ROUGE-L | ROUGE-L − kd | KL to teacher") == 2
+    rows = [line for line in markdown.splitlines() if line.startswith("| gkd | 2 |")]
+    assert len(rows) == 3
+    assert cell in rows[1]
+    assert rows[1].endswith(" tokens |")
+    headings = (
+        "| Model | Seeds | ROUGE-L | ROUGE-L − kd | KL to teacher, nats/token | KL to teacher"
+    )
+    assert markdown.count(headings) == 3
+    assert "| Repeated 4-grams, % | Training |" in markdown
     assert "held out (4 requests, seeds 10 and 20); temperature 1" in markdown
     latex = (output / "table.tex").read_text()
-    assert latex.count(r"\begin{tabular}{lrrrrrr}") == 2
+    assert latex.count(r"\begin{tabular}{lrrrrrrrrr}") == 3
     assert value.replace("±", r"$\pm$") in latex
 
 
@@ -193,7 +225,7 @@ def test_the_terminal_says_which_run_of_how_many_is_going_on(finished):
     assert numbered[4] == f"5 of 6: kd, seed 1, in {output}/kd/seed-1"
     last = outcome.stdout.splitlines()[-2:]
     assert last == [f"report: {output}/report.html", f"study: {output}"]
-    assert "4 runs compared" in (output / "report.html").read_text()
+    assert "A study of 2 methods, 2 training seeds each" in (output / "report.html").read_text()
 
 
 def test_the_same_command_again_makes_nothing_anew(finished, pair):
@@ -223,9 +255,109 @@ def test_a_study_that_was_killed_goes_on_and_equals_the_uninterrupted_one(finish
     assert outcome.status == 0, outcome.stderr
     assert runs.everything(output / "kd" / "seed-0") == first
     for name in ("table.md", "table.tex"):
-        assert (output / name).read_text() == (whole / name).read_text()
+        assert timeless((output / name).read_text()) == timeless((whole / name).read_text())
     for run in ("kd/seed-0", "kd/seed-1", "gkd/seed-0", "gkd/seed-1"):
         assert runs.result(output / run) == runs.result(whole / run)
+
+
+# -- what is kept of it
+
+
+@pytest.fixture(scope="module")
+def kept(finished, pair, tmp_path_factory) -> tuple[dict[str, Any], Path]:
+    """The finished study, asked to keep its results elsewhere too."""
+    place = tmp_path_factory.mktemp("kept") / "results"
+    raw = raw_study(pair, finished[0], results=str(place))
+    outcome = study(place.parent, raw)
+    assert outcome.status == 0, outcome.stderr
+    return raw, place
+
+
+def tables_and_figures(place: Path) -> dict[str, bytes]:
+    found = [*place.glob("table.*"), *place.glob("figures/*"), *place.glob("tables/*")]
+    return {str(path.relative_to(place)): path.read_bytes() for path in found}
+
+
+def test_tables_and_figures_are_made_again_of_what_is_kept_alone(kept, finished, tmp_path):
+    raw, place = kept
+    before = tables_and_figures(place)
+    assert {"table.md", "table.tex", "figures/differences-other.svg"} < before.keys()
+    assert any(name.startswith("figures/") and "loss" in name for name in before)
+    shutil.copytree(place, tmp_path / "results")
+    for path in (tmp_path / "results").glob("table*"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    moved = raw | {"results": str(tmp_path / "results"), "output": str(tmp_path / "nothing")}
+    file = write(tmp_path, moved)
+
+    outcome = runs.run(["study", file, "--table-only"], tmp_path / "out")
+
+    assert outcome.status == 0, outcome.stderr
+    assert tables_and_figures(tmp_path / "results") == before
+    assert not (tmp_path / "nothing").exists()
+    own = (finished[0] / "table.md").read_text()
+    assert (tmp_path / "results" / "table.md").read_text() == own
+
+
+def test_no_request_no_reference_and_no_weights_are_kept(kept, pair):
+    _, place = kept
+    responses = gzip.decompress(
+        (place / "gkd/seed-0/evaluation/held out.predictions.jsonl.gz").read_bytes()
+    ).decode()
+    rows = [json.loads(line) for line in responses.splitlines()]
+    assert len(rows) == 8
+    assert {"index", "seed", "response", "num_tokens", "ended", "rouge_l"} < rows[0].keys()
+    assert {"request", "references"} & rows[0].keys() == set()
+    files = {path.name for path in place.rglob("*") if path.is_file()}
+    assert not any(name.endswith((".safetensors", ".pt", "predictions.jsonl")) for name in files)
+    assert "it is 1!" not in (place / "report.html").read_text()
+
+
+def test_kept_responses_are_scored_anew_by_the_data_of_the_study(kept, tmp_path):
+    raw, place = kept
+    shutil.copytree(place, tmp_path / "results")
+    (scores,) = (tmp_path / "results" / "kd" / "seed-1" / "evaluation").glob("other.*.gz")
+    rows = [json.loads(r) for r in gzip.decompress(scores.read_bytes()).decode().splitlines()]
+    spoilt = "".join(json.dumps(row | {"rouge_l": 77.0}) + "\n" for row in rows)
+    scores.write_bytes(gzip.compress(spoilt.encode()))
+    file = write(tmp_path, raw | {"results": str(tmp_path / "results")})
+
+    again = runs.run(["study", file, "--table-only", "--rescore"], tmp_path / "out")
+
+    assert again.status == 0, again.stderr
+    assert (tmp_path / "results/table.md").read_text() == (place / "table.md").read_text()
+
+
+def test_other_data_are_refused_for_scoring_anew(kept, tmp_path):
+    raw, _ = kept
+    other = str(tiny.write_data(tmp_path / "more.jsonl", 3))
+    Path(other).write_text(Path(other).read_text().replace("it is", "so is"))
+    suite = {"held out": raw["evaluation"]["suite"]["held out"], "other": other}
+    file = write(tmp_path, raw | {"evaluation": raw["evaluation"] | {"suite": suite}})
+
+    outcome = runs.run(["study", file, "--table-only", "--rescore"], tmp_path / "out")
+
+    assert outcome.status == 1
+    assert "doesn't hold the references that 'other' was scored by" in outcome.stderr
+
+
+def test_a_study_says_how_large_it_would_have_to_be(kept, tmp_path):
+    file = write(tmp_path, kept[0])
+    outcome = runs.run(["study", file, "--power", "--detect", "3"], tmp_path / "out")
+
+    assert outcome.status == 0, outcome.stderr
+    assert "standard deviations of rouge_l, over held out, other" in outcome.stdout
+    assert "kd: between training seeds " in outcome.stdout
+    assert "at level 0.05 / 1" in outcome.stdout
+    assert "*: tells 3.00 apart" in outcome.stdout
+
+
+def test_nothing_stored_makes_no_table(pair, tmp_path):
+    file = write(tmp_path, raw_study(pair, tmp_path / "study"))
+    for option in ("--table-only", "--power"):
+        outcome = runs.run(["study", file, option], tmp_path / "out")
+        assert outcome.status == 1
+        assert "study holds no scores of all of the study's data sets" in outcome.stderr
+    assert not (tmp_path / "study").exists()
 
 
 def test_scores_older_than_the_end_of_training_are_made_again(finished, pair):
@@ -239,7 +371,9 @@ def test_scores_older_than_the_end_of_training_are_made_again(finished, pair):
     scorer.score(str(run), run / "evaluation", teacher=True)
     after = runs.everything(run)
     for name in ("held out", "other"):
-        key = f"evaluation/{name}.json"
+        made = f"evaluation/{name}.json"  # with the speed, which differs
+        assert after[made][1] > before[made][1]
+        key = f"evaluation/{name}.predictions.jsonl"
         assert after[key][0] == before[key][0]
         assert after[key][1] > before[key][1]
 
@@ -462,7 +596,7 @@ def line(label: str, *shifts: float, role: str = "run") -> Line:
 
 
 def rows_of(*lines: Line, baseline: str) -> dict[str, tuple[str, ...]]:
-    found = Findings.of(lines, "data", baseline)
+    found = Findings.of(lines, ["data"], baseline)
     table = study_table(found, 2, [Failure("c", 1, "it is broken.")])
     assert table.caption.endswith("Failed: c, seed 1: it is broken.")
     return {
@@ -471,29 +605,49 @@ def rows_of(*lines: Line, baseline: str) -> dict[str, tuple[str, ...]]:
     }
 
 
-def test_only_a_difference_whose_interval_excludes_zero_is_called_one():
+def test_only_a_difference_clear_of_zero_over_training_seeds_too_is_called_one():
+    """Every request gains the same, so that only the training seeds' spread is left."""
     start = line("start", 0, role="start")
-    rows = rows_of(line("a", 1, 3), line("b", -1, 1), line("c", 2), start, baseline="start")
+    lines = line("a", 2.9, 3.1), line("b", 1, 3), line("c", 2), start
+    rows = rows_of(*lines, baseline="start")
 
-    assert rows["a"][0] == "2"
-    assert rows["a"][1].startswith("21.5 ± 1.4 [")
-    assert rows["a"][2] == "+2.0 [2.0, 2.0]"
-    assert rows["b"][2] == "±0.0 [0.0, 0.0] no difference shown"
+    assert rows["a"][:2] == ("2", rows["a"][1])
+    assert rows["a"][1].startswith("22.5 ± 0.1 [")
+    assert rows["a"][2] == "+3.0 [1.7, 4.3] p 0.042"
+    assert rows["b"][2] == "+2.0 [−10.7, 14.7] not established"
     assert rows["c"][:2] == ("1 of 2", rows["c"][1])
+    assert rows["c"][2] == "+2.0 [2.0, 2.0] p < 0.001"
     assert "±" not in rows["c"][1]
-    assert rows["start"] == ("–", rows["start"][1], "–")
+    assert rows["start"] == ("–", rows["start"][1], "–", "–")
+
+
+def test_verdicts_are_corrected_over_the_methods_and_not_over_start_and_teacher():
+    start, teacher = line("start", -9, role="start"), line("teacher", 9, role="teacher")
+    lines = line("a", 2.9, 3.1), line("b", 0.1, 0.3, 0), line("c", 5, 5.1), line("base", 0, 0.1)
+    found = Findings.of([*lines, start, teacher], ["data"], "base")
+    gains = {label: own["rouge_l"] for label, own in found.gains.items()}
+
+    assert gains["start"].p_corrected is gains["teacher"].p_corrected is None
+    methods = [gains[label] for label in "abc"]
+    assert [g.p_corrected for g in methods] == holm([g.estimate.p_value for g in methods])
+    assert {g.num_comparisons for g in methods} == {3}
+    assert gains["b"].estimate.num_seeds == 2, "those that both were trained with"
+    for gain in methods:
+        assert gain.detectable == gain.estimate.detectable(3)
+    caption = study_table(found, 2, []).caption
+    assert "at level 0.05 / 3: " in caption
 
 
 def test_a_baseline_whose_runs_all_failed_leaves_nothing_to_compare():
     rows = rows_of(line("a", 1, 3), line("b"), baseline="b")
 
-    assert rows["b"] == ("failed", "–", "–")
+    assert rows["b"] == ("failed", "–", "–", "–")
     assert rows["a"][2] == "not comparable"
 
 
 def test_a_method_is_bold_only_if_it_is_clear_of_every_other():
-    lines = line("a", 1, 3), line("b", -1, 1), line("teacher", 9, role="teacher")
-    table = study_table(Findings.of(lines, "data", "b"), 2, [])
+    lines = line("a", 2, 2.1), line("b", 0, 0.1), line("teacher", 9, role="teacher")
+    table = study_table(Findings.of(lines, ["data"], "b"), 2, [])
     assert [row[0].text for row in table.rows if any(cell.best for cell in row)] == ["a"]
-    equal = study_table(Findings.of([*lines, line("c", 2, 2)], "data", "b"), 2, [])
+    equal = study_table(Findings.of([*lines, line("c", 2, 2.2)], ["data"], "b"), 2, [])
     assert not any(cell.best for row in equal.rows for cell in row)

@@ -8,6 +8,7 @@ import torch
 import runs
 import tiny
 from promptkd.errors import UserError
+from promptkd.evaluation.evaluate import evaluate
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.generation.vllm_engine import VLLMEngine
@@ -91,3 +92,29 @@ def test_samples_are_those_of_the_transformers_engine(engines, decoding):
     _, ours, plain = engines
     requests, seeds = REQUESTS * 4, [(3, i) for i in range(4 * len(REQUESTS))]
     assert ours.generate(requests, seeds, decoding) == plain.generate(requests, seeds, decoding)
+
+
+@runs.needs_vllm
+def test_an_evaluation_writes_with_it_what_it_writes_without(tmp_path):
+    wide = {"width": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "rows": 98}
+    tiny.save_pair(tmp_path, student_options=wide)
+    data = str(tiny.write_data(tmp_path / "test.jsonl", 5))
+    both = [
+        evaluate(
+            str(tmp_path / "student"),
+            data,
+            seeds=(3, 4),
+            max_request_tokens=24,
+            max_response_tokens=12,
+            template="none",
+            precision="fp32",
+            engine=engine,
+            output=tmp_path / engine,
+        )
+        for engine in ("vllm", "transformers")
+    ]
+    assert both[0]["scores"] == both[1]["scores"]
+    texts = [
+        (tmp_path / e / "test.predictions.jsonl").read_text() for e in ("vllm", "transformers")
+    ]
+    assert texts[0] == texts[1]

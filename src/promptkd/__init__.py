@@ -23,10 +23,11 @@ if TYPE_CHECKING:
     from promptkd.config import load_recipe, recipe_from_dict
     from promptkd.distillation.distill import distill
     from promptkd.evaluation.comparison import compare
-    from promptkd.evaluation.evaluate import evaluate
+    from promptkd.evaluation.evaluate import evaluate, evaluate_with
     from promptkd.evaluation.exposure_bias import exposure_bias
+    from promptkd.evaluation.lm_harness import lm_eval
     from promptkd.evaluation.prompt_analysis import prompt_analysis
-    from promptkd.evaluation.results import rescore
+    from promptkd.evaluation.rescoring import rescore
     from promptkd.evaluation.side_by_side import generate
     from promptkd.judge.judge import judge as judge_responses
     from promptkd.pruning import init_student
@@ -39,16 +40,18 @@ _HOMES = {
     "compare": "promptkd.evaluation.comparison:compare",
     "distill": "promptkd.distillation.distill:distill",
     "evaluate": "promptkd.evaluation.evaluate:evaluate",
+    "evaluate_with": "promptkd.evaluation.evaluate:evaluate_with",
     "exposure_bias": "promptkd.evaluation.exposure_bias:exposure_bias",
     "generate": "promptkd.evaluation.side_by_side:generate",
     "init_student": "promptkd.pruning:init_student",
     "judge_responses": "promptkd.judge.judge:judge",
+    "lm_eval": "promptkd.evaluation.lm_harness:lm_eval",
     "load_recipe": "promptkd.config:load_recipe",
     "load_study": "promptkd.study.file:load_study",
     "Method": "promptkd.composition:Method",
     "prompt_analysis": "promptkd.evaluation.prompt_analysis:prompt_analysis",
     "recipe_from_dict": "promptkd.config:recipe_from_dict",
-    "rescore": "promptkd.evaluation.results:rescore",
+    "rescore": "promptkd.evaluation.rescoring:rescore",
     "run_study": "promptkd.study.run:run_study",
     "Term": "promptkd.composition:Term",
     "train": "promptkd.api:train",
@@ -65,10 +68,12 @@ __all__ = [
     "distill",
     "divergences",
     "evaluate",
+    "evaluate_with",
     "exposure_bias",
     "generate",
     "init_student",
     "judge_responses",
+    "lm_eval",
     "load_recipe",
     "load_study",
     "methods",

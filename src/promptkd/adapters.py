@@ -13,14 +13,15 @@ import peft
 import torch
 from jaxtyping import Float, Int
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from promptkd.errors import UserError
 from promptkd.models.language_model import LanguageModel
-from promptkd.teachers import FromTokens, PlainTeacher, Teacher
+from promptkd.models.loading import adapter_config
+from promptkd.teachers import FromTokens, PlainTeacher, Teacher, load_soft_prompt
 
 
 @dataclass(frozen=True)
@@ -250,8 +251,8 @@ class PrefixTeacher(PlainTeacher):
 
 def load_prefix(model: LanguageModel, directory: Path) -> PrefixTeacher:
     """The prefix teacher that was saved in ``directory``."""
-    config: Any = peft.PeftConfig.from_pretrained(str(directory))
-    flat = load_file(directory / "adapter_model.safetensors")["prompt_embeddings"]
+    config = adapter_config(directory)
+    flat = load_soft_prompt(directory)
     shape = len(flat), config.num_layers, 2, config.num_attention_heads, -1
     return PrefixTeacher(model, flat.view(shape).permute(1, 2, 3, 0, 4).to(model.device))
 

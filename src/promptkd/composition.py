@@ -38,6 +38,7 @@ class Method:
         terms: their token means are added up, each with its weight.
         teacher: None if no term needs one.
         adaptation: what moves the teacher; None keeps it as built.
+        needs_context: whether its teacher must read more than the student.
         options: what its function was given, so that a recipe can name it again.
     """
 
@@ -45,6 +46,7 @@ class Method:
     terms: tuple[Term, ...]
     teacher: TeacherSpecification | None = None
     adaptation: Adaptation | None = None
+    needs_context: bool = field(default=False, repr=False)
     options: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -6,10 +6,17 @@ Keys follow Hugging Face's names where one exists. Defaults are those of PromptK
 
 import re
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
 import yaml
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from promptkd.errors import UserError
 from promptkd.keys import Name, Section, read_keys, read_yaml, shown, suggest, validate
@@ -32,6 +39,37 @@ CRITERIA = (
 SMALLER_IS_BETTER = frozenset({"repeated_4_grams", "reverse_kl_to_teacher", "cross_entropy"})
 
 
+RESERVED_OPTIONS = {
+    *("add_generation_prompt", "chat_template", "continue_final_message", "conversation"),
+    *("messages", "padding", "return_dict", "return_tensors", "strftime_now", "tokenize"),
+    *("tokenizer_kwargs", "tools", "truncation"),
+}
+"""Arguments of ``apply_chat_template`` that are not a template's own options."""
+
+
+def refuse_reserved(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a template, if none of them is promptkd's own to set.
+
+    Raises:
+        ValueError: naming those that are.
+    """
+    taken = sorted(RESERVED_OPTIONS & options.keys())
+    if taken:
+        raise ValueError(f"{', '.join(taken)} can't be set here: promptkd sets it itself")
+    return options
+
+
+def known_metric(name: str) -> str:
+    """The name itself; a ValueError with a suggestion if it can't choose a student."""
+    if name not in CRITERIA and not re.fullmatch(r"[\w.]+:\w+", name):
+        raise ValueError(f"unknown metric{suggest(name, [*CRITERIA])}")
+    return name
+
+
+THE_STUDENT = "student"
+"""As ``teacher.model``: the student itself."""
+
+
 class LoRASection(Section):
     r: int = Field(default=16, ge=1, le=4096, description="rank of the adapters")
     alpha: int = Field(default=32, ge=1, description="the update is scaled by alpha / r")
@@ -47,9 +85,58 @@ class StudentSection(Section):
 
 
 class TeacherSection(Section):
+    """Who the teacher is, and what it reads that the student doesn't."""
+
     model: Name = Field(
-        description="hub id, directory, a .gguf file, or a finished run's directory"
+        description="hub id, directory, a .gguf file, a finished run's directory, or student: the "
+        "student itself"
     )
+    follow: Literal["frozen", "ema", "live"] = Field(
+        default="frozen",
+        description="with model: student: as it started, its moving average, or as it is now",
+    )
+    ema_decay: float = Field(
+        default=0.999, ge=0, lt=1, description="what a step leaves of the moving average"
+    )
+    system: Name | None = Field(
+        default=None, description="a system message that only the teacher reads: text or file"
+    )
+    context: Name | None = Field(
+        default=None, description="a column whose text only the teacher reads"
+    )
+    context_template: Name | None = Field(
+        default=None,
+        description="how request and context become the teacher's user turn: Jinja text or file",
+    )
+    template: Name | None = Field(
+        default=None, description="the teacher's own, as data.template; not given: the student's"
+    )
+    template_options: dict[str, Any] = Field(
+        default={}, description="given to the teacher's chat template, over the student's"
+    )
+    max_request_tokens: int | None = Field(
+        default=None, ge=1, description="of the teacher's request; not given: whatever it takes"
+    )
+
+    @field_validator("template_options")
+    @classmethod
+    def _options_of_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return refuse_reserved(value)
+
+    @model_validator(mode="after")
+    def _only_the_student_moves(self) -> "TeacherSection":
+        if self.follow != "frozen" and self.model != THE_STUDENT:
+            raise ValueError(
+                f"follow is {self.follow}, but the model is {self.model}: only model: student moves"
+            )
+        return self
+
+    @property
+    def reads_more(self) -> bool:
+        """Whether anything but the template differs from what the student reads."""
+        return any(
+            given is not None for given in (self.system, self.context, self.context_template)
+        )
 
 
 class MethodSection(Section):
@@ -92,12 +179,11 @@ class ColumnsSection(Section):
         return self
 
 
-RESERVED_OPTIONS = {
-    *("add_generation_prompt", "chat_template", "continue_final_message", "conversation"),
-    *("messages", "padding", "return_dict", "return_tensors", "strftime_now", "tokenize"),
-    *("tokenizer_kwargs", "tools", "truncation"),
-}
-"""Arguments of ``apply_chat_template`` that are not a template's own options."""
+class LengthSchedule(Section):
+    """How long responses may be in the first step and in the last one, linear in between."""
+
+    start: int = Field(ge=1)
+    end: int = Field(ge=1)
 
 
 class DataSection(Section):
@@ -115,7 +201,28 @@ class DataSection(Section):
     )
     columns: ColumnsSection = ColumnsSection()
     max_request_tokens: int = Field(default=256, ge=1)
-    max_response_tokens: int = Field(default=256, ge=1)
+    max_response_tokens: int | LengthSchedule = Field(
+        default=256, description="or {start: 64, end: 256}: responses that grow over training"
+    )
+
+    @field_validator("max_response_tokens", mode="before")
+    @classmethod
+    def _number_or_schedule(cls, value: Any) -> int | LengthSchedule:
+        kind: Any = LengthSchedule if isinstance(value, dict) else Annotated[int, Field(ge=1)]
+        try:
+            return TypeAdapter(kind).validate_python(value)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = "".join(f"{part}: " for part in fault["loc"])
+            raise ValueError(
+                f"{where}{fault['msg']}; a number, or {{start: 64, end: 256}}"
+            ) from None
+
+    @property
+    def longest_response(self) -> int:
+        """Tokens of the longest response at any step, which evaluations allow."""
+        limits = self.max_response_tokens
+        return limits if isinstance(limits, int) else max(limits.start, limits.end)
 
     @field_validator("train", "validation", mode="before")
     @classmethod
@@ -125,10 +232,7 @@ class DataSection(Section):
     @field_validator("template_options")
     @classmethod
     def _options_of_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
-        taken = sorted(RESERVED_OPTIONS & value.keys())
-        if taken:
-            raise ValueError(f"{', '.join(taken)} can't be set here: promptkd sets it itself")
-        return value
+        return refuse_reserved(value)
 
 
 class SamplingSection(Section):
@@ -180,9 +284,7 @@ class EvaluationSection(Section):
     @field_validator("metric")
     @classmethod
     def _known_metric(cls, value: str) -> str:
-        if value not in CRITERIA and not re.fullmatch(r"[\w.]+:\w+", value):
-            raise ValueError(f"unknown metric{suggest(value, [*CRITERIA])}")
-        return value
+        return known_metric(value)
 
 
 class CheckpointSection(Section):
@@ -202,11 +304,33 @@ class Recipe(Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         default="auto", description="auto: bf16 where the hardware multiplies it natively"
     )
+    attention: Literal["auto", "sdpa", "flash", "eager"] = Field(
+        default="auto", description="auto: this project's kernels on the CPU, elsewhere torch's"
+    )
     evaluation: EvaluationSection = EvaluationSection()
     checkpoints: CheckpointSection = CheckpointSection()
     tracking: tuple[Tracker, ...] = Field(default=(), description="accelerate's trackers")
     seed: int = Field(default=0, ge=0, lt=2**32)
     output: Name
+
+    @model_validator(mode="after")
+    def _one_reader_per_column(self) -> "Recipe":
+        columns, own = self.data.columns, self.teacher and self.teacher.context
+        parts = set(ColumnsSection.model_fields) - {"response", "ignore"}
+        if own and own in (*(getattr(columns, part) for part in parts), *columns.ignore):
+            raise ValueError(
+                f"the column {own!r} is teacher.context and stands in data.columns too: the "
+                "teacher's own column is read by nobody else"
+            )
+        return self
+
+    def teacher_model(self, run: str | Path | None = None) -> str:
+        """The name to load the teacher by, as it starts or as a finished ``run`` left it."""
+        assert self.teacher is not None, "asked for where there is one"
+        if self.teacher.model != THE_STUDENT:
+            return self.teacher.model
+        left = {"ema": f"{run}/teacher", "live": f"{run}/student"}
+        return left.get(self.teacher.follow, self.student.model) if run else self.student.model
 
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude_none=True)

@@ -15,6 +15,10 @@ class UserError(Exception):
         self.code = code
 
 
+class NotFinite(UserError):
+    """A loss, a gradient or what a model says is NaN or infinite."""
+
+
 class Stopped(Exception):
     """Somebody asked for an end; commands print its sentence and exit with ``status``.
 

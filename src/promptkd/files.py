@@ -1,8 +1,10 @@
 """Writing files so that they are whole or not there, and JSON lines. No torch."""
 
+import gzip
 import json
 import os
 import shutil
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,8 +60,12 @@ def read_json(path: Path, notes: list[str]) -> dict[str, Any] | None:
 
 
 def write_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object a line."""
-    write_text(path, "".join(map(json_line, rows)))
+    """Write one JSON object a line; compressed if the name ends in .gz."""
+    text = "".join(map(json_line, rows))
+    if path.suffix == ".gz":
+        write_bytes(path, gzip.compress(text.encode("utf-8", "replace"), mtime=0))
+    else:
+        write_text(path, text)
 
 
 def append_json_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -89,7 +95,10 @@ def read_json_lines(path: Path) -> tuple[dict[int, dict[str, Any]], list[int]]:
     """
     rows: dict[int, dict[str, Any]] = {}
     damaged: list[int] = []
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    content = path.read_bytes()
+    if path.suffix == ".gz":
+        content = _decompressed(content)
+    lines = content.decode("utf-8", "replace").replace("\r\n", "\n").split("\n")
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
@@ -102,6 +111,15 @@ def read_json_lines(path: Path) -> tuple[dict[int, dict[str, Any]], list[int]]:
         else:
             damaged.append(number)
     return rows, damaged
+
+
+def _decompressed(content: bytes) -> bytes:
+    """What a .gz file holds; a damaged one ends where the damage begins."""
+    inflate = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    try:
+        return inflate.decompress(content) + inflate.flush()
+    except zlib.error:
+        return b"damaged"
 
 
 @contextmanager

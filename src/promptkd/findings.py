@@ -85,6 +85,26 @@ CHECKS = (
         meaning="Validation requests are in the training data: scores will flatter.",
         remedy="Hold out other rows.",
     ),
+    Check(
+        "PK110",
+        "warning",
+        meaning="ROUGE-L can't read some of the validation references (it keeps a-z and 0-9 "
+        "alone), so the student is chosen by the others; refused where these are most of them.",
+        remedy="Set `evaluation.metric` to `rouge_l_unicode` or `exact_match`.",
+    ),
+    Check(
+        "PK111",
+        "refused",
+        meaning="The method estimates its loss from the sampled tokens alone (`opd`), and "
+        "`sampling` draws them from another law than the student's.",
+        remedy="Set `sampling` to temperature 1, top_p 1, top_k 0, or use `gkd`.",
+    ),
+    Check(
+        "PK112",
+        "refused",
+        meaning="The method teaches what only its teacher reads, and the teacher reads no more.",
+        remedy="Set `teacher.context`, `teacher.system` or `teacher.context_template`.",
+    ),
     # 2xx: the pair of models, and the machine
     Check(
         "PK201",
@@ -107,8 +127,9 @@ CHECKS = (
     Check(
         "PK204",
         "refused",
-        meaning="The student has its teacher's weights.",
-        remedy="Name another student, or make one: `promptkd init-student`.",
+        meaning="The student has its teacher's weights and reads what its teacher reads.",
+        remedy="Name another student, make one (`promptkd init-student`), or let the teacher know "
+        "more: `teacher.context`.",
     ),
     Check(
         "PK205",

@@ -16,6 +16,9 @@ and its code disagree, the docstring says which one is followed.
     akl        the data                        KL(p || q) and KL(q || p)      frozen
     taid       the data (or q)                 KL(p_t || q)                   walks from q to p
     opd        q                               log q - log p, sampled token   frozen
+    opsd       q                               JSD of p(.|c, x) and q         frozen, knows c
+    sdft       q                               KL(q || p(.|c, x))             frozen, knows c
+    opcd       q                               KL(q || p(.|c, x))             frozen, knows c
     promptkd   q                               KL(q || p_P)                   soft prompt P learns
 """
 
@@ -227,6 +230,59 @@ def opd() -> Method:
 
 
 @_method
+def opsd(
+    divergence: str = "generalized_jsd", beta: float | None = None, skew: float | None = None
+) -> Method:
+    """On-policy self-distillation: a solution that only the teacher reads, JSD to the student.
+
+        L = JSD_1/2(p_0(.|x, c), q(.|x)),   y ~ q(.|x)
+
+    c is a worked solution (teacher.context), p_0 the student as it started (teacher.model: student,
+    which is the paper's choice; any other teacher of the student's tokenizer works too). beta 1/2
+    is generalized_jsd's default. The paper also clips the divergence of single tokens, which is
+    left out here.
+
+    Source: OPSD, arXiv:2601.18734.
+    """
+    objective = Divergence(divergence, options_of(beta=beta, skew=skew))
+    return Method("opsd", (Term(Student(), objective),), Frozen(), needs_context=True)
+
+
+@_method
+def sdft(
+    divergence: str = "reverse_kl", beta: float | None = None, skew: float | None = None
+) -> Method:
+    """Self-distillation fine-tuning: who has read a demonstration teaches who hasn't.
+
+        L = KL(q(.|x) || p(.|x, c)),   y ~ q(.|x)
+
+    c is a demonstration, usually the row's reference (teacher.context, or response in
+    teacher.context_template), p the student's moving average (teacher.model: student, follow: ema)
+    or the student itself (follow: live). The gradient is exact over the vocabulary. There are
+    implementations with KL(p || q) instead: divergence forward_kl.
+
+    Source: SDFT, arXiv:2601.19897.
+    """
+    objective = Divergence(divergence, options_of(beta=beta, skew=skew))
+    return Method("sdft", (Term(Student(), objective),), Frozen(), needs_context=True)
+
+
+@_method
+def opcd() -> Method:
+    """On-policy context distillation: the student learns to act as if it had read c.
+
+        L = KL(q(.|x) || p(.|c, x)),   y ~ q(.|x)
+
+    c is a system prompt (teacher.system) or experience (teacher.context). It is gkd's default over
+    such a teacher, which may be a larger model or the student as it started.
+
+    Source: OPCD, arXiv:2602.12275.
+    """
+    terms = (Term(Student(), Divergence("reverse_kl")),)
+    return Method("opcd", terms, Frozen(), needs_context=True)
+
+
+@_method
 def promptkd(
     length: int = 7,
     init: str = "text",
@@ -248,7 +304,8 @@ def promptkd(
         L_student = KL(q || p_P)                                          moves q
 
     teacher="lora" or "prefix" adapts the teacher by other means (Table 9); length and init belong
-    to the soft prompt and the prefix.
+    to the soft prompt and the prefix. Where the recipe gives the teacher a context (teacher.context
+    or teacher.system), p_P and p have both read it: the method over a teacher that knows more.
 
     Source: Kim, Jang and Yang 2024, arXiv:2402.12842, Eq. 1-4; ablations: appendix D.
     """

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Bool, Int
@@ -27,6 +28,13 @@ class MicroBatch:
         """One number per response token, in the order of ``response_ids``."""
         values = [value for rollout in self.rollouts for value in rollout.annotations[name]]
         return torch.tensor(values, device=self.tokens.device)
+
+    @cached_property
+    def for_teacher(self) -> "MicroBatch":
+        """The same responses, in the same order, after the teacher's requests."""
+        if all(rollout.teacher_request_ids is None for rollout in self.rollouts):
+            return self
+        return pad([rollout.for_teacher for rollout in self.rollouts], self.tokens.device)
 
     @property
     def num_tokens(self) -> int:
@@ -55,18 +63,20 @@ def split_by_length(
 ) -> list[MicroBatch]:
     """Sort by length, longest first, and cut so that no micro-batch exceeds the budget.
 
+    The length of a rollout is its reader's who reads more of it.
+
     What counts is what matmuls see: the real tokens where rows are ``packed``, else rows x longest.
     A single rollout longer than the budget gets a micro-batch of its own.
     """
-    ordered = sorted(rollouts, key=lambda r: r.num_tokens, reverse=True)
+    ordered = sorted(rollouts, key=lambda r: r.longest, reverse=True)
     batches: list[MicroBatch] = []
     group: list[Rollout] = []
     seen = 0
     for rollout in ordered:
-        added = rollout.num_tokens if packed or not group else group[0].num_tokens
+        added = rollout.longest if packed or not group else group[0].longest
         if group and seen + added > micro_batch_tokens:
             batches.append(pad(group, device))
-            group, seen, added = [], 0, rollout.num_tokens
+            group, seen, added = [], 0, rollout.longest
         group.append(rollout)
         seen += added
     return [*batches, pad(group, device)] if group else batches

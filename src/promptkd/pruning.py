@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from promptkd.data import Encoder, read_examples, training_set
@@ -60,19 +60,12 @@ def init_student(
     Raises:
         UserError: if the output exists, or the number of layers makes no sense.
     """
-    output = Path(output)
-    if output.exists() and any(output.iterdir()):
-        raise UserError(f"{output} exists and is not empty. Choose another output.")
-    device = default_device()
+    output = _empty(output)
     # The kept layers are the student's start: kept exactly, whatever they are measured in.
-    module = load_model(teacher, torch.float32, device)
+    module = load_model(teacher, torch.float32, default_device())
     tokenizer = load_tokenizer(teacher)
     total = len(layers_of(module)[1])
-    if not 1 <= num_layers < total:
-        raise UserError(
-            f"--layers {num_layers}: the teacher has {total} layers, so a student keeps 1 to "
-            f"{total - 1} of them."
-        )
+    _check_layers(num_layers, total)
     record: dict[str, Any] = {"teacher": teacher, "teacher_layers": total}
     if calibration is None:
         kept = evenly_spaced(total, num_layers)
@@ -80,18 +73,36 @@ def init_student(
     else:
         sources = [calibration] if isinstance(calibration, str) else list(calibration)
         rollouts = _calibration_rollouts(tokenizer, template, sources, num_calibration_rows)
-        dtype = compute_dtype(precision, device)
-        model = proven(LanguageModel(module, embedding_rows(module), dtype), teacher)
+        model = _measurable(module, precision, teacher)
         kept, measured = rank_layers(model, rollouts, num_layers, search)
         record |= {"search": search, "calibration": sources, **measured}
-    record["kept"] = kept
-    record["dropped"] = [layer for layer in range(total) if layer not in kept]
+    record |= {"kept": kept, "dropped": [layer for layer in range(total) if layer not in kept]}
     student = keep_layers(module, kept)
     with whole_directory(output, "student") as directory:
         student.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         write_json(directory / "pruning.json", record)
     return record
+
+
+def _empty(output: str | Path) -> Path:
+    place = Path(output)
+    if place.exists() and any(place.iterdir()):
+        raise UserError(f"{place} exists and is not empty. Choose another output.")
+    return place
+
+
+def _measurable(module: PreTrainedModel, precision: str, name: str) -> LanguageModel:
+    dtype = compute_dtype(precision, module.device)
+    return proven(LanguageModel(module, embedding_rows(module), dtype), name)
+
+
+def _check_layers(num_layers: int, total: int) -> None:
+    if not 1 <= num_layers < total:
+        raise UserError(
+            f"--layers {num_layers}: the teacher has {total} layers, so a student keeps 1 to "
+            f"{total - 1} of them."
+        )
 
 
 def layers_of(module: PreTrainedModel) -> tuple[str, nn.ModuleList]:

@@ -6,8 +6,15 @@ from typing import Any
 
 import torch
 import torch.distributed
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
+
+
+def leave() -> None:
+    """End the talk of the processes; torn down by the exit instead, its threads may abort one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -16,6 +23,12 @@ class Ranks:
 
     rank: int = 0
     number: int = 1
+
+    @classmethod
+    def of_launch(cls) -> "Ranks":
+        """Those that torchrun or accelerate started; they are brought together."""
+        state = PartialState(cpu=not torch.cuda.is_available())
+        return cls(state.process_index, state.num_processes)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all processes, in place."""

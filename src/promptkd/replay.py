@@ -115,12 +115,17 @@ def to_json(rollout: Rollout) -> list[Any]:
     """A rollout as lists and numbers, for a source's state."""
     notes = {name: list(values) for name, values in rollout.annotations.items()}
     ids = [list(rollout.request_ids), list(rollout.response_ids)]
-    return [rollout.index, *ids, rollout.author, notes]
+    of_teacher = rollout.teacher_request_ids
+    more = [] if of_teacher is None else [list(of_teacher)]
+    return [rollout.index, *ids, rollout.author, notes, *more]
 
 
 def from_json(item: Sequence[Any]) -> Rollout:
     """The rollout that ``to_json`` was given."""
-    index, request_ids, response_ids, author, notes = item
+    index, request_ids, response_ids, author, notes, *more = item
     annotations = {name: tuple(values) for name, values in notes.items()}
     ids = tuple(request_ids), tuple(response_ids)
-    return Rollout(index, *ids, author=author, annotations=annotations)
+    of_teacher = tuple(more[0]) if more else None
+    return Rollout(
+        index, *ids, author=author, annotations=annotations, teacher_request_ids=of_teacher
+    )

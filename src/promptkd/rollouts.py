@@ -5,7 +5,6 @@ once. Sources are frozen; what they must remember lives in a ``state`` dictionar
 the trainer and is saved with every checkpoint.
 """
 
-import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,8 @@ class Rollout:
 
     ``response_ids`` has at least one token and ends with a stop token unless it was cut.
     ``annotations`` holds one number per response token (old log-probabilities, for instance).
+    ``teacher_request_ids`` is what stands before the same response where the teacher reads it;
+    None: the same request.
     """
 
     index: int
@@ -32,10 +33,42 @@ class Rollout:
     response_ids: Tokens
     author: str
     annotations: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    teacher_request_ids: Tokens | None = None
+
+    @classmethod
+    def answer(
+        cls,
+        example: EncodedExample,
+        response_ids: Tokens,
+        author: str,
+        annotations: dict[str, tuple[float, ...]] | None = None,
+    ) -> "Rollout":
+        """A response to an example, for both of its readers."""
+        return cls(
+            index=example.index,
+            request_ids=example.request_ids,
+            response_ids=response_ids,
+            author=author,
+            annotations=annotations or {},
+            teacher_request_ids=example.teacher_request_ids,
+        )
+
+    @property
+    def for_teacher(self) -> "Rollout":
+        """As the teacher reads it."""
+        if self.teacher_request_ids is None:
+            return self
+        return replace(self, request_ids=self.teacher_request_ids, teacher_request_ids=None)
 
     @property
     def num_tokens(self) -> int:
+        """As the student reads it."""
         return len(self.request_ids) + len(self.response_ids)
+
+    @property
+    def longest(self) -> int:
+        """Tokens for the one who reads more of them."""
+        return max(self.num_tokens, self.for_teacher.num_tokens)
 
 
 Write = Callable[[Sequence[EncodedExample]], list[Rollout]]
@@ -178,7 +211,8 @@ class TeacherMixed(Stateless):
 
     Each response is annotated with what a policy gradient needs, in nats, per token:
 
-        sampling_logprobs  log p~(y_t), so that w_t = q(y_t) / p~(y_t)
+        sampling_logprobs  of y_t under the law that it was drawn from: p~ with the recipe's
+                           temperature, top_p and top_k; w_t = q(y_t) / that
         advantages         what follows y_t: the mean over t' > t of log p(y_t') - log q(y_t')
 
     Source: MiniLLM, arXiv:2306.08543, section 2.2 (teacher-mixed sampling, length normalisation).
@@ -198,10 +232,11 @@ class TeacherMixed(Stateless):
     def _annotate(self, rollout: Rollout) -> Rollout:
         student = rollout.annotations["student_logprobs"]
         teacher = rollout.annotations["teacher_logprobs"]
-        pairs = list(zip(student, teacher, strict=True))
-        mixed = tuple(_log_mixture(own, other, self.share) for own, other in pairs)
-        rewards = [other - own for own, other in pairs]
-        notes = {"sampling_logprobs": mixed, "advantages": length_normalized_returns(rewards)}
+        rewards = [other - own for own, other in zip(student, teacher, strict=True)]
+        notes = {
+            "sampling_logprobs": rollout.annotations["sampling_logprobs"],
+            "advantages": length_normalized_returns(rewards),
+        }
         return replace(rollout, annotations=notes)
 
 
@@ -218,14 +253,6 @@ def length_normalized_returns(rewards: Sequence[float]) -> tuple[float, ...]:
         returns.append(later / number if number else 0.0)
         later += reward
     return tuple(reversed(returns))
-
-
-def _log_mixture(student: float, teacher: float, share: float) -> float:
-    if share == 0:
-        return student
-    first, second = math.log1p(-share) + student, math.log(share) + teacher
-    largest = max(first, second)
-    return largest + math.log(math.exp(first - largest) + math.exp(second - largest))
 
 
 @dataclass(frozen=True)
@@ -267,7 +294,5 @@ def reference_rollouts(examples: Iterable[EncodedExample]) -> list[Rollout]:
     rollouts = []
     for example in examples:
         assert example.response_ids is not None, "refused when the recipe was read"
-        rollouts.append(
-            Rollout(example.index, example.request_ids, example.response_ids, author="reference")
-        )
+        rollouts.append(Rollout.answer(example, example.response_ids, author="reference"))
     return rollouts

@@ -15,6 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import peft
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -220,7 +221,11 @@ def save_soft_prompt(vectors: Float[Tensor, "length width"], directory: Path, na
 
 
 def load_soft_prompt(directory: Path) -> Float[Tensor, "length width"]:
-    return load_file(directory / "adapter_model.safetensors")["prompt_embeddings"]
+    """Raises UserError if the file is damaged."""
+    try:
+        return load_file(directory / "adapter_model.safetensors")["prompt_embeddings"]
+    except (SafetensorError, KeyError) as error:
+        raise UserError(f"{directory} is damaged ({error}). Train the run again.") from None
 
 
 def prompt_vectors(model: LanguageModel, token_ids: Sequence[int]) -> Float[Tensor, "length width"]:

@@ -9,22 +9,38 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from promptkd.divergences import LogProbs, PerToken, reverse_kl
-from promptkd.micro_batches import split_by_length
+from promptkd.micro_batches import MicroBatch, split_by_length
 from promptkd.models.language_model import LanguageModel, select_responses
 from promptkd.objectives import States, accumulate
 from promptkd.rollouts import Rollout
 
+Select: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""From hidden states and the responses' mask to the states that are scored."""
+
 
 @dataclass(frozen=True)
 class Reader:
-    """A model that reads the responses, with or without a soft prompt in front of them."""
+    """A model that reads the responses, with or without a soft prompt in front of them.
+
+    Attributes:
+        is_teacher: whether it reads the teacher's requests.
+    """
 
     model: LanguageModel
     soft_prompt: Float[Tensor, "length width"] | None = None
+    is_teacher: bool = False
 
-    def packs(self, longest: int) -> bool:
+    def packs(self, rollouts: Sequence[Rollout]) -> bool:
+        """Whether it pads none of these rows."""
+        own = [rollout.for_teacher if self.is_teacher else rollout for rollout in rollouts]
         front = 0 if self.soft_prompt is None else len(self.soft_prompt)
-        return self.model.packs(longest + front)
+        return self.model.packs(max((rollout.num_tokens for rollout in own), default=0) + front)
+
+    def states(self, batch: MicroBatch, select: Select) -> States:
+        """Hidden states at the responses' tokens, without gradient."""
+        own = batch.for_teacher if self.is_teacher else batch
+        hidden = self.model.hidden_states(own.tokens, self.soft_prompt)
+        return States(select(hidden, own.response_mask), self.model.head, learns=False)
 
 
 Losses: TypeAlias = Callable[
@@ -39,7 +55,7 @@ def token_losses(
     readers: Mapping[str, Reader],
     losses: Losses,
     micro_batch_tokens: int,
-    select: Callable[[Tensor, Tensor], Tensor] = select_responses,
+    select: Select = select_responses,
 ) -> dict[str, list[PerToken]]:
     """Named losses at every response token: one fp64 vector per rollout, in the rollouts' order.
 
@@ -52,21 +68,10 @@ def token_losses(
     """
     placed = [replace(rollout, index=place) for place, rollout in enumerate(rollouts)]
     device = next(iter(readers.values())).model.device
-    longest = max((rollout.num_tokens for rollout in rollouts), default=0)
-    packed = all(reader.packs(longest) for reader in readers.values())
+    packed = all(reader.packs(rollouts) for reader in readers.values())
     found: dict[str, dict[int, PerToken]] = {}
     for batch in split_by_length(placed, micro_batch_tokens, device, packed=packed):
-        states = {
-            name: States(
-                select(
-                    reader.model.hidden_states(batch.tokens, reader.soft_prompt),
-                    batch.response_mask,
-                ),
-                reader.model.head,
-                learns=False,
-            )
-            for name, reader in readers.items()
-        }
+        states = {name: reader.states(batch, select) for name, reader in readers.items()}
         ids, lengths = batch.response_ids, [len(r.response_ids) for r in batch.rollouts]
 
         def of_tile(logprobs: Mapping[str, LogProbs], tile: slice, ids: Tensor = ids):
@@ -99,9 +104,10 @@ def distances(
 ) -> list[PerToken]:
     """KL(q || p) at every response token, rollout by rollout.
 
-    On responses that the student generated, it is how far the student is from the plain teacher.
+    On responses that the student generated, it is how far the student is from the plain teacher,
+    each reading its own requests.
     """
-    readers = {"student": Reader(student), "teacher": Reader(teacher)}
+    readers = {"student": Reader(student), "teacher": Reader(teacher, is_teacher=True)}
 
     def losses(logprobs: Mapping[str, LogProbs], tokens: Int[Tensor, " tokens"]):
         return {"nats": reverse_kl(logprobs["student"], logprobs["teacher"])}

@@ -25,7 +25,7 @@ app = typer.Typer(
 )
 FAILED, DEFECT, INTERRUPTED = 1, 70, 130
 """Exit codes, as docs/cli.md lists them; 2 is a wrong command line."""
-SEVERAL = ("--seeds", "--data", "--held-out", "--set", "--calibration", "--metric")
+SEVERAL = ("--seeds", "--data", "--held-out", "--set", "--calibration", "--metric", "--tasks")
 
 
 def show_scores(results: dict[str, Any]) -> None:
@@ -51,6 +51,8 @@ def check_lines(found: dict[str, Any], recipe: Recipe) -> Iterator[str]:
     tokens = example["response_tokens"]
     response = "generated while training" if tokens is None else f"|{'|'.join(tokens)}|"
     yield f"the first request: {example['request']!r}; its response, by tokens: {response!r}"
+    if example["teacher_request"] is not None:
+        yield f"what the teacher reads of it: {example['teacher_request']!r}"
     yield (
         f"one step: loss {first['loss']:.3f} nats per token, {first['response_length']:.0f} tokens "
         f"per response, {100 * first['share_ended']:.0f} % ended; the first took "

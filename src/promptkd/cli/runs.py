@@ -81,11 +81,13 @@ def train(
 
     loaded = load_recipe(recipe, overrides or [])
     from promptkd.api import train as run
+    from promptkd.ranks import leave
 
     keep_freed_memory()
 
     directory = run(loaded, restart_from=restart_from, allow_changes=allow_changes)
     typer.echo(f"run: {directory}")
+    leave()
 
 
 @app.command()
@@ -142,11 +144,36 @@ def study(
     file: Annotated[
         Path, typer.Argument(help="YAML file; see docs/study.md", metavar="study.yaml")
     ],
+    table_only: Annotated[
+        bool, typer.Option("--table-only", help="tables and figures of what is stored; no training")
+    ] = False,
+    rescore: Annotated[
+        bool, typer.Option("--rescore", help="with --table-only: score kept responses anew")
+    ] = False,
+    power: Annotated[
+        bool, typer.Option("--power", help="which designs could tell --detect apart; no training")
+    ] = False,
+    detect: Annotated[
+        float, typer.Option(min=0, help="a difference in the score that decides")
+    ] = 0.7,
 ) -> None:
     """Train and score several methods with several seeds; one table. The same command resumes."""
     from promptkd.study.file import load_study
 
     loaded = load_study(file)
+    if rescore and not table_only:
+        raise UserError("--rescore is for what is stored: give --table-only, too.")
+    if power:
+        from promptkd.study.stored import power as report_power
+
+        typer.echo(report_power(loaded, detect))
+        return
+    if table_only:
+        from promptkd.study.stored import conclude
+
+        conclude(loaded, rescore=rescore)
+        typer.echo(f"study: {loaded.place}")
+        return
     from promptkd.study.run import run_study
 
     keep_freed_memory()

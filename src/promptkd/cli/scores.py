@@ -16,6 +16,15 @@ def evaluate(
         list[str] | None, typer.Option(help="held-out requests; each file is scored by itself")
     ] = None,
     suite: Annotated[Path | None, typer.Option(help="or a YAML file of named data sets")] = None,
+    like: Annotated[
+        Path | None, typer.Option(help="or an evaluated run: its data and its whole protocol")
+    ] = None,
+    with_: Annotated[
+        str | None,
+        typer.Option(
+            "--with", help="a run's other models too: start,teacher,warm-up", show_default=False
+        ),
+    ] = None,
     seeds: Annotated[list[int] | None, typer.Option(min=0, help="decoding seeds")] = None,
     output: Annotated[Path | None, typer.Option(help="directory for the scores")] = None,
     num_examples: Annotated[int | None, typer.Option(min=1, help="only the first ones")] = None,
@@ -23,39 +32,104 @@ def evaluate(
     max_request_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     max_response_tokens: Annotated[int | None, typer.Option(min=1)] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    top_p: Annotated[float | None, typer.Option(min=1e-6, max=1)] = None,
     top_k: Annotated[int | None, typer.Option(min=0)] = None,
-    no_repeat_ngram_size: Annotated[int, typer.Option(help="6 as the authors' test script")] = 0,
+    no_repeat_ngram_size: Annotated[
+        int | None, typer.Option(min=0, help="6 as the authors' test script")
+    ] = None,
+    engine: Annotated[str | None, typer.Option(help="transformers | vllm")] = None,
     teacher: Annotated[str | None, typer.Option(help="also measure KL(student || teacher)")] = None,
     metric: Annotated[list[str] | None, typer.Option(help="more scores: docs/metrics.md")] = None,
 ) -> None:
     """Write responses to held-out requests, score them, and save both."""
-    if (suite is None) == (not data):
-        raise UserError("Say what to evaluate on: either --data FILE ... or --suite FILE.")
-    from promptkd.evaluation.suites import PAPER_SEEDS, read_suite, suite_of_files
+    options = dict(locals())
+    for name in ("model", "data", "suite", "with_", "metric"):
+        del options[name]
+    _check_sources(data, suite, like)
+    if engine not in (None, "transformers", "vllm"):
+        raise UserError(f"--engine is '{engine}'; known: transformers, vllm.")
+    if metric:
+        options["metrics"] = metric
+    found = _evaluated(model, (with_ or "").split(","), _sources(data, suite), options)
+    for label, results in found.items():
+        if label:
+            typer.echo(f"--- {label}")
+        show_scores(results)
+    if found:
+        typer.echo(f"scores: {output or _run_of(Path(model)) / 'evaluation'}")
 
-    asked = read_suite(suite) if suite else suite_of_files(data or [])
+
+def _check_sources(data: list[str] | None, suite: Path | None, like: Path | None) -> None:
+    if (suite is not None) + bool(data) > 1 or not (suite or data or like):
+        raise UserError(
+            "Say what to evaluate on: either --data FILE ... or --suite FILE, or --like RUN."
+        )
+
+
+def _sources(data: list[str] | None, suite: Path | None) -> Any:
+    """Files by data set; None where another evaluation says it."""
+    from promptkd.evaluation.suites import read_suite, suite_of_files
+
+    if suite:
+        return read_suite(suite)
+    return suite_of_files(data) if data else None
+
+
+def _evaluated(
+    model: str, others: list[str], sources: Any, options: dict[str, Any]
+) -> dict[str, Any]:
+    """The records by model; nothing on processes that only help."""
     from promptkd.evaluation.evaluate import evaluate as run
+    from promptkd.evaluation.evaluate import evaluate_with
+    from promptkd.ranks import Ranks
 
     keep_freed_memory()
-    results = run(
-        model,
-        asked,
-        seeds=seeds or PAPER_SEEDS,
-        output=output,
-        num_examples=num_examples,
-        template=template,
-        max_request_tokens=max_request_tokens,
-        max_response_tokens=max_response_tokens,
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        no_repeat_ngram_size=no_repeat_ngram_size,
-        teacher=teacher,
-        metrics=metric or (),
+    ranks = Ranks.of_launch()
+    if any(others):
+        found: dict[str, Any] = evaluate_with(model, others, sources, ranks=ranks, **options)
+    else:
+        found = {"": run(model, sources, ranks=ranks, **options)}
+    return found if ranks.rank == 0 else {}
+
+
+def _run_of(directory: Path) -> Path:
+    from promptkd.evaluation.named_models import run_of
+
+    return run_of(directory)
+
+
+@app.command("lm-eval")
+def lm_eval(
+    run: Annotated[Path, typer.Argument(help="a finished run's directory")],
+    tasks: Annotated[list[str], typer.Option(help="names of the harness, or YAML files of tasks")],
+    with_: Annotated[
+        str | None, typer.Option("--with", help="the run's other models too: start,teacher")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first of each task")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="else the task's own")] = None,
+    batch_size: Annotated[int, typer.Option(min=1)] = 8,
+    precision: Annotated[str, typer.Option(help="auto | bf16 | fp32")] = "auto",
+    chat: Annotated[bool, typer.Option("--chat", help="by the chat template")] = False,
+) -> None:
+    """Run tasks of lm-evaluation-harness on a run's student; the table stays in the run."""
+    if precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"--precision is '{precision}'; known: auto, bf16, fp32.")
+    from promptkd.evaluation.lm_harness import lm_eval as evaluate_tasks
+    from promptkd.evaluation.lm_harness import table
+
+    keep_freed_memory()
+    found = evaluate_tasks(
+        run,
+        tasks,
+        others=with_.split(",") if with_ else (),
+        limit=limit,
+        num_fewshot=num_fewshot,
+        batch_size=batch_size,
+        precision=precision,
+        chat=chat,
     )
-    show_scores(results)
-    typer.echo(f"scores: {output or Path(model) / 'evaluation'}")
+    typer.echo(table(found))
+    typer.echo(f"results: {_run_of(run) / 'lm_eval'}")
 
 
 @app.command()
@@ -63,7 +137,7 @@ def rescore(
     directory: Annotated[Path, typer.Argument(help="a run, or what evaluate wrote to")],
 ) -> None:
     """Compute ROUGE-L and the like anew from the kept predictions, without generating again."""
-    from promptkd.evaluation.results import rescore as run
+    from promptkd.evaluation.rescoring import rescore as run
 
     notes: list[str] = []
     show_scores(run(directory, notes))
@@ -94,6 +168,7 @@ def generate(
     run: Annotated[Path, typer.Argument(help="a finished run's directory")],
     request: Annotated[str, typer.Argument(help="the instruction")],
     input: Annotated[str, typer.Option(help="its context")] = "",
+    context: Annotated[str, typer.Option(help="what only the run's teacher reads")] = "",
     seed: Annotated[int, typer.Option(min=0)] = 0,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy")] = None,
 ) -> None:
@@ -101,7 +176,7 @@ def generate(
     from promptkd.evaluation.side_by_side import generate as respond
 
     for author, response in respond(
-        run, request, input=input, seed=seed, temperature=temperature
+        run, request, input=input, context=context, seed=seed, temperature=temperature
     ).items():
         typer.echo(f"--- {author}\n{response}\n")
     typer.echo(f"run: {run}")
@@ -113,10 +188,14 @@ def exposure_bias(
     data: Annotated[
         list[str] | None, typer.Option(help="requests; the run's validation data if not given")
     ] = None,
-    num_examples: Annotated[int, typer.Option(help="only the first ones")] = 500,
-    num_samples: Annotated[int, typer.Option(help="responses per request, seed and author")] = 1,
-    seeds: Annotated[list[int] | None, typer.Option(help="of the sampling")] = None,
-    max_response_tokens: Annotated[int | None, typer.Option(help="else the run's own")] = None,
+    num_examples: Annotated[int, typer.Option(min=1, help="only the first ones")] = 500,
+    num_samples: Annotated[
+        int, typer.Option(min=1, help="responses per request, seed and author")
+    ] = 1,
+    seeds: Annotated[list[int] | None, typer.Option(min=0, help="of the sampling")] = None,
+    max_response_tokens: Annotated[
+        int | None, typer.Option(min=1, help="else the run's own")
+    ] = None,
     precision: Annotated[str, typer.Option(help="auto | bf16 | fp32")] = "fp32",
     authors_script: Annotated[
         bool, typer.Option(help="the authors' script, defects included, in a file of its own")
@@ -153,8 +232,10 @@ def analyse_prompt(
     data: Annotated[
         list[str] | None, typer.Option(help="requests; the run's validation data if not given")
     ] = None,
-    num_examples: Annotated[int, typer.Option(help="of training and held-out data each")] = 100,
-    seed: Annotated[int, typer.Option(help="of the responses")] = 10,
+    num_examples: Annotated[
+        int, typer.Option(min=1, help="of training and held-out data each")
+    ] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="of the responses")] = 10,
     precision: Annotated[str, typer.Option(help="auto | bf16 | fp32")] = "fp32",
 ) -> None:
     """Where the soft prompt went, and what the teacher says differently for it."""

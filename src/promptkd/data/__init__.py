@@ -5,17 +5,11 @@ knows. Inside there are only requests and responses; token ids are lists of inte
 """
 
 from promptkd.data.batches import Batch, batch_of_step, steps_of_epochs
-from promptkd.data.encoding import (
-    Dataset,
-    EncodedExample,
-    Encoder,
-    date_of_run,
-    evaluation_set,
-    training_set,
-)
+from promptkd.data.encoding import EncodedExample, Encoder, date_of_run
 from promptkd.data.examples import Example, content_digest
 from promptkd.data.overlap import Overlap, overlap, split_by_digest
 from promptkd.data.reading import read_examples, read_noted
+from promptkd.data.sets import Dataset, evaluation_set, reads, training_set
 from promptkd.data.template_findings import (
     TemplateFinding,
     template_difference,
@@ -40,6 +34,7 @@ __all__ = [
     "overlap",
     "read_examples",
     "read_noted",
+    "reads",
     "split_by_digest",
     "steps_of_epochs",
     "template_difference",

@@ -3,9 +3,10 @@
 import math
 import random
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
-from promptkd.data.encoding import Dataset, EncodedExample
+from promptkd.data.encoding import EncodedExample
+from promptkd.data.sets import Dataset
 
 
 @dataclass(frozen=True)
@@ -13,6 +14,10 @@ class Batch:
     """This rank's share of the requests of one optimizer step."""
 
     examples: tuple[EncodedExample, ...]
+
+    def within(self, limit: int) -> "Batch":
+        """The same requests; of their references, at most ``limit`` tokens each."""
+        return Batch(tuple(map(partial(EncodedExample.within, limit=limit), self.examples)))
 
 
 def batch_of_step(

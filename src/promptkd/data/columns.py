@@ -8,6 +8,7 @@ dropped; every other column that isn't read is named once per source.
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from promptkd.config import ColumnsSection
@@ -40,10 +41,16 @@ LAYOUTS = (
 
 
 class ColumnReader:
-    """Reads the rows of one source, and counts which columns are left unread."""
+    """Reads the rows of one source, and counts which columns are left unread.
 
-    def __init__(self, columns: ColumnsSection):
+    Args:
+        columns: which is what.
+        teacher_context: the column that only the teacher reads; it may be the reference too.
+    """
+
+    def __init__(self, columns: ColumnsSection, teacher_context: str | None = None):
         self.columns = columns
+        self.teacher_context = teacher_context
         self.unread: Counter[str] = Counter()
         self._mapped = {
             part: column for part in KNOWN if (column := getattr(columns, part)) is not None
@@ -69,9 +76,12 @@ class ColumnReader:
                 f"{where}: no request found in the columns {sorted(row)}. Known: {LAYOUTS}. "
                 "data.columns maps others, as in {request: my_column}."
             )
+        if context := row.get(self.teacher_context or ""):
+            example = replace(example, teacher_context=self._context(context, where))
         for text in example.texts():
             refuse_lone_surrogates(text, example.at)
-        left = [c for c in row if c not in parts.values() and c not in self.columns.ignore]
+        known = {*parts.values(), *self.columns.ignore, self.teacher_context}
+        left = [c for c in row if c not in known]
         left = [column for column in left if not _is_empty(row[column])]
         read = "\n".join(example.texts())
         for column in left:
@@ -88,6 +98,16 @@ class ColumnReader:
         turns = None if mapped else self._find("messages", row, where)
         wanted = of_messages if turns else of_request
         return {part: name for part in wanted if (name := self._find(part, row, where))}
+
+    def _context(self, value: Any, where: str) -> str:
+        """One text, or several one after the other."""
+        texts = value if isinstance(value, list) else [value]
+        if not all(isinstance(text, str) for text in texts):
+            raise UserError(
+                f"{where}: '{self.teacher_context}', which teacher.context names, is "
+                f"{value!r:.80}, neither a text nor a list of texts."
+            )
+        return "\n\n".join(texts)
 
     def check_mapping(self, source: str) -> str | None:
         """A sentence where nothing of ``data.columns`` is in the source, as in a public test set.
@@ -110,6 +130,7 @@ class ColumnReader:
             names = [self._mapped[part]]
         else:
             taken = {*self._mapped.values(), *self.columns.ignore}
+            taken |= {self.teacher_context} if part != "response" else set()
             names = [name for name in KNOWN[part] if name not in taken]
         present = [name for name in names if name in row]
         filled = [name for name in present if not _is_empty(row[name])]
@@ -159,7 +180,8 @@ class ColumnReader:
 def _lost(where: str, column: str, reason: str) -> UserError:
     return UserError(
         f"{where}: the text in '{column}' would be lost, because {reason}. Say what it is in "
-        f"data.columns, as in {{context: {column}}}, or drop it by {{ignore: [{column}]}}."
+        f"data.columns, as in {{context: {column}}}, or drop it by {{ignore: [{column}]}}; for the "
+        f"teacher alone there is teacher.context: {column}."
     )
 
 
@@ -196,7 +218,9 @@ def _tools(value: Any, where: str) -> tuple[dict[str, Any], ...]:
             value = json.loads(value)
         except (ValueError, RecursionError):
             raise UserError(f"{where}: the tools aren't JSON: {value[:80]!r}.") from None
-    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+    if not isinstance(value, list) or not all(
+        isinstance(tool, dict) and isinstance(tool.get("function", {}), dict) for tool in value
+    ):
         raise UserError(f"{where}: the tools are {value!r:.80}, not a list of objects.")
     return tuple(value)
 
@@ -207,4 +231,4 @@ def _responses(value: Any, where: str) -> tuple[str, ...]:
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(item, str) for item in values):
         raise UserError(f"{where}: the response is {value!r}, neither a text nor a list of texts.")
-    return tuple(values)
+    return tuple(filter(None, values))

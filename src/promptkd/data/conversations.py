@@ -145,6 +145,8 @@ def _calls(calls: Any, where: str) -> list[dict[str, Any]]:
     made = []
     for call in calls:
         function = call.get("function", call)
+        if not isinstance(function, dict):
+            raise UserError(f"{where}: a tool call has the function {function!r:.80}: no object.")
         arguments = function.get("arguments")
         if isinstance(arguments, str):
             try:

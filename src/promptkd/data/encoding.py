@@ -1,14 +1,14 @@
-"""Examples as token ids, and what had to be cut or dropped on the way. No torch."""
+"""Examples as token ids: how student and teacher are asked, and where text is cut. No torch."""
 
 import datetime
-import hashlib
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from promptkd.config import Recipe
+from promptkd.config import Recipe, TeacherSection
+from promptkd.data.briefing import Briefing
 from promptkd.data.examples import Example, refuse_lone_surrogates
 from promptkd.data.templates import (
     apply_chat_template,
@@ -24,18 +24,44 @@ from promptkd.files import read_json
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """An example as the student reads it. ``response_ids`` ends with EOS unless it was cut."""
+    """An example as tokens. ``response_ids`` ends with EOS unless it was cut.
+
+    Attributes:
+        request_ids: as the student reads it.
+        teacher_request_ids: as the teacher does; None where both read the same.
+        where: the row's file and line, for messages.
+    """
 
     index: int
     request_ids: tuple[int, ...]
     response_ids: tuple[int, ...] | None
     references: tuple[str, ...]
+    teacher_request_ids: tuple[int, ...] | None = None
+    where: str = field(default="", compare=False)
+
+    def within(self, limit: int) -> "EncodedExample":
+        """With at most ``limit`` tokens of its reference."""
+        if self.response_ids is None or len(self.response_ids) <= limit:
+            return self
+        return replace(self, response_ids=self.response_ids[:limit])
+
+    def request_of(self, teacher: bool) -> tuple[int, ...]:
+        """As the teacher reads it, or the student."""
+        return (self.teacher_request_ids if teacher else None) or self.request_ids
 
 
 def date_of_run(directory: str | Path) -> datetime.date | None:
     """The date as of which a run renders its requests, as recorded; None before it began."""
-    record = read_json(Path(directory) / "environment.json", [])
-    return datetime.date.fromisoformat(record["date"]) if record and "date" in record else None
+    path = Path(directory) / "environment.json"
+    record = read_json(path, [])
+    if not record or "date" not in record:
+        return None
+    try:
+        return datetime.date.fromisoformat(record["date"])
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{path} has the date {record['date']!r}, written by somebody else. Write YYYY-MM-DD."
+        ) from None
 
 
 class Encoder:
@@ -45,6 +71,7 @@ class Encoder:
         template: never ``auto``: what it stands for.
         template_options: given to the chat template.
         date: what a chat template that asks for today's date is told; today if not given.
+        briefing: what only the teacher reads, for the teacher's encoder.
         eos_token_id: what ends a reference: the chat template's end of turn where there is one,
             else the tokenizer's end of sequence.
     """
@@ -58,6 +85,7 @@ class Encoder:
         *,
         template_options: Mapping[str, Any] | None = None,
         date: datetime.date | None = None,
+        briefing: Briefing | None = None,
     ):
         self.tokenizer = tokenizer
         self.template = resolved(template, tokenizer)
@@ -65,6 +93,7 @@ class Encoder:
         self.max_request_tokens = max_request_tokens
         self.max_response_tokens = max_response_tokens
         self.date = date or datetime.date.today()
+        self.briefing = briefing
         self.eos_token_id: int = tokenizer.eos_token_id
         check_options(self.template, tokenizer, self.template_options)
         if self.template == "chat":
@@ -86,7 +115,7 @@ class Encoder:
             tokenizer,
             template=data.template,
             max_request_tokens=data.max_request_tokens,
-            max_response_tokens=max_response_tokens or data.max_response_tokens,
+            max_response_tokens=max_response_tokens or data.longest_response,
             template_options=data.template_options,
             date=date,
         )
@@ -100,10 +129,47 @@ class Encoder:
             max_response_tokens=self.max_response_tokens,
             template_options=self.template_options,
             date=self.date,
+            briefing=self.briefing,
+        )
+
+    def for_teacher(self, section: TeacherSection, tokenizer: Any) -> "Encoder | None":
+        """How the teacher is asked; None where it reads what the student reads.
+
+        Its requests are as long as they come unless ``teacher.max_request_tokens`` says otherwise.
+
+        Args:
+            section: the recipe's.
+            tokenizer: the teacher's, whose chat template counts if the section names a template.
+
+        Raises:
+            UserError: for a template or a file that isn't one, and a system message without chat.
+        """
+        if not (section.reads_more or section.template or section.template_options):
+            return None
+        template, tokens, options = self.template, self.tokenizer, self.template_options
+        if section.template:
+            template, tokens = resolved(section.template, tokenizer), tokenizer
+            options = options if template == self.template else {}
+        briefing = Briefing.of(section)
+        if briefing.system and template != "chat":
+            raise UserError(
+                f"teacher.system needs a chat template, but the teacher's template is '{template}'."
+                " Set teacher.template: chat, or write the text into teacher.context_template."
+            )
+        return Encoder(
+            tokens,
+            template=template,
+            max_request_tokens=section.max_request_tokens or sys.maxsize,
+            max_response_tokens=self.max_response_tokens,
+            template_options={**options, **section.template_options},
+            date=self.date,
+            briefing=briefing,
         )
 
     def render(self, example: Example) -> str:
         """The request's text, up to where the response begins."""
+        if self.briefing:
+            example = self.briefing.example(example)
         if self.template == "chat":
             text = render_chat(self.tokenizer, example, self.template_options, self.date)
             refuse_lost_text(text, example)
@@ -122,6 +188,8 @@ class Encoder:
         ids = self.tokenizer(text, add_special_tokens=special).input_ids
         if ids and ids[-1] == self.tokenizer.eos_token_id and special:
             ids = ids[:-1]  # some tokenizers end every text; a request goes on
+        if not ids:
+            raise UserError(f"{example.at}the template {self.template} makes no token of the row.")
         return tuple(ids)
 
     def response_ids(self, text: str) -> tuple[int, ...]:
@@ -140,6 +208,7 @@ class Encoder:
             request_ids=self.request_ids(example),
             response_ids=response,
             references=references,
+            where=example.where,
         )
 
     def without_end(self, text: str) -> str:
@@ -177,7 +246,9 @@ class Encoder:
             UserError: if the template alone is too long.
         """
         part, text, without_input = "input", example.input, _replace(example, "input", "")
-        if not text or not self.fits(without_input):
+        if self.briefing:  # the request fits the student; what is cut is the teacher's own
+            part, text = "teacher_context", example.teacher_context
+        elif not text or not self.fits(without_input):
             part, text, example = "instruction", example.instruction, without_input
         shortest, longest = 0, len(text)
         while shortest < longest:
@@ -188,10 +259,10 @@ class Encoder:
         if not self.fits(cut):
             needed, limit = len(self.request_ids(cut)), self.max_request_tokens
             place = f"{example.where}: " if example.where else ""
-            raise UserError(
-                f"{place}max_request_tokens = {limit}, but the template alone has {needed}. "
-                "Raise it."
-            )
+            key, rest = "max_request_tokens", "the template alone"
+            if self.briefing:
+                key, rest = "teacher.max_request_tokens", "what isn't teacher.context"
+            raise UserError(f"{place}{key} = {limit}, but {rest} has {needed}. Raise it.")
         return cut
 
 
@@ -213,130 +284,6 @@ def end_of_turn(tokenizer: Any, options: dict[str, Any]) -> int | None:
     if ids and (ids[0] in tokenizer.all_special_ids or (ids[0] in added and added[ids[0]].special)):
         return ids[0]
     return None
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Encoded examples and what had to be cut or dropped on the way.
-
-    Attributes:
-        num_shortened_conversations: whose oldest turns were left out.
-        num_quoting_markers: whose texts hold the tokenizer's special tokens, read as such.
-    """
-
-    examples: tuple[EncodedExample, ...]
-    num_dropped_requests: int = 0
-    num_cut_requests: int = 0
-    num_cut_responses: int = 0
-    num_shortened_conversations: int = 0
-    num_quoting_markers: int = 0
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    @property
-    def has_references(self) -> bool:
-        """Whether every example has one."""
-        return all(example.response_ids is not None for example in self.examples)
-
-    @property
-    def has_some_references(self) -> bool:
-        return any(example.response_ids is not None for example in self.examples)
-
-    def digest(self) -> str:
-        """Equal exactly for equal tokens in equal order."""
-        found = hashlib.sha256()
-        for example in self.examples:
-            found.update(json.dumps([example.request_ids, example.response_ids]).encode())
-        return found.hexdigest()
-
-    def summary(self) -> str:
-        more = ""
-        if self.num_shortened_conversations:
-            more += f"; {self.num_shortened_conversations} conversations without oldest turns"
-        if self.num_quoting_markers:
-            more += f"; {self.num_quoting_markers} with special tokens in their texts, read as such"
-        return (
-            f"{len(self.examples)} requests ({self.num_dropped_requests} too long, dropped; "
-            f"{self.num_cut_requests} cut to fit; {self.num_cut_responses} references cut{more})"
-        )
-
-
-def training_set(examples: Sequence[Example], encoder: Encoder) -> Dataset:
-    """Encode for training: requests over the limit are dropped and counted, as the authors do.
-
-    Conversations lose their oldest turns first.
-
-    Raises:
-        UserError: if no request is left.
-    """
-    encoded, shortened = [], 0
-    for index, example in enumerate(examples):
-        item = encoder.encode(index, example)
-        if len(item.request_ids) > encoder.max_request_tokens and len(example.messages) > 1:
-            shorter = encoder.without_oldest_turns(example)
-            item = encoder.encode(index, shorter)
-            shortened += len(item.request_ids) <= encoder.max_request_tokens
-        encoded.append(item)
-    kept = tuple(e for e in encoded if len(e.request_ids) <= encoder.max_request_tokens)
-    if not kept:
-        raise UserError(
-            f"All {len(encoded)} requests are longer than max_request_tokens = "
-            f"{encoder.max_request_tokens}. Raise it, or bring shorter requests."
-        )
-    return Dataset(
-        examples=kept,
-        num_dropped_requests=len(encoded) - len(kept),
-        num_cut_responses=_num_cut_responses(kept, encoder),
-        num_shortened_conversations=shortened,
-        num_quoting_markers=_num_quoting_markers(examples, encoder),
-    )
-
-
-def evaluation_set(examples: Sequence[Example], encoder: Encoder) -> Dataset:
-    """Encode for evaluation: every request is kept; those over the limit are cut and counted.
-
-    Conversations lose their oldest turns first.
-    """
-    encoded, num_cut, shortened = [], 0, 0
-    for index, example in enumerate(examples):
-        item = encoder.encode(index, example)
-        if len(item.request_ids) > encoder.max_request_tokens and len(example.messages) > 1:
-            example = encoder.without_oldest_turns(example)
-            item = encoder.encode(index, example)
-            shortened += 1
-        if len(item.request_ids) > encoder.max_request_tokens:
-            item = encoder.encode(index, encoder.cut_to_fit(example))
-            num_cut += 1
-        encoded.append(item)
-    return Dataset(
-        examples=tuple(encoded),
-        num_cut_requests=num_cut,
-        num_cut_responses=_num_cut_responses(encoded, encoder),
-        num_shortened_conversations=shortened,
-        num_quoting_markers=_num_quoting_markers(examples, encoder),
-    )
-
-
-def _num_cut_responses(examples: Iterable[EncodedExample], encoder: Encoder) -> int:
-    return sum(
-        example.response_ids is not None and example.response_ids[-1] != encoder.eos_token_id
-        for example in examples
-    )
-
-
-def _num_quoting_markers(examples: Iterable[Example], encoder: Encoder) -> int:
-    tokenizer = encoder.tokenizer
-    added = (str(t) for t in tokenizer.added_tokens_decoder.values() if t.special)
-    markers = {token for token in (*tokenizer.all_special_tokens, *added) if len(token) > 2}
-
-    def texts(example: Example) -> Iterable[str]:
-        yield from (example.instruction, example.input, *example.responses)
-        yield from (turn["content"] for turn in example.messages)
-
-    return sum(
-        any(marker in text for text in texts(example) for marker in markers) for example in examples
-    )
 
 
 def _replace(example: Example, part: str, text: str) -> Example:

@@ -20,6 +20,7 @@ class Example:
         messages: the turns before the response, when the row is a conversation. The last one is
             the user's (``instruction`` is its text), or a tool's result.
         tools: schemas of the tools that a conversation may call, for the chat template.
+        teacher_context: a text that only the teacher reads.
         where: the row's file and line, for messages.
     """
 
@@ -28,6 +29,7 @@ class Example:
     responses: tuple[str, ...] = ()
     messages: tuple[Turn, ...] = ()
     tools: tuple[dict[str, Any], ...] = ()
+    teacher_context: str = ""
     where: str = field(default="", compare=False)
 
     @property
@@ -39,6 +41,7 @@ class Example:
         """Every text that the user wrote: of the request, its turns and the references."""
         yield from (self.instruction, self.input, *self.responses)
         yield from (turn["content"] for turn in self.messages)
+        yield self.teacher_context
 
 
 def request_text(example: Example) -> str:
@@ -53,6 +56,7 @@ def content_digest(examples: Iterable[Example]) -> str:
     digest = hashlib.sha256()
     for e in examples:
         row = [e.instruction, e.input, e.responses, e.messages, e.tools]
+        row += [e.teacher_context] if e.teacher_context else []
         digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()
 

@@ -19,19 +19,21 @@ PLACES = "Give a file, a folder, a glob, or a hub id (owner/name or owner/name:s
 _SPLIT = re.compile(r"(train|validation|valid|dev|eval|test)(?![a-z])", re.IGNORECASE)
 
 
-def read_examples(sources: Any, columns: ColumnsSection | None = None) -> list[Example]:
+def read_examples(
+    sources: Any, columns: ColumnsSection | None = None, teacher_context: str | None = None
+) -> list[Example]:
     """Read every row of every source, in order; what isn't read is said on standard error.
 
     See ``read_noted``.
     """
-    examples, notes = read_noted(sources, columns)
+    examples, notes = read_noted(sources, columns, teacher_context)
     for note in notes:
         print(note, file=sys.stderr)
     return examples
 
 
 def read_noted(
-    sources: Any, columns: ColumnsSection | None = None
+    sources: Any, columns: ColumnsSection | None = None, teacher_context: str | None = None
 ) -> tuple[list[Example], list[str]]:
     """The examples of every source, and a sentence for whatever of a source isn't read.
 
@@ -39,6 +41,7 @@ def read_noted(
         sources: paths, folders, globs, or hub ids (``owner/name`` or ``owner/name:split``); from
             Python also lists of dictionaries, and ``datasets.Dataset``. One of them or several.
         columns: which column is what, where the names aren't known ones.
+        teacher_context: the column that only the teacher reads.
 
     Raises:
         UserError: for a missing or empty source or a broken row, with file and line number.
@@ -47,12 +50,17 @@ def read_noted(
     notes: list[str] = []
     for source in _each(sources):
         for name, rows in _expand(source, notes):
-            reader = ColumnReader(columns or ColumnsSection())
+            reader = ColumnReader(columns or ColumnsSection(), teacher_context)
             found = [reader.example(row, where) for where, row in rows]
             if not found:
                 raise UserError(f"{name} holds no rows. Give a file with at least one request.")
             if unmapped := reader.check_mapping(name):
                 notes.append(f"{name} {unmapped}: it is read by its own column names")
+            if teacher_context and (without := sum(not e.teacher_context for e in found)):
+                notes.append(
+                    f"{name}: {without} of {len(found)} rows have no '{teacher_context}', which "
+                    "teacher.context names: there the teacher reads the request alone"
+                )
             if reader.unread:
                 notes.append(f"{name}: {_listed(reader.unread, len(found))} not read")
             examples.extend(found)

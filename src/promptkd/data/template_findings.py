@@ -43,6 +43,8 @@ def template_findings(encoder: Encoder, example: Example) -> list[TemplateFindin
     if encoder.template != "chat" or not example.responses:
         return []
     reference = encoder.without_end(example.responses[0])
+    if not reference.strip():
+        return []
     request, turns = encoder.render(example), chat_turns(example)
     if request == _closed(encoder, example, turns):
         return [

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+import jinja2.meta
 import jinja2.sandbox
 
 from promptkd.data.examples import Example, Turn
@@ -24,6 +25,10 @@ VERBATIM = "{{ instruction }}{% if input %}\n\n{{ input }}{% endif %}"
 CLOCK = "strftime_now"
 """The name by which chat templates ask for today's date."""
 NAMES = "auto, alpaca, chat, none or a Jinja file"
+SANDBOX = jinja2.sandbox.ImmutableSandboxedEnvironment(
+    undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+)
+"""Where templates that users write run: they see their variables and nothing else."""
 
 
 def resolved(template: str, tokenizer: Any) -> str:
@@ -58,13 +63,22 @@ def render(template: str, example: Example) -> str:
     """A request by one of the named templates, or by a file's.
 
     Raises:
-        UserError: if the template fails, or the row is a conversation, which these can't hold.
+        UserError: if the template fails or leaves out the input, or the row is a conversation,
+            which these can't hold.
     """
     example, whole = _single_turn(example), template_of(template)
     try:
-        return whole.render(instruction=example.instruction, input=example.input)
+        written = whole.render(instruction=example.instruction, input=example.input)
+        without = whole.render(instruction=example.instruction, input="")
     except Exception as error:  # the template is the user's program and may raise anything
-        raise UserError(f"{example.at}data.template {template} fails: {error}. Mend it.") from None
+        said = str(error) or type(error).__name__
+        raise UserError(f"{example.at}data.template {template} fails: {said}. Mend it.") from None
+    if example.input.strip() and written == without:
+        raise UserError(
+            f"{example.at}data.template {template} leaves out this row's input. Put "
+            "{{ input }} into it."
+        )
+    return written
 
 
 def render_chat(
@@ -142,7 +156,7 @@ def refuse_lost_text(text: str, example: Example) -> None:
     Raises:
         UserError: naming the turn or the tool.
     """
-    for turn in example.messages:
+    for turn in chat_turns(example):
         said = turn["content"].rpartition("</think>")[2].strip()
         calls = [_name(call) for call in turn.get("tool_calls", ())]
         for part in (said, *calls):
@@ -182,11 +196,13 @@ def template_of(name: str) -> jinja2.Template:
                 f"data.template '{name}' is neither {NAMES.removesuffix(' or a Jinja file')} nor "
                 "an existing Jinja file."
             ) from None
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        undefined=jinja2.StrictUndefined, keep_trailing_newline=True
-    )
     try:
-        return environment.from_string(text)
+        reads = jinja2.meta.find_undeclared_variables(SANDBOX.parse(text))
+        if "instruction" not in reads:
+            raise UserError(
+                f"data.template {name} never reads 'instruction', which is the request."
+            )
+        return SANDBOX.from_string(text)
     except jinja2.TemplateError as error:
         raise UserError(f"data.template {name} fails: {error}.") from None
 

@@ -38,7 +38,7 @@ class Rows:
 
     def lengths(self, tokenizer: Any, template: str) -> dict[str, int]:
         """Limits in tokens, multiples of 16, that cut or drop at most one row in a hundred."""
-        encoder = Encoder(tokenizer, template, 10**6, 10**6)
+        encoder = Encoder(tokenizer, template, max_request_tokens=10**6, max_response_tokens=10**6)
         encoded = [encoder.encode(0, example) for example in self.train]
         requests = [len(item.request_ids) for item in encoded]
         found = {"max_request_tokens": _limit(requests)}
@@ -74,7 +74,7 @@ def read_rows(data: Any, held_out: Any, columns: Any) -> Rows:
     shared = overlap(train, test)
     if shared.near:
         notes.append(f"{len(shared.near)} held-out requests are nearly equal to a training request")
-    return Rows(train, validation, test, tuple(notes))
+    return Rows(train=train, validation=validation, held_out=test, notes=tuple(notes))
 
 
 def to_row(example: Example) -> dict[str, Any]:

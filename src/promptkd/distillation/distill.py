@@ -2,7 +2,6 @@
 
 import hashlib
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -16,15 +15,15 @@ from promptkd.errors import UserError
 from promptkd.files import read_json, write_json, write_text
 from promptkd.models.loading import load_tokenizer, text_config
 from promptkd.training.identity import differences
+from promptkd.training.requests import Say
 
 SHARE_OF_BUDGET = {"teacher": 0.3, "warm-up": 0.35}
 """Of the time that is left when the stage begins; the method takes ``LAST_SHARE``."""
 LAST_SHARE = 0.8
-Say = Callable[[str], None]
 
 
-class Asked(TypedDict, total=False):
-    """What else may be asked of ``distill``.
+class Choices(TypedDict, total=False):
+    """What else may be chosen for ``distill``.
 
     Attributes:
         student: its start, as ``load_model`` takes it; without it the teacher is pruned.
@@ -50,7 +49,7 @@ def distill(
     *,
     held_out: Any = None,
     say: Say = print,
-    **asked: Unpack[Asked],
+    **choices: Unpack[Choices],
 ) -> Path:
     """Distil a teacher into a student, from the data to the report, in stages.
 
@@ -63,7 +62,7 @@ def distill(
         output: the directory of everything.
         held_out: data that is never trained on; a tenth of the data if not given.
         say: is told what happens.
-        asked: see ``Asked``.
+        choices: see ``Choices``.
 
     Returns:
         The report's page.
@@ -71,7 +70,7 @@ def distill(
     Raises:
         UserError: for bad input, in one sentence.
     """
-    order = Order(str(teacher), Path(output), **asked)
+    order = Order(str(teacher), Path(output), **choices)
     _begin(order, data, held_out, say)
     files = sorted(
         (order.output / "stages").glob("*-*.yaml"), key=lambda f: int(f.name.partition("-")[0])

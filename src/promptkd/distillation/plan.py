@@ -23,7 +23,7 @@ CALIBRATION_ROWS = 32
 
 @dataclass(frozen=True)
 class Order:
-    """What the user asks for; see ``distill.Asked``."""
+    """What the user asks for; see ``distill.Choices``."""
 
     teacher: str
     output: Path
@@ -187,7 +187,7 @@ class _Builder:
             "report",
             {
                 "command": "report",
-                "runs": [self.place(run), self.place("scores")],
+                "runs": [str(self.order.output)],
                 "output": str(self.order.output),
             },
         )

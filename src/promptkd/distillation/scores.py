@@ -1,16 +1,13 @@
-"""Several models on one data set by one protocol, and what they weigh and how fast they are."""
+"""Several models on one data set by one protocol, as a table."""
 
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from promptkd.data import Encoder, evaluation_set, read_examples
 from promptkd.evaluation.evaluate import evaluate
-from promptkd.files import read_json, write_json
-from promptkd.generation.sampling import GenerationSettings
-from promptkd.generation.transformers_engine import TransformersEngine
-from promptkd.models.loading import load_language_model, load_tokenizer, num_parameters
+from promptkd.files import read_json
+from promptkd.models.loading import load_tokenizer
 
 SHOWN = {
     "exact_match": "exact match, %",
@@ -20,8 +17,6 @@ SHOWN = {
     "response_length": "tokens",
     "ended": "ended, %",
 }
-TIMED_REQUESTS, TIMED_TOKENS = 16, 32
-"""How many responses of how many tokens are generated to know a model's speed."""
 
 
 def score_models(
@@ -32,45 +27,30 @@ def score_models(
     teacher: str = "",
     **asked: Any,
 ) -> dict[str, dict[str, Any]]:
-    """Each model's evaluation, with ``parameters`` and ``tokens_per_second``; by label.
+    """Each model's evaluation, as its NAME.json has it; by label.
 
     What is already there from an interrupted call isn't measured again.
     """
     found = {}
     for label, model in models.items():
         place = Path(output) / label
-        sizes = read_json(place / "size_and_speed.json", [])
-        if sizes is None:
-            own = "" if model == teacher else teacher
-            evaluate(model, data, teacher=own, output=place, **asked)
-            sizes = size_and_speed(model, data, asked)
-            write_json(place / "size_and_speed.json", sizes)
         record = read_json(place / f"{Path(data).stem}.json", [])
-        assert record is not None, "written before the sizes"
-        found[label] = record | sizes
+        if record is None:
+            record = evaluate(model, data, teacher=teacher, output=place, **asked)
+        found[label] = record
     return found
 
 
-def size_and_speed(model: str, data: str, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """Parameters, tokens generated a second, and the references' lengths in the model's tokens."""
-    tokenizer = load_tokenizer(model)
-    loaded = load_language_model(model, asked.get("precision", "auto"))
+def reference_tokens(model: str, data: str, asked: Mapping[str, Any]) -> list[int]:
+    """The references' lengths in the model's tokens."""
     encoder = Encoder(
-        tokenizer, asked.get("template", "auto"), asked.get("max_request_tokens", 256), 10**6
+        load_tokenizer(model),
+        asked.get("template", "auto"),
+        max_request_tokens=asked["max_request_tokens"],
+        max_response_tokens=10**6,
     )
     examples = evaluation_set(read_examples(data), encoder).examples
-    requests = [example.request_ids for example in examples[:TIMED_REQUESTS]]
-    seeds = [(0, place) for place in range(len(requests))]
-    engine = TransformersEngine(loaded, ())  # nothing ends a response: all are equally long
-    settings = GenerationSettings(TIMED_TOKENS, temperature=0.0)
-    started = time.perf_counter()
-    engine.generate(requests, seeds, settings)
-    seconds = time.perf_counter() - started
-    return {
-        "parameters": num_parameters(loaded.module),
-        "tokens_per_second": len(requests) * TIMED_TOKENS / seconds,
-        "reference_tokens": [len(e.response_ids) for e in examples if e.response_ids is not None],
-    }
+    return [len(e.response_ids) for e in examples if e.response_ids is not None]
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
@@ -83,7 +63,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
             f"{scores[name]['mean']:16.3f}" if name in scores else f"{'–':>16}" for name in shown
         ]
         lines.append(f"{label:12}" + "".join(values))
-    *_, student, teacher = found.values()
+    *_, student, teacher = (own["size_and_speed"] for own in found.values())
     smaller = teacher["parameters"] / student["parameters"]
     faster = student["tokens_per_second"] / teacher["tokens_per_second"]
     lines.append(

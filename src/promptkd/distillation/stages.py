@@ -8,7 +8,7 @@ from promptkd.api import check, train
 from promptkd.config import recipe_from_dict
 from promptkd.data import read_examples
 from promptkd.distillation.data import to_row
-from promptkd.distillation.scores import score_models, table
+from promptkd.distillation.scores import reference_tokens, score_models, table
 from promptkd.distillation.teacher_check import verdict
 from promptkd.errors import UserError
 from promptkd.evaluation.evaluate import evaluate
@@ -80,7 +80,8 @@ def _outcome_of_run(run: Path) -> str:
 def _evaluate(models: dict[str, str], **given: Any) -> str:
     found = score_models(models, **given)
     if "teacher" not in given:  # the teacher by itself, before anything is trained
-        return verdict(found["teacher"])
+        lengths = reference_tokens(models["teacher"], given["data"], given)
+        return verdict(found["teacher"], lengths)
     return table(found)
 
 

@@ -1,6 +1,6 @@
 """Does the teacher do the task yet? Measured before anything is trained. No torch."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -12,24 +12,29 @@ LENGTHS = 2.0
 """How many times as long, or as short, as the references its responses may be."""
 
 
-def verdict(found: Mapping[str, Any]) -> str:
-    """What was measured of the teacher, and whether to tune it first."""
+def verdict(found: Mapping[str, Any], reference_tokens: Sequence[int]) -> str:
+    """What was measured of the teacher, and whether to tune it first.
+
+    Args:
+        found: its evaluation.
+        reference_tokens: the references' lengths in its tokens.
+    """
     scores = {name: score["mean"] for name, score in found["scores"].items()}
     said = [f"ends {scores['ended']:.0f}% of its responses"]
     said.append(f"{scores['response_length']:.0f} tokens each")
     if "cross_entropy" in scores:
         said.append(f"cross-entropy {scores['cross_entropy']:.2f} nats per reference token")
-    doubts = _doubts(scores, found["reference_tokens"])
+    doubts = _doubts(scores, reference_tokens)
     text = f"the teacher {', '.join(said)}"
     if not doubts:
         return f"{text}: it does this task"
     advice = "tune it on your references first: --tune-teacher whole, or lora"
-    if not found["reference_tokens"]:
+    if not reference_tokens:
         advice = "bring requests with reference responses and --tune-teacher, or another teacher"
     return f"{text}. It doesn't do this task yet ({'; '.join(doubts)}): {advice}"
 
 
-def _doubts(scores: Mapping[str, float], reference_tokens: list[int]) -> list[str]:
+def _doubts(scores: Mapping[str, float], reference_tokens: Sequence[int]) -> list[str]:
     doubts = []
     if scores["ended"] < ENDED:
         doubts.append(f"fewer than {ENDED}% end")

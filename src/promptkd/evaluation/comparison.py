@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from promptkd.errors import UserError
-from promptkd.evaluation.results import MEASURED, Evaluation, read_evaluations, totals
+from promptkd.evaluation.results import MEASURED, Evaluation, own_evaluations, totals
 from promptkd.evaluation.statistics import paired_difference
 
 
@@ -100,7 +100,7 @@ def _evaluations(place: Path) -> dict[str, Evaluation]:
     if not place.is_dir():
         raise UserError(f"{place} is no directory. Name a run, or what evaluate wrote to.")
     directory = place / "evaluation" if (place / "evaluation").is_dir() else place
-    found = {evaluation.name: evaluation for evaluation in read_evaluations(directory)}
+    found = {evaluation.name: evaluation for evaluation in own_evaluations(directory)}
     if not found:
         is_run = (place / "recipe.yaml").is_file()
         missing = f"{place} --data FILE" if is_run else f"MODEL --data FILE --output {place}"

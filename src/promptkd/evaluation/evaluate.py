@@ -3,104 +3,40 @@
 A score always carries its data, decoding settings, seeds, number of examples and interval.
 """
 
-import datetime
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
-from promptkd.config import ColumnsSection, Recipe, load_recipe
-from promptkd.data import Encoder, date_of_run, evaluation_set, read_examples
+from promptkd.config import Recipe, load_recipe
+from promptkd.data import Encoder, Example, evaluation_set, reads
 from promptkd.errors import UserError
-from promptkd.evaluation.metrics import check_metrics
+from promptkd.evaluation.named_models import named_models, run_of
+from promptkd.evaluation.protocol import OF_QUESTIONS, Asking, Data, Protocol, Questions
 from promptkd.evaluation.results import Evaluation, save_evaluation
 from promptkd.evaluation.scorer import Scorer
-from promptkd.evaluation.suites import PAPER_SEEDS, listed, suite_of_files
-from promptkd.generation.sampling import GenerationSettings
-from promptkd.generation.transformers_engine import TransformersEngine
-from promptkd.models.loading import (
-    check_context,
-    load_tokenizer,
-    stop_ids,
-)
+from promptkd.evaluation.size_and_speed import size_and_speed
+from promptkd.generation.transformers_engine import Engine, TransformersEngine
+from promptkd.generation.vllm_engine import VLLMEngine
+from promptkd.models.language_model import LanguageModel
+from promptkd.models.loading import check_context, load_tokenizer, stop_ids
 from promptkd.models.vocabularies import load_pair, same_tokenizer
+from promptkd.ranks import ALONE, Ranks
 
-
-class Asked(TypedDict, total=False):
-    """How a model is asked; what is not given is the run's own, or the recipe's default.
-
-    ``no_repeat_ngram_size`` 6 reproduces the authors' test script; 0, the default, blocks nothing.
-    ``precision`` is auto | bf16 | fp32.
-    """
-
-    template: str | None
-    template_options: Mapping[str, Any] | None
-    max_request_tokens: int | None
-    max_response_tokens: int | None
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    no_repeat_ngram_size: int
-    precision: str | None
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """The same, complete."""
-
-    template: str = "auto"
-    template_options: Mapping[str, Any] = field(default_factory=dict)
-    columns: ColumnsSection = ColumnsSection()
-    max_request_tokens: int = 256
-    decoding: GenerationSettings = GenerationSettings(256)
-    precision: str = "auto"
-
-    @classmethod
-    def of(cls, recipe: Recipe | None, asked: Asked) -> "Protocol":
-        own = cls()
-        if recipe:
-            data = recipe.data
-            own = cls(
-                template=data.template,
-                template_options=data.template_options,
-                columns=data.columns,
-                max_request_tokens=data.max_request_tokens,
-                decoding=GenerationSettings.of_recipe(recipe),
-                precision=recipe.precision,
-            )
-        given: dict[str, Any] = {key: v for key, v in asked.items() if v is not None}
-        if given.get("template", own.template) != own.template:
-            own = replace(own, template_options={})  # they belong to the run's own template
-        if "max_response_tokens" in given:
-            given["max_new_tokens"] = given.pop("max_response_tokens")
-        of_decoding = {
-            k: given.pop(k) for k in [*given] if k in GenerationSettings.__dataclass_fields__
-        }
-        return replace(own, decoding=replace(own.decoding, **of_decoding), **given)
-
-    def encoder(self, tokenizer: Any, date: datetime.date | None) -> Encoder:
-        return Encoder(
-            tokenizer,
-            template=self.template,
-            max_request_tokens=self.max_request_tokens,
-            max_response_tokens=self.decoding.max_new_tokens,
-            template_options=self.template_options,
-            date=date,
-        )
+Records = dict[str, dict[str, Any]]
+"""What NAME.json hold, by NAME."""
 
 
 def evaluate(
     run_or_model: str | Path,
-    data: str | Sequence[str] | Mapping[str, str | Sequence[str]],
+    data: Data | None = None,
     *,
-    seeds: Sequence[int] = PAPER_SEEDS,
-    num_examples: int | None = None,
-    teacher: str | None = None,
+    like: str | Path | None = None,
     output: str | Path | None = None,
-    metrics: Sequence[str] = (),
-    **asked: Unpack[Asked],
+    ranks: Ranks = ALONE,
+    **asked: Unpack[Asking],
 ) -> dict[str, Any]:
     """Score a run's student, or any model, on held-out requests, and save scores and predictions.
 
@@ -108,14 +44,11 @@ def evaluate(
         run_or_model: a run's directory, or a model as ``load_model`` takes it.
         data: path, glob or hub id; several are scored one by one, each under its own name. A
             mapping of names to such is a suite; a list in it makes one data set.
-        seeds: decoding seeds; one response per request each.
-        num_examples: only the first ones of each data set.
-        teacher: also measure KL(student || teacher) on the student's responses, in nats per token;
-            a run's own teacher if not given and its tokenizer is the student's, "" for none.
+        like: a run that was evaluated, or what another ``evaluate`` wrote to: the same data,
+            template, lengths, decoding, seeds, precision, metrics and teacher, where not given.
         output: directory; ``RUN/evaluation`` by default, needed for a bare model.
-        metrics: computed beside ROUGE-L and exact match: names of ``metrics.METRICS``,
-            ``distinct_N``, ``NAME@K`` for pass@k, or ``module:function``.
-        asked: template, lengths, sampling and precision: see ``Asked``.
+        ranks: the processes that share the requests; every one of them calls this.
+        asked: seeds, metrics, template, lengths, sampling and more: see ``Asking``.
 
     Returns:
         What ``NAME.json`` holds, NAME being the data's; for several, that of each by name.
@@ -123,54 +56,178 @@ def evaluate(
     Raises:
         UserError: if the data or model can't be read.
     """
-    run, name = Path(run_or_model), str(run_or_model)
+    run = Path(run_or_model)
     recipe = _recipe_of(run, output)
-    protocol = Protocol.of(recipe, asked)
-    check_metrics(metrics, len(seeds))
-    suite = data if isinstance(data, Mapping) else suite_of_files(listed(data))
-    examples = {
-        key: read_examples(listed(own), protocol.columns)[:num_examples]
-        for key, own in suite.items()
-    }
-    tokenizer = load_tokenizer(name)
-    if teacher is None and recipe and recipe.teacher:
-        own = recipe.teacher.model
-        teacher = own if same_tokenizer(tokenizer, load_tokenizer(own)) else ""
-    encoder = protocol.encoder(tokenizer, date_of_run(run))
-    student, teacher_model = load_pair(name, teacher or None, tokenizer, protocol.precision)
-    limits = encoder.max_request_tokens, encoder.max_response_tokens
-    check_context(student.module.config, *limits, name)
-    stop = sorted({*stop_ids(tokenizer, student.module), encoder.eos_token_id})
-    engine = TransformersEngine(student, stop)
-    results = {}
-    for of_suite, rows in examples.items():
-        scorer = Scorer(
-            data=evaluation_set(rows, encoder),
-            tokenizer=tokenizer,
-            stop=stop,
-            decoding=protocol.decoding,
-            metrics=tuple(metrics),
+    questions = _questions(run, recipe, data, like, asked)
+    place = Path(output) if output is not None else run / "evaluation"
+    results = answer(str(run_or_model), questions, place, ranks=ranks)
+    return next(iter(results.values())) if isinstance(data, str) else results
+
+
+def evaluate_with(
+    run: str | Path,
+    others: Sequence[str],
+    data: Data | None = None,
+    *,
+    like: str | Path | None = None,
+    output: str | Path | None = None,
+    ranks: Ranks = ALONE,
+    **asked: Unpack[Asking],
+) -> dict[str, Records]:
+    """Score a run's student, and models that belong to it, by the run's protocol.
+
+    Args:
+        run: its directory, or that of ``distill``.
+        others: ``start``, ``teacher``, or, where ``distill`` made the run, any model that it
+            scores (``warm-up``).
+        data: see ``evaluate``, as is the rest. The others' scores go to ``RUN/evaluation/OTHER``.
+
+    Returns:
+        The records of each data set: of the student by "student", of each other by its name.
+
+    Raises:
+        UserError: for a name that the run doesn't know, and as ``evaluate``.
+    """
+    run = run_of(Path(run))
+    models = named_models(run, others)
+    recipe = _recipe_of(run, None)
+    questions = _questions(run, recipe, data, like, asked)
+    place = Path(output) if output is not None else run / "evaluation"
+    results = {"student": answer(str(run), questions, place, ranks=ranks)}
+    for label, model in models.items():
+        results[label] = answer(model, questions, place / label, ranks=ranks)
+    return results
+
+
+def answer(model: str, questions: Questions, output: Path, *, ranks: Ranks = ALONE) -> Records:
+    """Load a model, let it answer, and save what came of it."""
+    voices = _load(model, questions)
+    results, measured = {}, {}
+    for name, rows in questions.rows.items():
+        asked = voices
+        if voices.briefed and not reads(rows, questions.protocol.context):
+            column = questions.protocol.context
+            tqdm.write(f"{name} has no '{column}': no KL to the teacher, which reads it")
+            asked = replace(voices, teacher=None, teacher_name=None, briefed=None)
+        scorer = asked.scorer(rows, questions, ranks)
+        bar = {"unit": "seed", "desc": f"responses to {name}", "disable": ranks.rank > 0}
+        with tqdm(questions.seeds, **bar) as shown:
+            scores, predictions = scorer.score(asked.engine, asked.student, asked.teacher, shown)
+        requests = [example.request_ids for example in scorer.data.examples]
+        measured = measured or size_and_speed(
+            model, asked.student, requests, questions.protocol.decoding
         )
-        shown = tqdm(seeds, unit="seed", desc="responses")
-        scores, predictions = scorer.score(engine, student, teacher_model, shown)
+        if ranks.rank == 0:
+            tqdm.write(f"{name}: {scorer.data.summary()}")
         evaluation = Evaluation(
-            name=of_suite,
-            model=name,
-            teacher=teacher or None,
-            data=tuple(listed(suite[of_suite])),
-            num_examples=len(scorer.data),
-            num_cut_requests=scorer.data.num_cut_requests,
-            template=encoder.template,
-            max_request_tokens=encoder.max_request_tokens,
-            decoding=protocol.decoding.to_dict(),
-            seeds=tuple(seeds),
-            dtype=str(student.dtype).removeprefix("torch."),
+            name=name,
+            model=model,
+            data=tuple(questions.sources[name]),
+            seeds=questions.seeds,
+            size_and_speed=measured,
             scores=scores,
             predictions=tuple(predictions),
+            **asked.settings(scorer),
         )
-        save_evaluation(Path(output) if output is not None else run / "evaluation", evaluation)
-        results[of_suite] = evaluation.to_dict()
-    return next(iter(results.values())) if isinstance(data, str) else results
+        if ranks.rank == 0:
+            save_evaluation(output, evaluation)
+        results[name] = evaluation.to_dict()
+    return results
+
+
+@dataclass(frozen=True)
+class Voices:
+    """The model that answers, and the teacher that it is compared with.
+
+    Attributes:
+        briefed: how the teacher is asked, if it reads other requests than the student.
+    """
+
+    student: LanguageModel
+    tokenizer: Any
+    encoder: Encoder
+    engine: Engine
+    stop: Sequence[int]
+    teacher: LanguageModel | None
+    teacher_name: str | None
+    briefed: Encoder | None
+
+    def scorer(self, rows: Sequence[Example], questions: Questions, ranks: Ranks) -> Scorer:
+        return Scorer(
+            data=evaluation_set(rows, self.encoder, self.briefed),
+            tokenizer=self.tokenizer,
+            stop=self.stop,
+            decoding=questions.protocol.decoding,
+            ranks=ranks,
+            metrics=questions.metrics,
+        )
+
+    def settings(self, scorer: Scorer) -> dict[str, Any]:
+        """How it was asked, as an evaluation records it."""
+        return {
+            "teacher": self.teacher_name,
+            "num_examples": len(scorer.data),
+            "num_cut_requests": scorer.data.num_cut_requests,
+            "template": self.encoder.template,
+            "max_request_tokens": self.encoder.max_request_tokens,
+            "date": self.encoder.date.isoformat(),
+            "decoding": scorer.decoding.to_dict(),
+            "dtype": str(self.student.dtype).removeprefix("torch."),
+        }
+
+
+def _load(model: str, questions: Questions) -> Voices:
+    tokenizer, protocol = load_tokenizer(model), questions.protocol
+    teacher_name = _teacher(model, questions, tokenizer)
+    encoder = protocol.encoder(tokenizer)
+    student, teacher = load_pair(model, teacher_name, tokenizer, protocol.precision)
+    limits = encoder.max_request_tokens, encoder.max_response_tokens
+    check_context(student.module.config, *limits, model)
+    stop = sorted({*stop_ids(tokenizer, student.module), encoder.eos_token_id})
+    return Voices(
+        student=student,
+        tokenizer=tokenizer,
+        encoder=encoder,
+        engine=_engine(protocol, student, stop),
+        stop=stop,
+        teacher=teacher,
+        teacher_name=teacher_name,
+        briefed=_teacher_encoder(protocol, teacher_name, encoder),
+    )
+
+
+def _questions(
+    run: Path, recipe: Recipe | None, data: Data | None, like: str | Path | None, asked: Asking
+) -> Questions:
+    given: dict[str, Any] = dict(asked)
+    if like is not None:
+        return Questions.like(Path(like), data, given)
+    if data is None:
+        raise UserError("Say what to evaluate on: data, or an evaluation to follow.")
+    of_questions = {name: given.pop(name) for name in OF_QUESTIONS if name in given}
+    return Questions.of(data, Protocol.of(run, recipe, given), **of_questions)
+
+
+def _teacher(model: str, questions: Questions, tokenizer: Any) -> str | None:
+    """Who was asked for, or the run's own if the KL to it is defined; nobody for itself."""
+    asked, own = questions.teacher, questions.protocol.teacher_model
+    if asked is None and own:
+        asked = own if same_tokenizer(tokenizer, load_tokenizer(own)) else ""
+    return None if asked == model else asked or None
+
+
+def _teacher_encoder(protocol: Protocol, name: str | None, encoder: Encoder) -> Encoder | None:
+    """How the run's own teacher is asked, if it reads other requests than the student."""
+    if protocol.teacher is None or name is None or protocol.teacher_model != name:
+        return None
+    return encoder.for_teacher(protocol.teacher, load_tokenizer(name))
+
+
+def _engine(protocol: Protocol, student: LanguageModel, stop: Sequence[int]) -> Engine:
+    if protocol.engine == "vllm":
+        limits = protocol.max_request_tokens + protocol.decoding.max_new_tokens
+        return VLLMEngine(student, stop, limits)
+    return TransformersEngine(student, stop)
 
 
 def _recipe_of(run: Path, output: str | Path | None) -> Recipe | None:

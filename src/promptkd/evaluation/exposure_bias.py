@@ -8,6 +8,12 @@ p is the plain teacher, q the student. Two versions stand side by side: the pape
 response that has ended adds nothing but is still counted, so that short responses alone lower the
 sum; and the per-token version, whose mean at t is over the responses still running at t.
 
+The authors' script, reproduced on request, has defects: its slice starts one position late, so that
+the term t = 1 is lost and index l holds the terms 2 .. l + 1; repeated 6-grams are blocked while
+sampling, so that the text comes from neither model; means over samples are divided by n + 0.001; a
+request whose responses have ended counts as zero error; the error bar divides the teacher's
+deviation by itself; the stop token doubles as padding and is masked.
+
 Source: Arora et al. 2022; PromptKD, arXiv:2402.12842, Eq. 5-7.
 """
 
@@ -17,8 +23,9 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import tensor
+from tqdm.auto import tqdm
 
-from promptkd.data import Dataset, evaluation_set, read_examples
+from promptkd.data import Dataset
 from promptkd.divergences import forward_kl
 from promptkd.errors import UserError
 from promptkd.evaluation.exposure_curves import (
@@ -30,7 +37,7 @@ from promptkd.evaluation.exposure_curves import (
     exposure_curve,
     numbers,
 )
-from promptkd.evaluation.finished_run import load_run
+from promptkd.evaluation.finished_run import FinishedRun, load_run
 from promptkd.files import write_json
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
@@ -65,8 +72,12 @@ def generate_responses(
     decoding: GenerationSettings,
     seeds: Sequence[int],
     num_samples: int = 1,
+    *,
+    by_teacher: bool = False,
 ) -> list[list[Rollout]]:
     """``len(seeds) * num_samples`` responses per request, seed by seed.
+
+    ``by_teacher``: the engine is the teacher's, which reads its own requests.
 
     Two authors asked with the same seeds draw the same uniform numbers, so what they share of
     their distributions they write alike, and R - E is measured with less noise.
@@ -74,12 +85,12 @@ def generate_responses(
     draws = [(seed, sample) for seed in seeds for sample in range(num_samples)]
     asked = [(example, draw) for example in data.examples for draw in draws]
     written = engine.generate(
-        [example.request_ids for example, _ in asked],
+        [example.request_of(by_teacher) for example, _ in asked],
         [(*draw, example.index) for example, draw in asked],
         decoding,
     )
     rollouts = [
-        Rollout(example.index, example.request_ids, response.token_ids, "measured")
+        Rollout.answer(example, response.token_ids, author="measured")
         for (example, _), response in zip(asked, written, strict=True)
     ]
     return [rollouts[i : i + len(draws)] for i in range(0, len(rollouts), len(draws))]
@@ -102,7 +113,7 @@ def measure_gaps(
         student: q.
         teacher: p, plain.
         num_steps: no response is longer.
-        micro_batch_tokens: padded tokens per forward pass.
+        micro_batch_tokens: tokens per forward pass, padding included.
         authors_script: score the state at y_t instead of the one before it, as the authors' slice
             does: the entry at t is then the gap at t + 1, the first is lost, and a response that
             was cut gets one beyond its end.
@@ -114,7 +125,7 @@ def measure_gaps(
     rollouts = [rollout for samples in responses for rollout in samples]
     measured = token_losses(
         rollouts,
-        {"student": Reader(student), "teacher": Reader(teacher)},
+        {"student": Reader(student), "teacher": Reader(teacher, is_teacher=True)},
         # A divergence is never negative; rounding leaves a trace below zero.
         lambda spoken, _: {
             "gap": forward_kl(learner=spoken["student"], target=spoken["teacher"]).clamp_min(0)
@@ -122,12 +133,7 @@ def measure_gaps(
         micro_batch_tokens,
         (lambda hidden, mask: hidden[mask]) if authors_script else select_responses,
     )["gap"]
-    broken = [r.index for r, v in zip(rollouts, measured, strict=True) if not v.isfinite().all()]
-    if broken:
-        raise UserError(
-            f"KL(teacher || student) is not finite on the requests {sorted(set(broken))[:5]} (rows "
-            "counted from 0): one of the models gives NaN. Train again at a lower learning rate."
-        )
+    _check_finite(rollouts, measured)
     lengths = [
         len(r.response_ids) - (authors_script and r.response_ids[-1] in stop) for r in rollouts
     ]
@@ -136,6 +142,15 @@ def measure_gaps(
         nats[row, :length] = values[:length]
     shape = len(responses), len(responses[0])
     return Gaps(nats.view(*shape, num_steps), tensor(lengths).view(shape))
+
+
+def _check_finite(rollouts: Sequence[Rollout], measured: Sequence[torch.Tensor]) -> None:
+    broken = [r.index for r, v in zip(rollouts, measured, strict=True) if not v.isfinite().all()]
+    if broken:
+        raise UserError(
+            f"KL(teacher || student) is not finite on the requests {sorted(set(broken))[:5]} (rows "
+            "counted from 0): one of the models gives NaN. Train again at a lower learning rate."
+        )
 
 
 def curve_in_training(
@@ -179,7 +194,6 @@ def exposure_bias(
     seeds: Sequence[int] = (10, 20, 30),
     max_new_tokens: int | None = None,
     precision: str = "fp32",
-    micro_batch_tokens: int = 4096,
     authors_script: bool = False,
 ) -> dict[str, Any]:
     """Measure a run's exposure bias and save it as ``RUN/exposure_bias.json``.
@@ -187,13 +201,6 @@ def exposure_bias(
     Responses are written with the run's decoding and nothing blocked; a gap is scored at every
     response position from the first (where both prefixes agree, so the excess starts at 0) to the
     one that predicts the end.
-
-    ``authors_script`` reproduces the authors' script instead, in fp32, as
-    ``RUN/exposure_bias_authors_script.json``. Its defects: the slice starts one position late, so
-    the term t = 1 is lost and index l holds the terms 2 .. l + 1; repeated 6-grams are blocked
-    while sampling, so that the text comes from neither model; means over samples are divided by
-    n + 0.001; a request whose responses have ended counts as zero error; the error bar divides
-    the teacher's deviation by itself. As there, the stop token doubles as padding and is masked.
 
     Args:
         run: a finished run's directory.
@@ -203,69 +210,100 @@ def exposure_bias(
         seeds: of the sampling. Together three samples, as the authors' script draws.
         max_new_tokens: of a response; the run's own if not given.
         precision: auto | bf16 | fp32, of the models' matrices; the gap is computed in fp32.
-        micro_batch_tokens: padded tokens per forward pass.
-        authors_script: see above.
+        authors_script: as that does (above): ``RUN/exposure_bias_authors_script.json``.
 
     Returns:
-        What the file holds: R (``student_gap``), E (``teacher_gap``) in nats and ExAccErr
-        (``excess``) in percent for l = 1, 2, ...; all three once more ``per_token``, i.e. over
-        running responses only; intervals, survival, mean lengths.
+        What the file holds: R, E, ExAccErr for l = 1, 2, ..., the same per token, intervals.
 
     Raises:
-        UserError: if the run has no teacher or no student yet, the tokenizers differ, there are
-            fewer than two requests, or student and teacher are equal.
+        UserError: for a run without teacher or student, two tokenizers, equal models, one request.
     """
     finished = load_run(run, "exposure bias", precision=precision, max_new_tokens=max_new_tokens)
     sources = [data] if isinstance(data, str) else list(data or finished.recipe.data.validation)
-    if not sources:
-        raise UserError(f"{run} has no validation data to measure on. Give data (--data FILE).")
-    examples = read_examples(sources, finished.recipe.data.columns)[:num_examples]
-    dataset = evaluation_set(examples, finished.encoder)
-    if len(dataset) < 2:
-        raise UserError(
-            f"{', '.join(sources)}: {len(dataset)} request is too few for an interval. "
-            "Give at least two."
-        )
-    decoding = finished.decoding(AUTHORS_BLOCKED_NGRAM if authors_script else 0)
-    gaps = [
-        measure_gaps(
-            generate_responses(
-                TransformersEngine(author, finished.stop), dataset, decoding, seeds, num_samples
-            ),
-            finished.student,
-            finished.teacher,
-            decoding.max_new_tokens,
-            micro_batch_tokens,
-            authors_script=authors_script,
-            stop=finished.stop,
-        )
-        for author in (finished.student, finished.teacher)
-    ]
-    if exposure_curve(*gaps).teacher_gap[-1] <= NO_GAP:
-        raise UserError(
-            f"The student of {run} gives the same probabilities as its teacher on the teacher's "
-            "own text: there is no error to compare. Name a run with another student."
-        )
-    result = {
-        "run": str(run),
-        "teacher": finished.teacher_name,
+    dataset = _requests(finished, sources, num_examples)
+    describe = _by_authors_script if authors_script else _by_definition
+    decoding, found = describe(finished, dataset, seeds, num_samples)
+    result = finished.protocol(decoding) | {
         "data": sources,
         "num_examples": len(dataset),
         "num_samples": num_samples,
         "seeds": list(seeds),
         "num_cut_requests": dataset.num_cut_requests,
-        "template": finished.encoder.template,
-        "max_request_tokens": finished.encoder.max_request_tokens,
-        "decoding": decoding.to_dict(),
-        "dtype": finished.dtype,
+        **found,
     }
-    if authors_script:
-        name = "exposure_bias_authors_script"
-        curves = authors_curve(*gaps)
-        result |= {"definition": AUTHORS_DEFINITION, "steps": list(range(1, gaps[0].num_steps + 1))}
-        result |= {key: numbers(values) for key, values in curves.items()}
-    else:
-        name = "exposure_bias"
-        result |= {"definition": DEFINITION, **describe_gaps(*gaps, num_seeds=len(seeds))}
+    name = "exposure_bias_authors_script" if authors_script else "exposure_bias"
     write_json(Path(run) / f"{name}.json", result)
     return result
+
+
+def _requests(run: FinishedRun, sources: list[str], num_examples: int | None) -> Dataset:
+    if not sources:
+        raise UserError(
+            f"{run.directory} has no validation data to measure on. Give data (--data FILE)."
+        )
+    dataset = run.evaluation_set(sources, num_examples)
+    if len(dataset) < 2:
+        raise UserError(
+            f"{', '.join(sources)}: {len(dataset)} request is too few for an interval. "
+            "Give at least two."
+        )
+    return dataset
+
+
+Described = tuple[GenerationSettings, dict[str, Any]]
+
+
+def _by_definition(
+    run: FinishedRun, data: Dataset, seeds: Sequence[int], num_samples: int
+) -> Described:
+    decoding = run.decoding()
+    gaps = _gaps(run, _generate_by_both(run, data, decoding, seeds, num_samples))
+    return decoding, {"definition": DEFINITION, **describe_gaps(*gaps, num_seeds=len(seeds))}
+
+
+def _by_authors_script(
+    run: FinishedRun, data: Dataset, seeds: Sequence[int], num_samples: int
+) -> Described:
+    decoding = run.decoding(AUTHORS_BLOCKED_NGRAM)
+    responses = _generate_by_both(run, data, decoding, seeds, num_samples)
+    gaps = _gaps(run, responses, authors_script=True, stop=run.stop)
+    curves = authors_curve(*gaps)
+    steps = list(range(1, gaps[0].num_steps + 1))
+    found = {key: numbers(values) for key, values in curves.items()}
+    return decoding, {"definition": AUTHORS_DEFINITION, "steps": steps, **found}
+
+
+def _generate_by_both(
+    run: FinishedRun,
+    data: Dataset,
+    decoding: GenerationSettings,
+    seeds: Sequence[int],
+    num_samples: int,
+) -> list[Responses]:
+    """The student's responses, and the plain teacher's."""
+    responses = []
+    for who, author in (bar := tqdm({"student": run.student, "teacher": run.teacher}.items())):
+        bar.set_description(f"the {who} responds")
+        engine, by_teacher = TransformersEngine(author, run.stop), who == "teacher"
+        asked = generate_responses(
+            engine, data, decoding, seeds, num_samples, by_teacher=by_teacher
+        )
+        responses.append(asked)
+    return responses
+
+
+def _gaps(run: FinishedRun, responses: list[Responses], **how: Any) -> list[Gaps]:
+    """Of either author's responses.
+
+    Raises:
+        UserError: if there is no gap at all.
+    """
+    num_steps = run.encoder.max_response_tokens
+    shown = tqdm(responses, desc="errors on either's text")
+    gaps = [measure_gaps(own, run.student, run.teacher, num_steps, **how) for own in shown]
+    if exposure_curve(*gaps).teacher_gap[-1] <= NO_GAP:
+        raise UserError(
+            f"The student of {run.directory} gives the same probabilities as its teacher on the "
+            "teacher's own text: there is no error to compare. Name a run with another student."
+        )
+    return gaps

@@ -1,11 +1,20 @@
 """A finished run's models, loaded to be measured, and what they say about given responses."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from promptkd.config import Recipe, load_recipe
-from promptkd.data import Encoder, date_of_run
+from promptkd.data import (
+    Dataset,
+    Encoder,
+    Example,
+    date_of_run,
+    evaluation_set,
+    read_examples,
+    reads,
+)
 from promptkd.errors import UserError
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.models.language_model import LanguageModel
@@ -16,6 +25,8 @@ from promptkd.models.loading import (
 )
 from promptkd.models.vocabularies import load_pair
 
+TEACHER_LIMIT = "the longest of the teacher's requests (teacher.max_request_tokens)"
+
 
 @dataclass(frozen=True)
 class FinishedRun:
@@ -23,6 +34,7 @@ class FinishedRun:
 
     Attributes:
         encoder: the run's template and limits, with the student's tokenizer.
+        teacher_encoder: how the teacher is asked; None where as the student is.
         stop: every token that ends a response for either model: both are cut alike.
     """
 
@@ -30,6 +42,7 @@ class FinishedRun:
     recipe: Recipe
     tokenizer: Any
     encoder: Encoder
+    teacher_encoder: Encoder | None
     student: LanguageModel
     teacher: LanguageModel
     teacher_name: str
@@ -38,6 +51,41 @@ class FinishedRun:
     @property
     def dtype(self) -> str:
         return str(self.student.dtype).removeprefix("torch.")
+
+    def protocol(self, decoding: GenerationSettings) -> dict[str, Any]:
+        """How the models were asked, as results record it."""
+        return {
+            "run": str(self.directory),
+            "teacher": self.teacher_name,
+            "template": self.encoder.template,
+            "max_request_tokens": self.encoder.max_request_tokens,
+            "decoding": decoding.to_dict(),
+            "dtype": self.dtype,
+        }
+
+    def read(self, sources: Sequence[str]) -> list[Example]:
+        """Rows by the run's columns.
+
+        Raises:
+            UserError: if they can't be read, or no row has what the teacher reads in the run.
+        """
+        section = self.recipe.teacher
+        context = section.context if section else None
+        examples = read_examples(list(sources), self.recipe.data.columns, context)
+        if not reads(examples, context):
+            raise UserError(
+                f"{', '.join(sources)}: no row has the column '{context}', which this run's "
+                "teacher reads (teacher.context). Bring data that has it."
+            )
+        return examples
+
+    def evaluation_set(self, sources: Sequence[str], num_examples: int | None) -> Dataset:
+        """The first rows of held-out data, as the run's models are asked them."""
+        examples = self.read(sources)[:num_examples]
+        data = evaluation_set(examples, self.encoder, self.teacher_encoder)
+        lengths = data.longest_teacher_request, self.encoder.max_response_tokens
+        check_context(self.teacher.module.config, *lengths, self.teacher_name, limit=TEACHER_LIMIT)
+        return data
 
     def decoding(self, no_repeat_ngram_size: int = 0) -> GenerationSettings:
         """The run's own: as it sampled in training and validation, where nothing is blocked."""
@@ -75,12 +123,13 @@ def load_run(
             "student with one. Add 'teacher: {model: ...}' to its recipe."
         )
     tokenizer = load_tokenizer(str(directory))
-    student, teacher = load_pair(str(directory), recipe.teacher.model, tokenizer, precision)
+    name_of_teacher = recipe.teacher_model(directory)
+    student, teacher = load_pair(str(directory), name_of_teacher, tokenizer, precision)
     assert teacher is not None, "there is one"
     encoder = Encoder.of_recipe(
         recipe, tokenizer, date=date_of_run(directory), max_response_tokens=max_new_tokens
     )
-    for model, name in ((student, f"{directory}"), (teacher, recipe.teacher.model)):
+    for model, name in ((student, f"{directory}"), (teacher, name_of_teacher)):
         lengths = encoder.max_request_tokens, encoder.max_response_tokens
         check_context(model.module.config, *lengths, name)
     stop = {*stop_ids(tokenizer, student.module), *stop_ids(tokenizer, teacher.module)}
@@ -90,8 +139,9 @@ def load_run(
         recipe=recipe,
         tokenizer=tokenizer,
         encoder=encoder,
+        teacher_encoder=encoder.for_teacher(recipe.teacher, load_tokenizer(name_of_teacher)),
         student=student,
         teacher=teacher,
-        teacher_name=recipe.teacher.model,
+        teacher_name=name_of_teacher,
         stop=tuple(sorted(stop)),
     )

@@ -22,9 +22,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from promptkd.composition import Method
-from promptkd.data import Dataset, evaluation_set, read_examples, training_set
+from promptkd.data import Dataset, training_set
 from promptkd.divergences import LogProbs, PerToken, kl
 from promptkd.errors import UserError
 from promptkd.evaluation.finished_run import FinishedRun, load_run
@@ -40,8 +41,12 @@ from promptkd.rollouts import Rollout, reference_rollouts
 from promptkd.teachers import load_soft_prompt, prompt_vectors
 from promptkd.token_losses import Reader, token_losses
 
+MICRO_BATCH_TOKENS = 4096
+"""Tokens per forward pass, padding included."""
 TOKENS_AT_ONCE = 16384
 """Embeddings compared in one piece; bounds the memory, not the result."""
+WORK_PER_SET = 4
+"""What the progress bar counts: three authors respond, then their KLs are taken."""
 
 DEFINITION = {
     "kl_teacher_first_student": "KL(teacher || student before training), nats per response token",
@@ -64,6 +69,9 @@ TABLE_4_KLS = {
 }
 
 
+PARTS = ("table_4", "differences", "drift", "responses")
+
+
 @dataclass(frozen=True)
 class Cast:
     """Everybody who is compared: the run's models, its first student, and the soft prompt."""
@@ -72,7 +80,7 @@ class Cast:
     first_student: LanguageModel
     soft_prompt: Float[Tensor, "length width"]
 
-    def nats(self, rollouts: Sequence[Rollout], micro_batch_tokens: int) -> dict[str, list[Tensor]]:
+    def nats(self, rollouts: Sequence[Rollout]) -> dict[str, list[Tensor]]:
         """Every KL of the analysis at every response token, rollout by rollout.
 
         The key of KL(a || b) is ``a|b``, with a and b out of first, final, plain and prompted.
@@ -94,11 +102,11 @@ class Cast:
             {
                 "first": Reader(first),
                 "final": Reader(final),
-                "plain": Reader(teacher),
-                "prompted": Reader(teacher, self.soft_prompt),
+                "plain": Reader(teacher, is_teacher=True),
+                "prompted": Reader(teacher, self.soft_prompt, is_teacher=True),
             },
             losses,
-            micro_batch_tokens,
+            MICRO_BATCH_TOKENS,
         )
 
 
@@ -112,22 +120,17 @@ def prompt_analysis(
     num_shown: int = 4,
     seed: int = 10,
     precision: str = "fp32",
-    micro_batch_tokens: int = 4096,
 ) -> dict[str, Any]:
     """Analyse the soft prompt of a finished run and save ``RUN/prompt_analysis.json``.
 
     Args:
         run: its directory.
-        data: held-out requests: path, glob or hub id, or several; the run's validation data if
-            not given. The training requests are the run's own.
-        method: what the run was made with, if it was composed in Python: the recipe doesn't hold
-            the options then. Where the prompt started is read off it.
+        data: held-out requests; the run's validation data if not given.
+        method: what the run was made with, if it was composed in Python.
         num_examples: the first ones of either set; the paper takes 1,000.
         num_neighbours: tokens named for each vector.
-        num_shown: requests of either set whose responses are kept.
-        seed: of the responses.
+        num_shown: requests of either set whose responses, drawn with ``seed``, are kept.
         precision: auto | bf16 | fp32, of the models' matrices; KLs are computed in fp32.
-        micro_batch_tokens: padded tokens per forward pass.
 
     Returns:
         What the file holds; its ``definition`` says what each number is.
@@ -138,47 +141,41 @@ def prompt_analysis(
     finished = load_run(run, "an analysis of the prompt", precision=precision)
     method = _method_of(finished, method)
     initial, final = _soft_prompts(finished, method)
+    speaker = finished.teacher, finished.tokenizer
     first = load_language_model(finished.recipe.student.model, precision)
-    first = replace(first, vocabulary=finished.student.vocabulary)
-    cast = Cast(finished, first, final)
-    columns = finished.recipe.data.columns
-    examples = read_examples(finished.recipe.data.train, columns)
-    trained = training_set(examples, finished.encoder)
-    sets = {"train": Dataset(trained.examples[:num_examples])}
+    cast = Cast(finished, replace(first, vocabulary=finished.student.vocabulary), final)
     sources = [data] if isinstance(data, str) else list(data or finished.recipe.data.validation)
-    if sources:
-        held_out = read_examples(sources, columns)[:num_examples]
-        sets["validation"] = evaluation_set(held_out, finished.encoder)
-    parts: dict[str, list[dict[str, Any]]] = {
-        "table_4": [],
-        "differences": [],
-        "drift": [],
-        "responses": [],
-    }
-    for name, dataset in sets.items():
-        for part, rows in _analyse_set(
-            cast, name, dataset, seed, num_shown, micro_batch_tokens
-        ).items():
-            parts[part] += rows
-    result = {
-        "run": str(run),
-        "teacher": finished.teacher_name,
+    sets = _requests(finished, sources, num_examples)
+    analysed = _analyse(cast, sets, seed, num_shown)
+    result = finished.protocol(finished.decoding()) | {
         "first_student": finished.recipe.student.model,
         "method": repr(method),
         "data": {"train": list(finished.recipe.data.train), "validation": sources},
         "num_examples": {name: len(dataset) for name, dataset in sets.items()},
         "seed": seed,
-        "template": finished.encoder.template,
-        "decoding": finished.decoding().to_dict(),
-        "dtype": finished.dtype,
         "definition": DEFINITION,
-        "vectors": describe_vectors(
-            initial, final, finished.teacher, finished.tokenizer, num_neighbours
-        ),
-        **parts,
+        "vectors": describe_vectors(initial, final, *speaker, num_neighbours),
+        **{part: [row for own in analysed for row in own[part]] for part in PARTS},
     }
     write_json(Path(run) / "prompt_analysis.json", result)
     return result
+
+
+def _analyse(
+    cast: Cast, sets: Mapping[str, Dataset], seed: int, num_shown: int
+) -> list[dict[str, list[dict[str, Any]]]]:
+    with tqdm(total=WORK_PER_SET * len(sets), unit="pass") as bar:
+        return [_analyse_set(cast, *own, seed, num_shown, bar) for own in sets.items()]
+
+
+def _requests(run: FinishedRun, sources: list[str], num_examples: int) -> dict[str, Dataset]:
+    """The first training requests, and held-out ones where there are any."""
+    rows = run.read(run.recipe.data.train)
+    trained = training_set(rows, run.encoder, run.teacher_encoder)
+    sets = {"train": Dataset(trained.examples[:num_examples])}
+    if sources:
+        sets["validation"] = run.evaluation_set(sources, num_examples)
+    return sets
 
 
 def describe_vectors(
@@ -237,16 +234,21 @@ def compare_with_tokens(
 
 
 def _analyse_set(
-    cast: Cast, name: str, data: Dataset, seed: int, num_shown: int, micro_batch_tokens: int
+    cast: Cast, name: str, data: Dataset, seed: int, num_shown: int, bar: Any
 ) -> dict[str, list[dict[str, Any]]]:
     """The rows of one set of requests, by part of the result."""
     run, decoding = cast.run, cast.run.decoding()
     by_teacher = TransformersEngine(run.teacher, run.stop)
-    written = {
-        "student": predict(TransformersEngine(run.student, run.stop), data, decoding, seed),
-        "plain": predict(by_teacher, data, decoding, seed),
-        "prompted": predict(by_teacher, data, decoding, seed, soft_prompt=cast.soft_prompt),
-    }
+    by_student = TransformersEngine(run.student, run.stop)
+    written = {}
+    for author, engine, front in (
+        ("student", by_student, {}),
+        ("plain", by_teacher, {"by_teacher": True}),
+        ("prompted", by_teacher, {"by_teacher": True, "soft_prompt": cast.soft_prompt}),
+    ):
+        bar.set_description(f"{name}: responses, {author}")
+        written[author] = predict(engine, data, decoding, seed, **front)
+        bar.update()
     predictions = {
         author: score(rollouts, data, run.tokenizer, run.stop, seed)
         for author, rollouts in written.items()
@@ -255,8 +257,9 @@ def _analyse_set(
     if data.has_references:
         forced["reference"] = reference_rollouts(data.examples)
     table, differences, drift = [], [], []
+    bar.set_description(f"{name}: KLs")
     for whose, rollouts in forced.items():
-        nats = cast.nats(rollouts, micro_batch_tokens)
+        nats = cast.nats(rollouts)
         sums = {key: [values.sum().item() for values in rows] for key, rows in nats.items()}
         counts = [len(rollout.response_ids) for rollout in rollouts]
         where = {"data": name, "responses": whose}
@@ -270,9 +273,19 @@ def _analyse_set(
         drift.append(
             {**where, **_with_interval("kl_prompted_plain", sums["prompted|plain"], counts)}
         )
+    bar.update()
     for row in differences:
         row |= _text_differences(predictions["plain"], predictions["prompted"])
-    shown = [
+    shown = _shown(name, predictions, num_shown)
+    return {"table_4": table, "differences": differences, "drift": drift, "responses": shown}
+
+
+def _shown(
+    name: str, predictions: Mapping[str, Sequence[Prediction]], num_shown: int
+) -> list[dict[str, Any]]:
+    """The first requests with what everybody responds."""
+    authors = (predictions[author][:num_shown] for author in ("plain", "prompted", "student"))
+    return [
         {
             "data": name,
             "index": plain.index,
@@ -282,12 +295,8 @@ def _analyse_set(
             "prompted_teacher": prompted.response,
             "student": student.response,
         }
-        for plain, prompted, student in zip(
-            *(predictions[author][:num_shown] for author in ("plain", "prompted", "student")),
-            strict=True,
-        )
+        for plain, prompted, student in zip(*authors, strict=True)
     ]
-    return {"table_4": table, "differences": differences, "drift": drift, "responses": shown}
 
 
 def _key(name: str, voice: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from promptkd.errors import UserError
 from promptkd.evaluation.metrics import (
     METRICS,
+    TEACHER_CROSS_ENTROPY,
     distinct_n,
     metrics_of,
     of_all_responses,
@@ -22,7 +23,7 @@ from promptkd.files import read_json, read_json_lines, write_json, write_json_li
 
 MEASURED = ("response_length", "ended")
 """What is known of every response, whatever it is scored by."""
-TOKEN_MEANS = ("reverse_kl_to_teacher",)
+TOKEN_MEANS = ("reverse_kl_to_teacher", "reverse_kl_without_context", TEACHER_CROSS_ENTROPY)
 """Nats per token: means over response tokens, so long responses count for more."""
 
 
@@ -35,6 +36,7 @@ class Prediction:
         seed: of the decoding.
         num_tokens: of the response, its stop token included.
         ended: whether the model stopped by itself within the limit.
+        teacher_request: what the teacher reads, where it isn't what the student does.
         scores: by metric, in percent where they are shares; those that need references only where
             there are some.
     """
@@ -46,6 +48,7 @@ class Prediction:
     references: tuple[str, ...]
     num_tokens: int
     ended: bool
+    teacher_request: str | None = None
     scores: dict[str, float] = field(default_factory=dict)
 
     def score(self, name: str) -> float | None:
@@ -64,7 +67,10 @@ class Prediction:
 
     def to_row(self) -> dict[str, Any]:
         """A line of NAME.predictions.jsonl: the scores stand beside the other fields."""
-        return {**self._fields(), **self.scores}
+        own = self._fields()
+        if self.teacher_request is None:
+            del own["teacher_request"]
+        return {**own, **self.scores}
 
     def _fields(self) -> dict[str, Any]:
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name != "scores"}
@@ -76,6 +82,8 @@ class Prediction:
         Raises:
             TypeError, KeyError, ValueError: if it is none.
         """
+        if "request" not in row and "references" not in row:  # kept without: study.stored
+            row = {**row, "request": "", "references": ()}
         names = cls.__dataclass_fields__
         own = {name: value for name, value in row.items() if name in names}
         scores = {k: float(v) for k, v in row.items() if k not in names and v is not None}
@@ -122,6 +130,9 @@ class Evaluation:
         decoding: how the responses were generated.
         seeds: of the decoding.
         dtype: what matrices were multiplied in.
+        size_and_speed: what the model weighs and how fast it generates; see that module.
+        rows: digest of the requests' rows and references, where those are kept elsewhere.
+        date: as of which requests were rendered, for templates that say it.
     """
 
     name: str
@@ -133,8 +144,11 @@ class Evaluation:
     decoding: dict[str, Any]
     seeds: tuple[int, ...]
     dtype: str = ""
+    rows: str = ""
+    date: str = ""
     teacher: str | None = None
     num_cut_requests: int = 0
+    size_and_speed: dict[str, Any] = field(default_factory=dict)
     scores: dict[str, Score] = field(default_factory=dict)
     predictions: tuple[Prediction, ...] = ()
 
@@ -146,14 +160,45 @@ class Evaluation:
         found = totals(self.predictions, score)
         return {index: total / size for index, (total, size) in found.items()}
 
+    def also_scored_by(self, metrics: Sequence[str]) -> "Evaluation":
+        """With the metrics of single responses that it lacks, computed from the predictions."""
+        missing = [name for name in metrics if name not in self.scores]
+        if not missing:
+            return self
+        predictions = tuple(p.scored_by(missing) for p in self.predictions)
+        defined = {name for p in predictions for name in p.scores if name in missing}
+        added = {name: _over_seeds(predictions, name) for name in sorted(defined)}
+        return replace(self, predictions=predictions, scores=self.scores | added)
+
+    def scored_anew(self) -> "Evaluation":
+        """Scores of responses computed again; those of models and users' functions stay."""
+        metrics = metrics_of([p.references for p in self.predictions], [*self.scores])
+        own = [name for name in metrics if name in METRICS]
+        predictions = tuple(p.scored_by(own) for p in self.predictions)
+        kept = {name: score for name, score in self.scores.items() if name not in METRICS}
+        scores = kept | summarise(predictions, [*self.scores])
+        return replace(self, scores=scores, predictions=predictions)
+
+    def with_references(self, references: Mapping[int, tuple[str, ...]]) -> "Evaluation":
+        """With the references that ``study.stored`` left out put back, by row.
+
+        Raises:
+            UserError: if they aren't those that were scored.
+        """
+        known = [p for p in self.predictions if references.get(p.index)]
+        predictions = tuple(replace(p, references=references[p.index]) for p in known)
+        if len(known) < len(self.predictions) or rows_digest(predictions) != self.rows:
+            raise UserError(
+                f"{', '.join(self.data)} doesn't hold the references that '{self.name}' was scored "
+                "by: others, or too few. Name the data as it was then."
+            )
+        return replace(self, predictions=predictions)
+
     @property
     def protocol(self) -> str:
         """Equal exactly for evaluations whose scores may be compared: same rows, same decoding."""
-        rows = sorted(
-            {(p.index, json.dumps(list(p.references) or p.request)) for p in self.predictions}
-        )
-        text = json.dumps([rows or self.name, self.settings()], sort_keys=True)
-        return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
+        rows = self.rows or (rows_digest(self.predictions) if self.predictions else self.name)
+        return _digest([rows, self.settings()])
 
     def settings(self) -> dict[str, Any]:
         """What two evaluations must share to be compared, beside the requests."""
@@ -179,6 +224,18 @@ class Evaluation:
 
 KEPT_ELSEWHERE = ("name", "predictions")
 """The file's name, and NAME.predictions.jsonl."""
+
+
+def rows_digest(predictions: Iterable[Prediction]) -> str:
+    """Of the rows that were asked: the references, or the request where there are none."""
+    return _digest(
+        sorted({(p.index, json.dumps(list(p.references) or p.request)) for p in predictions})
+    )
+
+
+def _digest(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()
 
 
 def _plain(value: Any) -> Any:
@@ -286,6 +343,7 @@ def read_evaluation(path: Path, notes: list[str] | None = None) -> Evaluation | 
     if record is None or not isinstance(record.get("scores"), dict) or "decoding" not in record:
         return None
     lines = path.with_name(f"{path.stem}.predictions.jsonl")
+    lines = lines if lines.exists() else path.with_name(f"{lines.name}.gz")
     predictions, damaged = read_predictions(lines) if lines.exists() else ([], [])
     if damaged:
         shown = ", ".join(map(str, damaged[:3]))
@@ -311,40 +369,9 @@ def read_predictions(path: Path) -> tuple[list[Prediction], list[int]]:
 
 def read_evaluations(directory: Path, notes: list[str] | None = None) -> list[Evaluation]:
     """Every evaluation below a directory, in the order of their paths."""
-    found = (read_evaluation(path, notes) for path in sorted(directory.rglob("*.json")))
-    return [evaluation for evaluation in found if evaluation is not None]
+    return [own for p in sorted(directory.rglob("*.json")) if (own := read_evaluation(p, notes))]
 
 
-def rescore(directory: str | Path, notes: list[str] | None = None) -> dict[str, dict[str, Any]]:
-    """Compute the scores of kept predictions anew, without generating.
-
-    What needs models stays as it is, and so does what a user's own function gave.
-
-    Args:
-        directory: a run's, or the output of ``evaluate``.
-        notes: takes a sentence for every damaged file.
-
-    Returns:
-        What each ``NAME.json`` holds now, by NAME.
-
-    Raises:
-        UserError: if there are no predictions.
-    """
-    place = Path(directory)
-    if (place / "evaluation").is_dir():
-        place = place / "evaluation"
-    results = {}
-    for found in read_evaluations(place, notes):
-        if not found.predictions:
-            continue
-        metrics = metrics_of([p.references for p in found.predictions], [*found.scores])
-        own = [name for name in metrics if name in METRICS]
-        predictions = tuple(p.scored_by(own) for p in found.predictions)
-        kept = {name: score for name, score in found.scores.items() if name not in METRICS}
-        scores = kept | summarise(predictions, [*found.scores])
-        again = replace(found, scores=scores, predictions=predictions)
-        save_evaluation(place, again)
-        results[found.name] = again.to_dict()
-    if not results:
-        raise UserError(f"{directory} holds no predictions. Name a run that was evaluated.")
-    return results
+def own_evaluations(directory: Path, notes: list[str] | None = None) -> list[Evaluation]:
+    """Those in a directory itself: other models' are in folders of it."""
+    return [own for p in sorted(directory.glob("*.json")) if (own := read_evaluation(p, notes))]

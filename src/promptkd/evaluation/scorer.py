@@ -2,10 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from promptkd.data import Dataset
-from promptkd.evaluation.metrics import metrics_of
+from promptkd.evaluation.metrics import TEACHER_CROSS_ENTROPY, metrics_of
 from promptkd.evaluation.results import Prediction, Score, summarise
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine
@@ -19,20 +22,28 @@ MICRO_BATCH_TOKENS = 4096
 
 
 def predict(
-    engine: Engine, data: Dataset, decoding: GenerationSettings, seed: int, **front: Any
+    engine: Engine,
+    data: Dataset,
+    decoding: GenerationSettings,
+    seed: int,
+    *,
+    by_teacher: bool = False,
+    **front: Any,
 ) -> list[Rollout]:
     """One response per request; a function of model, request, decoding and seed alone.
+
+    ``by_teacher``: the engine is the teacher's, which reads its own requests.
 
     ``front`` is what ``TransformersEngine.generate`` puts before the requests, a soft prompt say.
     """
     responses = engine.generate(
-        [example.request_ids for example in data.examples],
+        [example.request_of(by_teacher) for example in data.examples],
         [(seed, example.index) for example in data.examples],
         decoding,
         **front,
     )
     return [
-        Rollout(example.index, example.request_ids, response.token_ids, author="student")
+        Rollout.answer(example, response.token_ids, author="teacher" if by_teacher else "student")
         for example, response in zip(data.examples, responses, strict=True)
     ]
 
@@ -51,15 +62,18 @@ def score(
         data: all requests, though ``rollouts`` may answer only a part of them.
         metrics: what is computed beside what always is.
     """
+    read = partial(tokenizer.decode, skip_special_tokens=True)
     references = {example.index: example.references for example in data.examples}
     names = metrics_of([*references.values()], metrics)
     predictions = []
     for rollout in rollouts:
-        response = tokenizer.decode(rollout.response_ids, skip_special_tokens=True).strip()
+        response = read(rollout.response_ids).strip()
+        of_teacher = rollout.teacher_request_ids
         prediction = Prediction(
             index=rollout.index,
             seed=seed,
-            request=tokenizer.decode(rollout.request_ids, skip_special_tokens=True),
+            request=read(rollout.request_ids),
+            teacher_request=None if of_teacher is None else read(of_teacher),
             response=response,
             references=references[rollout.index],
             num_tokens=len(rollout.response_ids),
@@ -96,8 +110,9 @@ class Scorer:
         """Generate with ``engine``, the student's, and measure.
 
         Args:
-            teacher: also measure KL(student || teacher) on the student's responses; None measures
-                nothing of the kind.
+            teacher: also measure KL(student || teacher) on the student's responses, the teacher
+                reading its own requests; where it has some, also what it is without them. None
+                measures nothing of the kind.
             seeds: of the decoding, one response per request each.
 
         Returns:
@@ -110,6 +125,9 @@ class Scorer:
             found = score(rollouts, self.data, self.tokenizer, self.stop, seed, self.metrics)
             if teacher:
                 found = _with_distances(found, rollouts, student, teacher, self.micro_batch_tokens)
+            if teacher and TEACHER_CROSS_ENTROPY in self.metrics:
+                nats = cross_entropies(rollouts, teacher, self.micro_batch_tokens)
+                found = _with_score(found, TEACHER_CROSS_ENTROPY, nats)
             predictions += sorted(self.ranks.gather(found), key=lambda p: p.index)
         scores = summarise(predictions, self.metrics)
         if any(example.response_ids is not None for example in self.data.examples):
@@ -130,7 +148,19 @@ def _with_distances(
 ) -> list[Prediction]:
     """With KL(student || teacher) on the student's own responses, in nats per token."""
     nats = distances(rollouts, student, teacher, micro_batch_tokens)
+    found = _with_score(predictions, "reverse_kl_to_teacher", nats)
+    if any(rollout.teacher_request_ids is not None for rollout in rollouts):
+        alike = [replace(rollout, teacher_request_ids=None) for rollout in rollouts]
+        nats = distances(alike, student, teacher, micro_batch_tokens)
+        found = _with_score(found, "reverse_kl_without_context", nats)
+    return found
+
+
+def _with_score(
+    predictions: Sequence[Prediction], name: str, nats: Sequence[Tensor]
+) -> list[Prediction]:
+    """With the mean over each response's tokens."""
     return [
-        replace(p, scores=p.scores | {"reverse_kl_to_teacher": own.mean().item()})
+        replace(p, scores=p.scores | {name: own.mean().item()})
         for p, own in zip(predictions, nats, strict=True)
     ]

@@ -1,6 +1,7 @@
 """Means with their uncertainty: deviations over seeds, bootstrap intervals over requests. No torch.
 
-Every interval of the project is the 95 % percentile bootstrap over requests of 2,000 resamples.
+An interval of one model is the 95 % percentile bootstrap over requests of 2,000 resamples; that of
+a method, which is several models (one per training seed), is in ``two_levels``.
 """
 
 import math
@@ -48,10 +49,13 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def resampled_counts(num_requests: int, seed: int = 0) -> np.ndarray:
-    """How often each request is drawn, (NUM_RESAMPLES, num_requests), for what is no plain mean."""
-    share = np.full(num_requests, 1 / num_requests)
-    return np.random.default_rng(seed).multinomial(num_requests, share, size=NUM_RESAMPLES)
+def resampled_counts(num_requests: int, seed: int = 0, num_drawn: int | None = None) -> np.ndarray:
+    """How often each request is drawn, (NUM_RESAMPLES, num_requests), for what is no plain mean.
+
+    As many are drawn as there are, or ``num_drawn``.
+    """
+    drawn, share = num_drawn or num_requests, np.full(num_requests, 1 / num_requests)
+    return np.random.default_rng(seed).multinomial(drawn, share, size=NUM_RESAMPLES)
 
 
 def paired_difference(

@@ -1,6 +1,7 @@
 """Who can write in a run: the student, the teacher (its responses kept on disk), or both."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -41,10 +42,12 @@ class Authors:
         self._teacher: TeacherAuthor | None = None
 
     def add_teacher(
-        self, model: LanguageModel, tokenizer: Any, examples: Sequence[Example]
+        self, model: LanguageModel, tokenizer: Any, examples: Sequence[Example], encoder: Encoder
     ) -> None:
+        """Let a teacher write that is asked as ``encoder`` asks, by its own tokenizer."""
         self._co_author = model
-        self._teacher = TeacherAuthor(model, tokenizer, examples, self)
+        own = encoder.with_tokenizer(tokenizer)
+        self._teacher = TeacherAuthor(model, own, examples, authors=self)
 
     @cached_property
     def _together(self) -> TransformersEngine:
@@ -53,32 +56,37 @@ class Authors:
             return self.engine
         return TransformersEngine(self.student, self.engine.stop_ids.tolist())
 
-    def writers(self, step: int, max_steps: int) -> Writers:
-        """What the sources of one step (counted from 0) may ask for."""
+    def writers(self, step: int, max_steps: int, limit: int) -> Writers:
+        """What the sources of one step (counted from 0) may ask for.
+
+        Responses have at most ``limit`` tokens; the teacher's, which are kept, are cut there.
+        """
+        decoding = replace(self.decoding, max_new_tokens=limit)
 
         def rollouts(
             examples: Sequence[EncodedExample], responses: Sequence[Response], author: str
         ) -> list[Rollout]:
             return [
-                Rollout(e.index, e.request_ids, r.token_ids, author, r.annotations())
+                Rollout.answer(e, r.token_ids, author, r.annotations())
                 for e, r in zip(examples, responses, strict=True)
             ]
 
         def asked(examples: Sequence[EncodedExample]) -> tuple[Any, Any, GenerationSettings]:
             requests = [example.request_ids for example in examples]
             seeds = [(self.seed, step, example.index) for example in examples]
-            return requests, seeds, self.decoding
+            return requests, seeds, decoding
 
         def by_student(examples: Sequence[EncodedExample]) -> list[Rollout]:
             return rollouts(examples, self.engine.generate(*asked(examples)), "student")
 
         def by_teacher(examples: Sequence[EncodedExample]) -> list[Rollout]:
             assert self._teacher is not None, "the method's source says asks_teacher"
-            return self._teacher.write(examples)
+            return [cut(rollout, limit) for rollout in self._teacher.write(examples)]
 
         def by_both(examples: Sequence[EncodedExample], share: float) -> list[Rollout]:
             assert self._co_author is not None, "the method's source says asks_teacher"
-            co_author = CoAuthor(self._co_author, share)
+            reads = tuple(e.request_of(teacher=True) for e in examples)
+            co_author = CoAuthor(self._co_author, share, reads)
             written = self._together.generate(*asked(examples), co_author=co_author)
             return rollouts(examples, written, "mixed")
 
@@ -93,12 +101,23 @@ class Authors:
         )
 
 
+def cut(rollout: Rollout, limit: int) -> Rollout:
+    """The first ``limit`` tokens of a response."""
+    if len(rollout.response_ids) <= limit:
+        return rollout
+    return replace(rollout, response_ids=rollout.response_ids[:limit])
+
+
 class TeacherAuthor:
-    """Answers each request once, off-line; its tokens are kept on disk. Tokenizers may differ."""
+    """Answers each request once, off-line; its tokens are kept on disk. Tokenizers may differ.
+
+    What is kept is found by all that the teacher read: its context and system message too.
+    """
 
     def __init__(
-        self, model: LanguageModel, tokenizer: Any, examples: Sequence[Example], authors: Authors
+        self, model: LanguageModel, encoder: Encoder, examples: Sequence[Example], authors: Authors
     ):
+        tokenizer = encoder.tokenizer
         self.engine = TransformersEngine(model, stop_ids(tokenizer, model.module))
         self.tokenizer = tokenizer
         self.examples = examples
@@ -106,7 +125,7 @@ class TeacherAuthor:
         self.cache = ResponseCache(f"{fingerprint(model.module)} {model.dtype} {stop}")
         self.authors = authors
         self._shares_tokens = same_tokenizer(authors.encoder.tokenizer, tokenizer)
-        self.encoder = authors.encoder.with_tokenizer(tokenizer)
+        self.encoder = encoder
 
     def write(self, examples: Sequence[EncodedExample]) -> list[Rollout]:
         """From the cache, or written now and kept."""
@@ -123,12 +142,7 @@ class TeacherAuthor:
             for i, response in zip(missing, responses, strict=True):
                 self.cache.put(keys[i], response.token_ids)
         return [
-            Rollout(
-                index=e.index,
-                request_ids=e.request_ids,
-                response_ids=self._as_the_students(self.cache.get(key)),
-                author="teacher",
-            )
+            Rollout.answer(e, self._as_the_students(self.cache.get(key)), author="teacher")
             for e, key in zip(examples, keys, strict=True)
         ]
 

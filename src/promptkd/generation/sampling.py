@@ -17,6 +17,7 @@ from transformers import (
 )
 
 from promptkd.config import Recipe
+from promptkd.errors import NotFinite
 
 BLOCK = 256
 """Tokens whose probabilities are summed at once before one of them is looked for."""
@@ -44,7 +45,7 @@ class GenerationSettings:
     def of_recipe(cls, recipe: Recipe) -> "GenerationSettings":
         """As the recipe's run samples in training and validation, where nothing is blocked."""
         s = recipe.sampling
-        return cls(recipe.data.max_response_tokens, s.temperature, s.top_p, s.top_k)
+        return cls(recipe.data.longest_response, s.temperature, s.top_p, s.top_k)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,10 +83,30 @@ class TokenSampler:
             uniforms: from [0, 1), one per row.
             history: tokens so far, padding is negative; needed if ``reads_history``.
         """
+        return self.choose(self.warp(scores, history), uniforms)
+
+    def warp(
+        self, scores: Float[Tensor, "rows vocab"], history: Int[Tensor, "rows time"] | None = None
+    ) -> Float[Tensor, "rows vocab"]:
+        """Log-probabilities, up to a constant per row, of the law that tokens are drawn from."""
         if self._decoding.temperature not in (0.0, 1.0):
             scores = scores / self._decoding.temperature
         if self._warpers:
             scores = self._warpers(history, scores)  # pyright: ignore[reportArgumentType]
+        return scores
+
+    def logprobs_of(
+        self, chosen: Int[Tensor, " rows"], scores: Float[Tensor, "rows vocab"]
+    ) -> Float[Tensor, " rows"]:
+        """In nats, under the law that ``scores``, which were warped, stand for; greedy: certain."""
+        if self._decoding.temperature == 0:
+            return torch.zeros_like(scores[:, 0])
+        return scores.log_softmax(-1).gather(-1, chosen[:, None])[:, 0]
+
+    def choose(
+        self, scores: Float[Tensor, "rows vocab"], uniforms: Float[Tensor, " rows"]
+    ) -> Int[Tensor, " rows"]:
+        """A token per row, of scores that were warped."""
         if self._decoding.temperature == 0:
             return scores.argmax(-1)
         # Sums of blocks first: a running sum over the whole vocabulary takes six times as long.
@@ -93,6 +114,8 @@ class TokenSampler:
         blocks = F.pad(weights, (0, -scores.shape[1] % BLOCK)).unflatten(-1, (-1, BLOCK))
         sums = blocks.sum(-1).cumsum(-1)
         threshold = uniforms[:, None] * sums[:, -1:]
+        if not torch.isfinite(threshold).all():
+            raise NotFinite("What the model says next is NaN or infinite: its weights diverged.")
         block = _first_above(sums, threshold)
         threshold = (threshold - F.pad(sums, (1, 0)).gather(1, block)).clamp_min_(0)
         within = blocks[torch.arange(len(blocks), device=block.device), block[:, 0]].cumsum(-1)

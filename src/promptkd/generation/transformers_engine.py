@@ -31,6 +31,7 @@ class Response:
     token_ids: Tokens
     student_logprobs: tuple[float, ...] = ()
     teacher_logprobs: tuple[float, ...] = ()
+    sampling_logprobs: tuple[float, ...] = ()
 
     def annotations(self) -> dict[str, tuple[float, ...]]:
         """The logprobs by name, if there are any."""
@@ -39,15 +40,27 @@ class Response:
         return {
             "student_logprobs": self.student_logprobs,
             "teacher_logprobs": self.teacher_logprobs,
+            "sampling_logprobs": self.sampling_logprobs,
         }
 
 
 @dataclass(frozen=True)
 class CoAuthor:
-    """A second model whose next-token probabilities are mixed in with weight ``share``."""
+    """A second model whose next-token probabilities are mixed in with weight ``share``.
+
+    Attributes:
+        requests: as this model reads them, in the order of the other's; None: as the other does.
+    """
 
     model: LanguageModel
     share: float
+    requests: tuple[Tokens, ...] | None = None
+
+    def of(self, rows: Sequence[int]) -> "CoAuthor":
+        """For some of the requests."""
+        if self.requests is None:
+            return self
+        return replace(self, requests=tuple(self.requests[row] for row in rows))
 
 
 @runtime_checkable
@@ -108,13 +121,15 @@ class TransformersEngine:
             co_author: a second model that writes along.
             max_batch_tokens: rows x (request + response) written at once; bounds the caches.
         """
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i]), reverse=True)
+        others_read = (co_author and co_author.requests) or requests
+        lengths = [max(map(len, pair)) for pair in zip(requests, others_read, strict=True)]
+        order = sorted(range(len(requests)), key=lambda i: lengths[i], reverse=True)
         responses: dict[int, Response] = {}
         others = [co_author.model.module] if co_author else []
         products = GenerationMatmuls()
         with self._current() as model, products.within(model.module, *others):
             while order:
-                longest = len(requests[order[0]]) + decoding.max_new_tokens
+                longest = lengths[order[0]] + decoding.max_new_tokens
                 rows = max(1, max_batch_tokens // longest)
                 group, order = order[:rows], order[rows:]
                 written = self._generate_group(
@@ -125,7 +140,7 @@ class TransformersEngine:
                     decoding,
                     soft_prompt,
                     prefix,
-                    co_author,
+                    co_author.of(group) if co_author else None,
                 )
                 responses.update(zip(group, written, strict=True))
         return [responses[i] for i in range(len(requests))]
@@ -145,6 +160,18 @@ class TransformersEngine:
             _forget_weights(model.module)
         model.module.train(learning)
 
+    def _co_authors(
+        self,
+        co_author: CoAuthor | None,
+        products: GenerationMatmuls,
+        requests: list[Tokens],
+        room: int,
+    ) -> "list[_Author]":
+        if co_author is None:
+            return []
+        read = co_author.requests or requests
+        return [_Author(co_author.model, products, read, room=room)]
+
     def _generate_group(
         self,
         model: LanguageModel,
@@ -156,44 +183,49 @@ class TransformersEngine:
         prefix: Past | None,
         co_author: CoAuthor | None,
     ) -> list[Response]:
-        choose = TokenSampler(decoding)
-        uniforms = torch.stack([choose.uniforms(seed) for seed in seeds]).to(model.device)
-        past = None if prefix is None else prefix.cache(len(requests))
-        tokens, mask = left_pad(requests, model.device)
-        capacity = tokens.shape[1] + decoding.max_new_tokens
-        authors = [_Author(model, products, soft_prompt, past, capacity)]
-        if co_author:
-            authors.append(_Author(co_author.model, products, None, None, capacity))
-        history = tokens.masked_fill(~mask, PADDING)  # padding is part of no n-gram
-        rows = torch.arange(len(tokens), device=model.device)  # which request each live row answers
+        sampler = TokenSampler(decoding)
+        uniforms = torch.stack([sampler.uniforms(seed) for seed in seeds]).to(model.device)
+        past = prefix.cache(len(requests)) if prefix else None
+        room = decoding.max_new_tokens
+        first = _Author(model, products, requests, soft_prompt=soft_prompt, past=past, room=room)
+        authors = [first, *self._co_authors(co_author, products, requests, room)]
+        history = first.tokens.masked_fill(~first.mask, PADDING)  # padding is part of no n-gram
+        rows = torch.arange(len(requests), device=model.device)  # what each live row answers
         token_ids: list[list[int]] = [[] for _ in requests]
-        logprobs: list[list[list[float]]] = [[[] for _ in requests] for _ in authors]
+        noted = [*authors, sampler] if co_author else []
+        logprobs: list[list[list[float]]] = [[[] for _ in requests] for _ in noted]
         for time in range(decoding.max_new_tokens):
-            spoken = [author.next_scores(tokens, mask) for author in authors]
+            spoken = [author.next_scores() for author in authors]
             mixed = spoken[0]
             if co_author:
                 spoken = [scores.log_softmax(-1) for scores in spoken]
                 mixed = _mixture(spoken[0], spoken[1], co_author.share)
-            chosen = choose(mixed, uniforms[rows, time], history)
+            law = sampler.warp(mixed, history)
+            chosen = sampler.choose(law, uniforms[rows, time])
             for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
                 token_ids[row].append(token)
             if co_author:
-                for author, values in enumerate(spoken):
-                    picked = values.gather(-1, chosen[:, None])[:, 0].tolist()
-                    for row, value in zip(rows.tolist(), picked, strict=True):
-                        logprobs[author][row].append(value)
+                own = [scores.gather(-1, chosen[:, None])[:, 0] for scores in spoken]
+                _note(logprobs, rows, [*own, sampler.logprobs_of(chosen, law)])
             going_on = ~torch.isin(chosen, self.stop_ids)
             if not going_on.any():
                 break
-            tokens = chosen[:, None]
-            history = torch.cat([history, tokens], dim=1)
-            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            history = torch.cat([history, chosen[:, None]], dim=1)
+            for author in authors:
+                author.read(chosen)
             if going_on.sum() <= 0.75 * len(rows):  # finished rows leave; moving caches costs
                 keep = going_on.nonzero()[:, 0]
-                rows, tokens, history, mask = rows[keep], tokens[keep], history[keep], mask[keep]
+                rows, history = rows[keep], history[keep]
                 for author in authors:
                     author.keep(keep)
         return _responses(token_ids, logprobs, self.stop_ids.tolist())
+
+
+def _note(logprobs: list[list[list[float]]], rows: Tensor, chosen: Sequence[Tensor]) -> None:
+    """Append what each noted law says of the tokens just chosen, one per live row."""
+    for of_law, values in zip(logprobs, chosen, strict=True):
+        for row, value in zip(rows.tolist(), values.tolist(), strict=True):
+            of_law[row].append(value)
 
 
 def _mixture(
@@ -209,36 +241,45 @@ def _responses(
 ) -> list[Response]:
     """Each up to its stop token; with logprobs where there are those of two models."""
     ended = [_cut_after_stop(ids, stop) for ids in token_ids]
-    if len(logprobs) == 1:
+    if not logprobs:
         return [Response(ids) for ids in ended]
     return [
-        Response(ids, tuple(own[: len(ids)]), tuple(other[: len(ids)]))
-        for ids, own, other in zip(ended, *logprobs, strict=True)
+        Response(ids, *(tuple(values[: len(ids)]) for values in noted))
+        for ids, *noted in zip(ended, *logprobs, strict=True)
     ]
 
 
 class _Author:
-    """One model and its cache, while a group of responses is written."""
+    """One model, its requests and its cache, while a group of responses is written.
+
+    Attributes:
+        tokens: what it has not read yet: its requests, later the token chosen last.
+        mask: true at the real tokens among all so far.
+    """
 
     def __init__(
         self,
         model: LanguageModel,
         products: GenerationMatmuls,
-        soft_prompt: Tensor | None,
-        past: DynamicCache | None,
-        capacity: int,
+        requests: Sequence[Tokens],
+        *,
+        room: int,
+        soft_prompt: Tensor | None = None,
+        past: DynamicCache | None = None,
     ):
         self.model = model
         self.products = products
         self.soft_prompt = soft_prompt
+        self.tokens, self.mask = left_pad(requests, model.device)
         front = 0 if soft_prompt is None else len(soft_prompt)
+        capacity = self.tokens.shape[1] + room
         self.cache = reserved_cache(model.module.config, front + capacity) if past is None else past
         self.past_length = self.cache.get_seq_length()
         self.head = model.head
 
-    def next_scores(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "rows vocab"]:
+    def next_scores(self) -> Float[Tensor, "rows vocab"]:
         """Log-probabilities up to a constant per row, which choosing a token doesn't see."""
-        hidden = self._advance(tokens, mask).to(self.head.dtype)
+        hidden = self._advance(self.tokens, self.mask).to(self.head.dtype)
         return self.head.cap(self.products.linear(hidden, *self.head.matrix))
 
     def _advance(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "rows width"]:
@@ -264,7 +305,13 @@ class _Author:
             )
         return output.last_hidden_state[:, -1]
 
+    def read(self, chosen: Tensor) -> None:
+        """The tokens that were chosen come next."""
+        self.tokens = chosen[:, None]
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(chosen), 1)], dim=1)
+
     def keep(self, rows: Tensor) -> None:
+        self.tokens, self.mask = self.tokens[rows], self.mask[rows]
         self.cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
 
 

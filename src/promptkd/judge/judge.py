@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from promptkd.errors import UserError
 from promptkd.evaluation.results import Prediction, read_predictions

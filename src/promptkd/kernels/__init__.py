@@ -4,20 +4,50 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from promptkd.errors import UserError
 from promptkd.kernels.attention import attend_grouped
 from promptkd.kernels.norms_and_gates import save_only_inputs
 
+IMPLEMENTATIONS = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}
+"""The recipe's names of attention, and transformers'."""
 
-def prepare(module: PreTrainedModel, device: torch.device) -> None:
+
+def prepare(module: PreTrainedModel, device: torch.device, attention: str = "auto") -> None:
     """Let a loaded model compute with the kernels of ``device``; nothing else changes a model.
 
-    Off the CPU a model stays as it was loaded. On the CPU, attention by torch's kernels becomes
-    ``grouped_sdpa``, and norms and gated MLPs save only their inputs for the backward pass; both
-    are equal to transformers' up to rounding. What is saved is an ordinary model.
+    Off the CPU a model stays as it was loaded, the attention that is asked for aside. On the CPU,
+    attention by torch's kernels becomes ``grouped_sdpa``, unless another is asked for, and norms
+    and gated MLPs save only their inputs for the backward pass; both are equal to transformers' up
+    to rounding. What is saved is an ordinary model.
+
+    Raises:
+        UserError: if the model or this machine doesn't have that attention.
     """
-    if device.type == "cpu":
+    if attention != "auto":
+        _attend_by(module, device, attention)
+    elif device.type == "cpu":
         attend_grouped(module)
+    if device.type == "cpu":
         save_only_inputs(module)
+
+
+def _attend_by(module: PreTrainedModel, device: torch.device, attention: str) -> None:
+    name = type(module).__name__
+    if attention == "flash" and device.type != "cuda":
+        raise UserError(
+            f"attention is flash, which needs a GPU; this machine has the device {device}. Set "
+            "attention: auto."
+        )
+    try:
+        module.set_attn_implementation(IMPLEMENTATIONS[attention])
+    except (ImportError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"attention is {attention}, which {name} can't use here: {reason:.200} Set attention: "
+            "auto."
+        ) from None
+    if module.config._attn_implementation != IMPLEMENTATIONS[attention]:
+        raise UserError(f"attention is {attention}, which {name} doesn't have. Set it to auto.")
 
 
 def prepare_learner(module: PreTrainedModel, device: torch.device) -> None:

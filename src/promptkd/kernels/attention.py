@@ -222,7 +222,9 @@ def _blocks(lengths: list[int], shared: int, together: int) -> Iterator[_Block]:
     for start in range(0, max(lengths), BLOCK):
         reaching = [place for place, length in enumerate(lengths) if length > start]
         stop = min(start + BLOCK, max(lengths))
-        yield _Block(reaching[-1] + 1, start, stop, shared, together)
+        yield _Block(
+            sequences=reaching[-1] + 1, start=start, stop=stop, shared=shared, together=together
+        )
 
 
 def _groups(

@@ -134,11 +134,11 @@ class LanguageModel:
         scale /= getattr(config, "logits_scaling", None) or 1.0
         return Head(
             layer.weight,
-            getattr(layer, "bias", None),
-            self.vocabulary,
-            scale,
-            getattr(config, "final_logit_softcapping", None),
-            self.dtype,
+            bias=getattr(layer, "bias", None),
+            vocabulary=self.vocabulary,
+            scale=scale,
+            softcap=getattr(config, "final_logit_softcapping", None),
+            dtype=self.dtype,
         )
 
     def hidden_states(

@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import torch
 from torch import nn
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -20,6 +20,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.utils import logging
+from transformers.utils.hub import cached_file
 
 from promptkd import kernels
 from promptkd.errors import UserError
@@ -32,7 +33,10 @@ def default_device() -> torch.device:
 
 
 def load_model(
-    name: str, dtype: torch.dtype, device: torch.device | None = None
+    name: str,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    attention: str = "auto",
 ) -> PreTrainedModel:
     """Load a causal language model for evaluation-mode use, with the kernels of its device.
 
@@ -42,9 +46,10 @@ def load_model(
         name: hub id, directory, ``.gguf`` file, or the directory of a finished run (its student).
         dtype: of the weights.
         device: ``default_device`` if not given.
+        attention: auto | sdpa | flash | eager.
 
     Raises:
-        UserError: if there is no such model.
+        UserError: if there is no such model, or it doesn't have that attention here.
     """
     device = device or default_device()
     module: Any = _load(name, dtype).eval()
@@ -55,7 +60,7 @@ def load_model(
             "attention, alone or beside recurrent layers."
         )
     module.to(device)
-    kernels.prepare(module, device)
+    kernels.prepare(module, device, attention)
     return module
 
 
@@ -101,15 +106,13 @@ def _load(name: str, dtype: torch.dtype) -> PreTrainedModel:
 
 def _load_adapted(name: str, directory: Path, dtype: torch.dtype) -> PreTrainedModel:
     """A LoRA merged into its base; tokens that were added with it get their rows first."""
-    try:
-        config = peft.PeftConfig.from_pretrained(str(directory))
-    except Exception as error:
-        raise UserError(_no_model(name, error)) from None
+    config = adapter_config(directory)
     base = config.base_model_name_or_path
     if config.peft_type != peft.PeftType.LORA:
+        kind = str(config.peft_type).rpartition(".")[2]
         raise UserError(
-            f"{name} is an adapter of the kind {config.peft_type}, which can't be merged into a "
-            "model. Name a LoRA, or a whole model."
+            f"{name} is an adapter of the kind {kind}, which can't be merged "
+            "into a model. Name a LoRA, or a whole model."
         )
     if not base:
         raise UserError(
@@ -127,6 +130,22 @@ def _load_adapted(name: str, directory: Path, dtype: torch.dtype) -> PreTrainedM
         except Exception as error:
             raise UserError(_no_model(name, error)) from None
     return whole.merge_and_unload()
+
+
+def adapter_config(directory: Path) -> Any:
+    """What adapter_config.json says.
+
+    Raises:
+        UserError: if it is damaged, or names the adapter itself as its base.
+    """
+    try:
+        config = peft.PeftConfig.from_pretrained(str(directory))
+    except Exception as error:  # of every kind, as the file may be damaged in any way
+        raise UserError(f"{directory}: its adapter_config.json can't be read: {error}.") from None
+    base = config.base_model_name_or_path
+    if base and Path(base).resolve() == directory.resolve():
+        raise UserError(f"{directory} is an adapter that names itself as its base. Mend it there.")
+    return config
 
 
 def check_weights(name: str, model: PreTrainedModel, found: dict[str, Any]) -> None:
@@ -212,7 +231,7 @@ def text_config(name: str) -> Any:
     arguments = _location(name)
     directory = Path(arguments["pretrained_model_name_or_path"])
     if (directory / "adapter_config.json").is_file():
-        base = peft.PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+        base = adapter_config(directory).base_model_name_or_path
         return text_config(base or name)
     try:
         return AutoConfig.from_pretrained(**arguments).get_text_config()
@@ -238,7 +257,7 @@ def load_tokenizer(name: str) -> Any:
     directory = Path(arguments["pretrained_model_name_or_path"])
     is_adapter = (directory / "adapter_config.json").is_file()
     if is_adapter and not (directory / "tokenizer_config.json").is_file():
-        base = peft.PeftConfig.from_pretrained(str(directory)).base_model_name_or_path
+        base = adapter_config(directory).base_model_name_or_path
         if base:
             return load_tokenizer(base)
     try:
@@ -263,7 +282,13 @@ def stop_ids(tokenizer: Any, module: PreTrainedModel) -> tuple[int, ...]:
     ids = {tokenizer.eos_token_id}
     configured = module.generation_config.eos_token_id if module.generation_config else None
     if configured is not None:
-        ids.update(configured if isinstance(configured, list) else [configured])
+        given = configured if isinstance(configured, list) else [configured]
+        if not all(isinstance(token, int) for token in given):
+            raise UserError(
+                f"The generation_config.json of {module.name_or_path} has eos_token_id "
+                f"{configured!r}, which is no token id. Mend it there."
+            )
+        ids.update(given)
     return tuple(sorted(ids))
 
 
@@ -272,9 +297,14 @@ def context_length(config: Any) -> int | None:
 
 
 def check_context(
-    config: Any, request_tokens: int, response_tokens: int, name: str, front: int = 0
+    config: Any,
+    request_tokens: int,
+    response_tokens: int,
+    name: str,
+    front: int = 0,
+    limit: str = "max_request_tokens",
 ) -> None:
-    """Refuse lengths that the model's positions can't hold.
+    """Refuse lengths that the model's positions can't hold; ``limit`` is the request's.
 
     Raises:
         UserError: if front + request + response exceed the context.
@@ -284,7 +314,7 @@ def check_context(
     if context is not None and needed > context:
         prompt = f"{front} soft-prompt vectors + " if front else ""
         raise UserError(
-            f"{prompt}max_request_tokens {request_tokens} + max_response_tokens {response_tokens} "
+            f"{prompt}{limit} {request_tokens} + max_response_tokens {response_tokens} "
             f"= {needed} positions, but the context of {name} has {context}. Lower one of them.",
             "PK201",
         )
@@ -298,6 +328,8 @@ def native_bf16(device: torch.device) -> bool:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    if precision not in ("auto", "bf16", "fp32"):
+        raise UserError(f"The precision is '{precision}'; known: auto, bf16, fp32.")
     if precision == "auto":
         precision = "bf16" if native_bf16(device) else "fp32"
     return torch.bfloat16 if precision == "bf16" else torch.float32
@@ -311,6 +343,27 @@ def embedding_rows(module: PreTrainedModel) -> int:
 
 def num_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def bytes_in_memory(module: nn.Module) -> int:
+    """Of its weights and buffers as they are loaded; what two layers share counts once."""
+    held = {t.data_ptr(): t.nbytes for t in (*module.parameters(), *module.buffers())}
+    return sum(held.values())
+
+
+def bytes_on_disk(name: str) -> int:
+    """Of the files that hold a model's weights; a LoRA's base counts with it."""
+    arguments = _location(name)
+    place = Path(arguments["pretrained_model_name_or_path"])
+    if "gguf_file" in arguments:
+        return (place / arguments["gguf_file"]).stat().st_size
+    if not place.is_dir():  # a hub id, in the cache that it was loaded from
+        place = Path(str(cached_file(str(place), "config.json"))).parent
+    files = [*place.glob("*.safetensors")] or [*place.glob("*.bin")]
+    base = None
+    if (place / "adapter_config.json").is_file():
+        base = peft.PeftConfig.from_pretrained(str(place)).base_model_name_or_path
+    return sum(file.stat().st_size for file in files) + (bytes_on_disk(base) if base else 0)
 
 
 def _holds_model(path: Path) -> bool:

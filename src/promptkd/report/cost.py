@@ -1,8 +1,9 @@
 """What training took: sums over the logged steps of a run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from promptkd.report.data import Run
+from promptkd.report.data import Row, Run
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,21 @@ class TrainingCost:
 
 def cost(run: Run) -> TrainingCost | None:
     """Sums over the logged steps; None if there are none."""
-    if not run.steps:
+    return cost_of_steps(run.steps)
+
+
+def cost_of_steps(steps: Sequence[Row]) -> TrainingCost | None:
+    """The same of the lines of metrics.jsonl that are about steps."""
+    if not steps:
         return None
     summed = ("writing", "learning", "teacher", "student", "losses")
     seconds = {
-        f"seconds_{part}": sum(row.get(f"seconds_{part}", 0.0) for row in run.steps)
-        for part in summed
+        f"seconds_{part}": sum(row.get(f"seconds_{part}", 0.0) for row in steps) for part in summed
     }
     return TrainingCost(
-        steps=len(run.steps),
-        tokens=int(sum(row.get("num_tokens", 0) for row in run.steps)),
+        steps=len(steps),
+        tokens=int(sum(row.get("num_tokens", 0) for row in steps)),
         **seconds,
-        flops=sum(row.get("flops", 0.0) for row in run.steps),
-        peak_memory=max(row.get("peak_memory", 0) for row in run.steps),
+        flops=sum(row.get("flops", 0.0) for row in steps),
+        peak_memory=max(row.get("peak_memory", 0) for row in steps),
     )

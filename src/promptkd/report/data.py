@@ -7,7 +7,7 @@ every file but the recipe may be missing, and what could not be read becomes a n
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -16,6 +16,8 @@ from promptkd.evaluation.results import Evaluation, read_evaluations
 from promptkd.files import read_json, read_json_lines
 
 Row = dict[str, Any]
+CALLED = {"start": "start", "warm-up": "other", "teacher": "teacher"}
+"""Directories of scores whose names say whose they are, and the roles of these models."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Run:
         exposures: its lines about exposure bias: {"step": ..., "exposure_bias": {...}}.
         judgements: what judge/NAME.json hold, by NAME.
         notes: sentences about what could not be read or is not there yet.
+        method_of_study: which of a study's methods it trained, with one of its seeds.
     """
 
     path: Path
@@ -45,6 +48,7 @@ class Run:
     prompt_analysis: Row | None = None
     judgements: dict[str, Row] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    method_of_study: str = ""
 
     @property
     def method(self) -> str:
@@ -64,17 +68,26 @@ class Run:
         return any(_same_place(model, place) for place in places if place)
 
 
+class Named(NamedTuple):
+    """An evaluation outside of runs, and the name of its directory."""
+
+    name: str
+    evaluation: Evaluation
+
+
 @dataclass(frozen=True)
 class Model:
     """Who is compared: the student of a run, the start of one, a teacher, or something else.
 
     Attributes:
         role: "run", "start", "teacher" or "other".
+        training_seeds: of a method in a study, the evaluation of each of its training seeds.
     """
 
     label: str
     role: str
     evaluation: Evaluation
+    training_seeds: tuple[Evaluation, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,30 +109,6 @@ class DataSet:
         return next((m for m in self.of_role("run") if m.label == run.label), None)
 
 
-def read_runs(paths: Sequence[Path]) -> tuple[list[Run], list[Evaluation]]:
-    """Read run directories, and directories that hold only evaluations (of a teacher, say).
-
-    Raises:
-        UserError: if a path is neither, or none is a run.
-    """
-    run_paths, loose = [], []
-    for path in paths:
-        if (path / "recipe.yaml").is_file():
-            run_paths.append(path)
-            continue
-        found = read_evaluations(path) if path.is_dir() else []
-        if not found:
-            raise UserError(
-                f"{path} is neither a run (no recipe.yaml) nor a directory of scores. "
-                "Name directories made by promptkd train or promptkd evaluate."
-            )
-        loose += found
-    if not run_paths:
-        raise UserError("A report needs a run, but only scores were named. Add a run's directory.")
-    labels = _labels(run_paths)
-    return [read_run(p, label) for p, label in zip(run_paths, labels, strict=True)], loose
-
-
 def read_run(path: Path, label: str) -> Run:
     """Read what there is of one run.
 
@@ -128,7 +117,7 @@ def read_run(path: Path, label: str) -> Run:
     """
     try:
         recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}/recipe.yaml is not valid YAML: {error}") from None
     if not isinstance(recipe, dict):
         raise UserError(f"{path}/recipe.yaml holds no keys, so {path} is not a run of promptkd.")
@@ -170,22 +159,26 @@ def read_lines(path: Path, notes: list[str]) -> list[Row]:
     if not path.exists():
         return []
     rows, damaged = read_json_lines(path)
+    other = [line for line, row in rows.items() if not isinstance(row.get("step"), int)]
+    damaged = sorted([*damaged, *other])
+    rows = {line: row for line, row in rows.items() if line not in other}
     if damaged:
         shown = ", ".join(map(str, damaged[:3]))
         notes.append(f"{path}: {len(damaged)} damaged lines are left out (line {shown}).")
     return list(rows.values())
 
 
-def data_sets(runs: Sequence[Run], loose: Iterable[Evaluation] = ()) -> list[DataSet]:
+def data_sets(runs: Sequence[Run], others: Iterable[Named] = ()) -> list[DataSet]:
     """Group all evaluations by protocol and name who was evaluated.
 
     An evaluation below a run's ``evaluation/`` whose model is another one (its teacher, its start)
-    counts for that model. Where a model was evaluated twice under one protocol, the first counts.
+    counts for that model; one in a directory called start, warm-up or teacher for what it is
+    called. Where a model was evaluated twice under one protocol, the first counts.
     """
     groups: dict[str, list[Model]] = {}
-    owned = [(run, evaluation) for run in runs for evaluation in run.evaluations]
-    for run, evaluation in [*owned, *((None, evaluation) for evaluation in loose)]:
-        label, role = _who(evaluation.model, runs, run)
+    found = [(_who(e.model, runs, run), e) for run in runs for e in run.evaluations]
+    found += [(_who(e.model, runs, None, name), e) for name, e in others]
+    for (label, role), evaluation in found:
         models = groups.setdefault(evaluation.protocol, [])
         if not any((model.label, model.role) == (label, role) for model in models):
             models.append(Model(label, role, evaluation))
@@ -202,10 +195,14 @@ def data_sets(runs: Sequence[Run], loose: Iterable[Evaluation] = ()) -> list[Dat
     return [s for s in sets if s.of_role("run")] + [s for s in sets if not s.of_role("run")]
 
 
-def _who(model: str, runs: Sequence[Run], owner: Run | None) -> tuple[str, str]:
+def _who(
+    model: str, runs: Sequence[Run], owner: Run | None, directory: str = ""
+) -> tuple[str, str]:
     for run in runs:
         if run.is_at(model):
             return run.label, "run"
+    if directory in CALLED:
+        return directory, CALLED[directory]
     roles = {
         role: {str((run.recipe.get(key) or {}).get("model", "")) for run in runs} - {""}
         for role, key in (("teacher", "teacher"), ("start", "student"))
@@ -220,12 +217,3 @@ def _who(model: str, runs: Sequence[Run], owner: Run | None) -> tuple[str, str]:
 
 def _same_place(model: str, other: str | Path) -> bool:
     return model == str(other) or Path(model).resolve() == Path(other).resolve()
-
-
-def _labels(paths: Sequence[Path]) -> list[str]:
-    """Directory names, with as many parents as it takes to tell them apart."""
-    parts = [path.resolve().parts for path in paths]
-    depth = 1
-    while depth < max(map(len, parts)) and len({p[-depth:] for p in parts}) < len(set(parts)):
-        depth += 1
-    return ["/".join(p[-depth:]).lstrip("/") for p in parts]

@@ -61,6 +61,8 @@ STYLE: dict[Any, Any] = {
     "path.simplify_threshold": 0.3,
 }
 SIZE = (3.7, 2.45)  # inches; the page shows it at about its natural size, on a phone too
+LABEL_GAP = 0.1  # between labels at the ends of lines, in heights of the plot
+LONGEST = 18  # characters of such a label
 POINTS = 600  # a line with more is averaged in bins before it is drawn
 
 
@@ -146,10 +148,12 @@ def lines(
         if style.from_zero or not any(any(one.y) for one in series):
             axes.set_ylim(0, 1.08 * max(max(one.y) for one in series) or 1)
         axes.set_xlabel(style.x_label)
+        if len(series) > 1:
+            _label_ends(axes, series)
         if all(float(value).is_integer() for one in series for value in one.x):
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))
 
-    return _figure(directory, name, title, message, style.unit, draw, legend=len(series) > 1)
+    return _figure(directory, name, title, message, style.unit, draw)
 
 
 def intervals(
@@ -170,41 +174,14 @@ def intervals(
             axes.plot([mean], [place], marker="o", markersize=6, color=colour)
         axes.set_yticks(range(len(rows)), [row[0] for row in rows])
         axes.set_ylim(len(rows) - 0.5, -0.5)
+        if min(low for _, _, low, _, _ in rows) >= 0:
+            axes.set_xlim(left=0)
         axes.tick_params(axis="y", labelcolor=INK)
         axes.grid(visible=True, axis="x")
         axes.grid(visible=False, axis="y")
 
     height = 0.75 + 0.27 * len(rows)
     return _figure(directory, name, title, message, unit, draw, height=height)
-
-
-def histograms(
-    directory: Path,
-    name: str,
-    title: str,
-    message: str,
-    groups: Sequence[tuple[str, Sequence[float], int]],
-    *,
-    unit: str,
-    x_label: str,
-) -> Figure:
-    """Shares of responses by length: (label, values, slot), over common bins."""
-    top = max(max(values) for _, values, _ in groups)
-    edges = np.linspace(0, top + 1, min(26, int(top) + 2))
-
-    def draw(axes: Axes) -> None:
-        for label, values, slot in groups:
-            shares, _ = np.histogram(values, edges)
-            shares = 100 * shares / len(values)
-            colour = SERIES[slot] if slot >= 0 else INK
-            dash = DASHES[slot % len(DASHES)] if slot >= 0 else (0, (1.2, 1.2))
-            axes.stairs(shares, edges, color=colour, linestyle=dash, linewidth=1.5, label=label)
-            if len(groups) == 1:
-                axes.stairs(shares, edges, color=colour, alpha=0.12, fill=True)
-        axes.set_ylim(bottom=0)
-        axes.set_xlabel(x_label)
-
-    return _figure(directory, name, title, message, unit, draw, legend=len(groups) > 1)
 
 
 def stacked_bars(
@@ -231,7 +208,14 @@ def stacked_bars(
         axes.grid(visible=False, axis="y")
 
     return _figure(
-        directory, name, title, message, unit, draw, legend=True, height=1.05 + 0.27 * len(labels)
+        directory,
+        name,
+        title,
+        message,
+        unit,
+        draw,
+        legend=True,
+        height=1.05 + 0.27 * len(labels) + 0.17 * len(parts),
     )
 
 
@@ -271,7 +255,7 @@ def _figure(
         axes.set_title(_literal(unit), loc="left", pad=7)
         if legend:
             handles, labels = axes.get_legend_handles_labels()
-            columns = 1 if max(map(len, labels)) > 24 else min(3, len(labels))
+            columns = 1 if max(map(len, labels)) > 16 else 2
             canvas.legend(
                 handles, [_literal(t) for t in labels], loc="outside lower left", ncols=columns
             )
@@ -286,6 +270,27 @@ def _figure(
     return Figure(
         name=name, title=title, message=message, svg=for_page(svg, name, f"{title}. {message}")
     )
+
+
+def _label_ends(axes: Axes, series: Sequence[Series]) -> None:
+    """Name each line where it ends, in its colour, moved apart where lines end together."""
+    low, high = axes.get_ylim()
+    ends = sorted((((one.y[-1] - low) / (high - low)), place) for place, one in enumerate(series))
+    gap = min(LABEL_GAP, 1 / len(ends))
+    heights: list[float] = []
+    for end, _ in ends:
+        heights.append(max(end, heights[-1] + gap) if heights else end)
+    over = max(0.0, heights[-1] - 1.0)
+    for height, (_, place) in zip(heights, ends, strict=True):
+        one = series[place]
+        label = one.label if len(one.label) <= LONGEST else f"{one.label[: LONGEST - 1]}…"
+        axes.annotate(
+            _literal(label),
+            (1.02, height - over),
+            xycoords="axes fraction",
+            va="center",
+            color=SERIES[one.slot % len(SERIES)],
+        )
 
 
 def _literal(text: str) -> str:

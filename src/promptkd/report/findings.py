@@ -6,43 +6,24 @@ measured there. A difference is called one only where its paired bootstrap inter
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from promptkd.evaluation.comparison import difference
-from promptkd.evaluation.results import Evaluation
-from promptkd.report.data import DataSet, Model, Run
-from promptkd.report.numbers import digits, plain, signed
+from promptkd.report.comparisons import (
+    Comparison,
+    between,
+    comparison_words,
+    describe,
+    headline,
+    in_words,
+    mean,
+    ranking,
+    score_name,
+)
+from promptkd.report.data import DataSet, Run
+from promptkd.report.numbers import digits, plain
+from promptkd.report.savings import savings
 
-RANKED = ("rouge_l", "rouge_l_unicode", "exact_match", "final_answer")
-"""More is better; the first that covers the most requests compares models in words."""
 ENDED_LESS = 20  # percentage points that are worth a warning
 VALIDATION = "the validation data (one response per request, no interval)"
-SCORE_NAMES = {
-    "rouge_l": "ROUGE-L",
-    "rouge_l_unicode": "ROUGE-L (Unicode words)",
-    "exact_match": "Exact match, %",
-    "final_answer": "Final answer, %",
-    "reverse_kl_to_teacher": "KL to teacher, nats/token",
-    "cross_entropy": "Cross-entropy, nats/token",
-    "response_length": "Length, tokens",
-    "ended": "Ended by itself, %",
-}
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The mean of first - second over the same requests, with its 95% interval."""
-
-    first: str
-    second: str
-    difference: float
-    low: float
-    high: float
-
-    @property
-    def shown(self) -> bool:
-        """Whether the data show a difference: the interval excludes zero."""
-        return self.low > 0 or self.high < 0
 
 
 @dataclass(frozen=True)
@@ -65,58 +46,12 @@ class Distance:
         return 100 * (1 - self.end / self.start) if self.start else 0.0
 
 
-def between(first: Model, second: Model, score: str) -> Comparison | None:
-    """Paired bootstrap over requests; None if a score is missing or the requests differ."""
-    found = difference(first.evaluation, second.evaluation, score)
-    if found is None:
-        return None
-    return Comparison(
-        first=first.label,
-        second=second.label,
-        difference=found.difference,
-        low=found.low,
-        high=found.high,
-    )
-
-
-def best_model(models: Sequence[Model], score: str) -> str | None:
-    """The label that may be marked best: better than every other one, each interval clear of zero.
-
-    None for fewer than two models, or where no difference is shown.
-    """
-    if len(models) < 2:
-        return None
-    leader = max(models, key=lambda model: _mean(model, score))
-    comparisons = [between(leader, other, score) for other in models if other is not leader]
-    if all(c is not None and c.low > 0 for c in comparisons):
-        return leader.label
-    return None
-
-
-def headline(data: DataSet) -> str | None:
-    """The score that compares models in words: ROUGE-L unless another covers more requests."""
-    scores = (data.of_role("run") or data.models)[0].evaluation.scores
-    known = [name for name in RANKED if name in scores]
-    return max(known, key=lambda name: scores[name].num_requests or 0, default=None)
-
-
-def score_name(score: str) -> str:
-    """As headings call it; a user's own metric by its own name."""
-    return SCORE_NAMES.get(score, score)
-
-
-def shown_scores(data: DataSet) -> list[str]:
-    """Every score that a model of the data set has, ours first."""
-    found = {name for model in data.models for name in model.evaluation.scores}
-    return [*(n for n in SCORE_NAMES if n in found), *sorted(found - SCORE_NAMES.keys())]
-
-
 def distance(run: Run, sets: Sequence[DataSet]) -> Distance | None:
     """From evaluations of the run and its start if both exist, else from the validations."""
     for data in sets:
         own, start = data.of_run(run), data.of_role("start")
         if own and len(start) == 1:
-            values = [_mean(m, "reverse_kl_to_teacher") for m in (start[0], own)]
+            values = [mean(m, "reverse_kl_to_teacher") for m in (start[0], own)]
             if None not in values:
                 interval = own.evaluation.scores["reverse_kl_to_teacher"].interval_95
                 return Distance(*values, where=describe(data), interval=interval)
@@ -197,39 +132,11 @@ def size_share(run: Run) -> float | None:
     return student / teacher if student and teacher else None
 
 
-def describe(data: DataSet) -> str:
-    """``dolly_valid (200 requests, seeds 10 and 20)``."""
-    evaluation = data.evaluation
-    seeds = [str(seed) for seed in evaluation.seeds]
-    named = " and ".join([", ".join(seeds[:-1]), seeds[-1]] if len(seeds) > 1 else seeds)
-    number = evaluation.num_examples
-    requests = f"{number} request{'s' if number != 1 else ''}"
-    return f"{data.name} ({requests}, seed{'s' if len(seeds) > 1 else ''} {named})"
-
-
-def decoding_words(evaluation: Evaluation) -> str:
-    """How the responses were generated, in words."""
-    decoding = evaluation.decoding
-    temperature = decoding.get("temperature", 1.0)
-    parts = ["greedy decoding"] if temperature == 0 else [f"temperature {temperature:g}"]
-    if decoding.get("top_p", 1.0) < 1:
-        parts.append(f"top-p {decoding['top_p']:g}")
-    if decoding.get("top_k", 0):
-        parts.append(f"top-k {decoding['top_k']}")
-    blocked = decoding.get("no_repeat_ngram_size", 0)
-    parts.append(f"no repeated {blocked}-grams" if blocked else "no n-gram blocking")
-    parts.append(f"at most {decoding.get('max_new_tokens', '?')} tokens")
-    parts.append(f"template {evaluation.template}")
-    if evaluation.num_cut_requests:
-        parts.append(f"{evaluation.num_cut_requests} requests cut")
-    return ", ".join(parts)
-
-
 def leading_run(runs: Sequence[Run], sets: Sequence[DataSet]) -> Run:
     """The run whose numbers open the page: best on the first data set, else closest."""
     for data in sets:
         score = headline(data)
-        scored = {m.label: _mean(m, score) for m in data.of_role("run") if score}
+        scored = {m.label: mean(m, score) for m in data.of_role("run") if score}
         candidates = [r for r in runs if scored.get(r.label) is not None]
         if candidates:
             return max(candidates, key=lambda run: scored[run.label])
@@ -240,11 +147,13 @@ def leading_run(runs: Sequence[Run], sets: Sequence[DataSet]) -> Run:
 def answer(runs: Sequence[Run], sets: Sequence[DataSet]) -> list[str]:
     """What came of it, in a few sentences of one data set each."""
     if len(runs) == 1:
-        warned = [f"But {warning}." for warning in warnings(runs[0], sets)]
-        return [_closeness(runs[0], sets), *warned, *_score_sentences(runs[0], sets)]
-    ranking = _ranking(runs, sets)
-    if ranking:
-        return [*ranking, _closest(runs, sets)]
+        run = runs[0]
+        warned = [f"But {warning}." for warning in warnings(run, sets)]
+        return [*_score_sentences(run, sets), _closeness(run, sets), *warned, *_savings(run, sets)]
+    for data in sets:
+        found = ranking(data)
+        if found:
+            return [*found, _closest(runs, sets)]
     return [
         _closest(runs, sets),
         "Nothing yet tells the scores of the runs apart: evaluate them on the same requests with "
@@ -252,85 +161,86 @@ def answer(runs: Sequence[Run], sets: Sequence[DataSet]) -> list[str]:
     ]
 
 
-def comparison_words(c: Comparison) -> str:
-    """``2.1 more, 95% interval 0.9 to 3.3`` or ``no difference shown (+0.1, 95% -0.4 to 0.6)``."""
-    if not c.shown:
-        return (
-            f"no difference shown ({signed(c.difference)}, 95% interval "
-            f"{plain(c.low)} to {plain(c.high)})"
-        )
-    word = "more" if c.difference > 0 else "less"
-    low, high = sorted((abs(c.low), abs(c.high)))
-    return f"{abs(c.difference):.1f} {word}, 95% interval {low:.1f} to {high:.1f}"
-
-
-def _closeness(run: Run, sets: Sequence[DataSet]) -> str:
-    found = distance(run, sets)
-    share = size_share(run)
-    size = f", at {100 * share:.0f}% of its size" if share else ""
-    if found is None:
-        state = "was trained" if run.summary else "is being trained"
-        return f"The student {state} with {run.method}{size}; its distance to a teacher is unknown."
-    interval = f", 95% interval {_between(found.interval)}" if found.interval else ""
-    values = f"from {digits(found.start)} to {digits(found.end)} nats per token{interval}"
-    head = f"On {found.where}, the student"
-    if found.closer >= 0.5:
-        return f"{head} came {found.closer:.0f}% closer to its teacher ({values}){size}."
-    if found.closer <= -0.5:
-        return f"{head} moved away from its teacher ({values}){size}."
-    return f"{head} is as far from its teacher as it was ({values}){size}."
-
-
-def _between(interval: tuple[float, float]) -> str:
-    return f"{digits(interval[0])} to {digits(interval[1])}"
-
-
 def _score_sentences(run: Run, sets: Sequence[DataSet]) -> list[str]:
+    """The score with its interval, the others' beside it, and the paired differences."""
     for data in sets:
         own, score = data.of_run(run), headline(data)
-        if own is None or score is None or _mean(own, score) is None:
+        if own is None or score is None or mean(own, score) is None:
             continue
         interval = own.evaluation.scores[score].interval_95
         shown = f" (95% interval {plain(interval[0])} to {plain(interval[1])})" if interval else ""
-        value = f"{score_name(score)} {_mean(own, score):.1f}{shown}"
-        against = [
-            f"against its {model.label} ({plain(_mean(model, score))}): {comparison_words(found)}"
+        others = [
+            (f"{model.label}'s", model)
             for role in ("start", "teacher")
             for model in data.of_role(role)
-            if (found := between(own, model, score))
+            if mean(model, score) is not None
         ]
-        return ["; ".join([f"On {describe(data)} it scores {value}", *against]) + "."]
+        unit = "%" * score_name(score).endswith("%")
+        beside = ", ".join(f"its {whose} {plain(mean(m, score))}{unit}" for whose, m in others)
+        head = f"On {describe(data)}, the student's {in_words(score, mean(own, score))}"
+        number = own.evaluation.num_examples
+        against = [
+            f"Against its {model.label}: {comparison_words(c)}{_power(c, number)}."
+            for _, model in others
+            if (c := between(own, model, score))
+        ]
+        return [f"{head}{shown}" + (f"; {beside}." if beside else "."), " ".join(against)][
+            : 1 + bool(against)
+        ]
     change = validation_change(run, "rouge_l")
     if change is None:
         return []
     return [f"On {VALIDATION} its ROUGE-L went from {change[0]:.1f} to {change[1]:.1f}."]
 
 
-def _ranking(runs: Sequence[Run], sets: Sequence[DataSet]) -> list[str]:
-    for data in sets:
-        score = headline(data)
-        models = [m for m in data.of_role("run") if score and _mean(m, score) is not None]
-        if score is None or len(models) < 2:
-            continue
-        models.sort(key=lambda model: -_mean(model, score))
-        leader, others = models[0], models[1:]
-        found = [c for other in others if (c := between(leader, other, score))]
-        where = f"on {describe(data)}"
-        tied = [c.second for c in found if not c.shown]
-        if len(tied) == len(others):
-            head = f"No difference shown between {_listed([m.label for m in models])}"
-        elif tied:
-            head = (
-                f"{leader.label} scores highest of {len(models)} runs, with no difference shown to "
-                f"{_listed(tied)}"
-            )
-        else:
-            head = f"{leader.label} scores best of {len(models)} runs"
-        gaps = "; ".join(f"against {c.second} {comparison_words(c)}" for c in found)
-        teachers = [f" (the teacher: {plain(_mean(m, score))})" for m in data.of_role("teacher")]
-        value = f"{score_name(score)} {_mean(leader, score):.1f} for {leader.label}"
-        return [f"{head} {where}.", f"{value}{''.join(teachers[:1])}: {gaps}."]
-    return []
+def _power(comparison: Comparison, num_requests: int) -> str:
+    """What as many requests would have shown; nothing where a difference is."""
+    if comparison.shown or comparison.detectable < 0.05:
+        return ""
+    return (
+        f"; {num_requests} requests show one of {plain(comparison.detectable)} or more four times "
+        "in five"
+    )
+
+
+def _closeness(run: Run, sets: Sequence[DataSet]) -> str:
+    found = distance(run, sets)
+    if found is None:
+        state = "was trained" if run.summary else "is being trained"
+        return f"The student {state} with {run.method}; its distance to a teacher is unknown."
+    interval = f", 95% interval {_between(found.interval)}" if found.interval else ""
+    values = f"from {digits(found.start)} to {digits(found.end)} nats per token{interval}"
+    head = f"On {found.where}, the student"
+    if found.closer >= 0.5:
+        return f"{head} came {_percent(found.closer)} closer to its teacher ({values})."
+    if found.closer <= -0.5:
+        return f"{head} moved away from its teacher ({values})."
+    return f"{head} is as far from its teacher as it was ({values})."
+
+
+def _percent(value: float) -> str:
+    """Never 100 where something is left."""
+    return f"{value:.0f}%" if value <= 99.5 or value == 100 else f"{min(value, 99.9):.1f}%"
+
+
+def _savings(run: Run, sets: Sequence[DataSet]) -> list[str]:
+    """Size, speed, memory and disk against the teacher's, as far as they were measured."""
+    found = savings(run, sets)
+    if found is None or found.teacher is None:
+        share = size_share(run)
+        return [f"It has {100 * share:.0f}% of its teacher's parameters."] if share else []
+    keys = ("parameters", "tokens_per_second", "bytes_memory", "bytes_disk")
+    shares = {key: found.share(key) or 0.0 for key in keys}
+    return [
+        f"It has {100 * shares['parameters']:.0f}% of its teacher's parameters, generates "
+        f"{shares['tokens_per_second']:.2f} times as fast, and its weights take "
+        f"{100 * shares['bytes_memory']:.0f}% of the memory and {100 * shares['bytes_disk']:.0f}% "
+        "of the disk."
+    ]
+
+
+def _between(interval: tuple[float, float]) -> str:
+    return f"{digits(interval[0])} to {digits(interval[1])}"
 
 
 def _closest(runs: Sequence[Run], sets: Sequence[DataSet]) -> str:
@@ -343,11 +253,3 @@ def _closest(runs: Sequence[Run], sets: Sequence[DataSet]) -> str:
         f"Closest to its teacher ends {label}: on {own.where}, {digits(own.end)} nats per token "
         f"(its start: {digits(own.start)})."
     )
-
-
-def _mean(model: Model, score: str) -> Any:
-    return model.evaluation.mean(score)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

@@ -45,6 +45,19 @@ def count(number: float) -> str:
     return f"{number:,.0f}"
 
 
+def size(number: float) -> str:
+    """Bytes for people.
+
+    >>> size(361_820_000), size(1_450_000_000), size(41_000)
+    ('362 MB', '1.45 GB', '41 kB')
+    """
+    if number >= 1e9:
+        return f"{number / 1e9:.2f} GB"
+    if number >= 1e6:
+        return f"{number / 1e6:.0f} MB"
+    return f"{number / 1e3:.0f} kB"
+
+
 def duration(seconds: float) -> str:
     """``1 h 04 min``, ``12 min 30 s`` or ``8.1 s``.
 

@@ -1,6 +1,7 @@
 """The HTML page: which numbers, figures and tables it shows. Its looks are in ``templates/``."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -13,52 +14,30 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from promptkd.report import plots
-from promptkd.report.cost import cost
+from promptkd.report.cells import Table
+from promptkd.report.comparisons import decoding_words, describe
 from promptkd.report.data import DataSet, Run
+from promptkd.report.exposure_plots import exposure_figures
 from promptkd.report.figures import Figure
-from promptkd.report.findings import (
-    answer,
-    decoding_words,
-    describe,
-    distance,
-    headline,
-    leading_run,
-    score_name,
-    size_share,
-    warnings,
-)
-from promptkd.report.numbers import count, digits, duration, plain
+from promptkd.report.findings import answer, distance, leading_run, warnings
+from promptkd.report.opening import example, large_numbers
+from promptkd.report.places import Subject
 from promptkd.report.prompt import PromptFindings, prompt_findings
 from promptkd.report.responses import embedded, response_sets
-from promptkd.report.tables import Table, cost_table, judge_table, overview_table, score_table
+from promptkd.report.savings import savings
+from promptkd.report.tables import (
+    cost_table,
+    judge_table,
+    method_table,
+    overview_table,
+    score_table,
+)
 
-
-@dataclass(frozen=True)
-class Mark:
-    """A place on a number's scale, in percent of its width."""
-
-    label: str
-    place: float
-    role: str
-
-
-@dataclass(frozen=True)
-class LargeNumber:
-    """One of the few numbers that open the page.
-
-    Attributes:
-        fill: how much of the scale is filled, in percent; None for no scale.
-        band: an interval on the scale, in percent of its width.
-        marks: what else stands on the scale.
-    """
-
-    label: str
-    value: str
-    unit: str
-    detail: str
-    fill: float | None = None
-    band: tuple[float, float] | None = None
-    marks: tuple[Mark, ...] = ()
+BY_METHOD = (
+    "A method's number is the mean over its training seeds. A difference is called one only where "
+    "its interval over requests excludes zero and no training seed of one method reaches into the "
+    "other's: one lucky seed doesn't make a method better."
+)
 
 
 @dataclass(frozen=True)
@@ -77,15 +56,17 @@ class PageSection:
         return [*self.tables, *(table for prompt in self.prompts for table in prompt.tables)]
 
 
-def render(runs: Sequence[Run], sets: Sequence[DataSet], directory: Path) -> str:
+def render(subject: Subject, directory: Path) -> str:
     """Draw the figures, write the tables, and return the page."""
     figures, tables = directory / "figures", directory / "tables"
-    sections = [s for s in _sections(runs, sets, figures) if s.figures or s.tables or s.prompts]
-    overview = overview_table(runs, sets)
-    for table in [overview, *(t for section in sections for t in section.all_tables)]:
-        table.write(tables)
-    responses = response_sets(runs, sets)
-    leader = leading_run(runs, sets)
+    sets = subject.data_sets()
+    sections = [s for s in _sections(subject, sets, figures) if s.figures or s.tables or s.prompts]
+    opening = _opening_table(subject, sets)
+    for table in [opening, *(t for section in sections for t in section.all_tables)]:
+        if table:
+            table.write(tables)
+    responses = response_sets(subject.runs, sets)
+    leader = leading_run(subject.runs, sets)
     environment = Environment(
         loader=PackageLoader("promptkd.report"),
         autoescape=True,
@@ -94,17 +75,18 @@ def render(runs: Sequence[Run], sets: Sequence[DataSet], directory: Path) -> str
         lstrip_blocks=True,
     )
     return environment.get_template("report.html.jinja").render(
-        title=_title(runs),
-        answer=answer(runs, sets),
-        rests_on=_rests_on(runs, sets),
-        numbers=_large_numbers(leader, sets),
-        leader=leader.label if len(runs) > 1 else None,
-        overview=overview if len(runs) > 1 else None,
-        notes=_notes(runs, sets),
+        title=_title(subject),
+        answer=_answer(subject, sets),
+        rests_on=_rests_on(subject, sets),
+        numbers=large_numbers(subject, leader, sets),
+        leader=leader.label if len(subject.runs) > 1 and not subject.study else None,
+        example=example(responses[0] if responses else None),
+        overview=opening,
+        notes=_notes(subject, sets),
         sections=sections,
         responses=responses,
         payload=Markup(embedded(responses)),
-        records=[_record(run) for run in runs],
+        records=[_record(run) for run in subject.runs],
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=metadata.version("promptkd"),
         svg=Markup,
@@ -113,11 +95,28 @@ def render(runs: Sequence[Run], sets: Sequence[DataSet], directory: Path) -> str
     )
 
 
+def _answer(subject: Subject, sets: Sequence[DataSet]) -> list[str]:
+    if subject.study is None:
+        return answer(subject.runs, sets)
+    said = [s for text in subject.study.statements for s in re.split(r"(?<=\.) (?=\D)", text)]
+    return said or ["No run of the study is scored yet."]
+
+
+def _opening_table(subject: Subject, sets: Sequence[DataSet]) -> Table | None:
+    if subject.study:
+        return method_table(sets[0], subject.study.baseline) if sets else None
+    return overview_table(subject.runs, sets) if len(subject.runs) > 1 else None
+
+
 def _asset(name: str) -> str:
     return (Path(__file__).parent / "templates" / name).read_text(encoding="utf-8")
 
 
-def _title(runs: Sequence[Run]) -> str:
+def _title(subject: Subject) -> str:
+    runs = subject.runs
+    if subject.study:
+        methods, seeds = len(subject.study.methods), len(subject.study.seeds)
+        return f"A study of {methods} methods, {seeds} training seed{'s' * (seeds > 1)} each"
     if len(runs) > 1:
         return f"{len(runs)} runs compared"
     teacher = (runs[0].recipe.get("teacher") or {}).get("model")
@@ -126,100 +125,30 @@ def _title(runs: Sequence[Run]) -> str:
     )
 
 
-def _rests_on(runs: Sequence[Run], sets: Sequence[DataSet]) -> list[str]:
+def _rests_on(subject: Subject, sets: Sequence[DataSet]) -> list[str]:
     """Data, seeds and settings behind the answer."""
-    said = []
+    said, runs = [], subject.runs
     if sets and sets[0].of_role("run"):
         said.append(f"Scores: {describe(sets[0])}; {decoding_words(sets[0].evaluation)}.")
-    found = dict.fromkeys(d.where for run in runs if (d := distance(run, sets)))
-    said += [f"Distance: KL(student ‖ teacher), each on its own responses, on {w}." for w in found]
+    if subject.study:
+        said.append(BY_METHOD)
+    else:
+        found = dict.fromkeys(d.where for run in runs if (d := distance(run, sets)))
+        said += [
+            f"Distance: KL(student ‖ teacher), each on its own responses, on {w}." for w in found
+        ]
+    measured = (s for run in runs if (s := savings(run, sets)))
+    said += [f"Speed: {s.how}." for s in list(measured)[:1]]
     return said
 
 
-def _large_numbers(run: Run, sets: Sequence[DataSet]) -> list[LargeNumber]:
-    numbers = []
-    found = distance(run, sets)
-    if found:
-        top = max(found.start, found.end)
-        numbers.append(
-            LargeNumber(
-                label="Distance to the teacher",
-                value=digits(found.end),
-                unit="nats per token",
-                detail=f"{digits(found.start)} at the start",
-                fill=100 * found.end / top if top else 0.0,
-                marks=(Mark("start", 100 * found.start / top if top else 0.0, "start"),),
-            )
-        )
-    score = _score_number(run, sets)
-    if score:
-        numbers.append(score)
-    summary, share = run.summary or {}, size_share(run)
-    if summary.get("student_parameters"):
-        value, _, unit = count(summary["student_parameters"]).partition(" ")
-        units = {"M": "million parameters", "B": "billion parameters"}
-        teacher = summary.get("teacher_parameters")
-        numbers.append(
-            LargeNumber(
-                label="Size",
-                value=value,
-                unit=units.get(unit, "parameters"),
-                detail=f"{100 * share:.0f}% of the teacher's {count(teacher)}"
-                if share and teacher
-                else "no teacher to compare with",
-                fill=100 * share if share and share <= 1 else None,
-            )
-        )
-    took = cost(run)
-    if took and took.tokens_per_second:
-        seconds = took.seconds_writing + took.seconds_learning
-        numbers.append(
-            LargeNumber(
-                label="Speed of training",
-                value=count(took.tokens_per_second),
-                unit="tokens per second",
-                detail=f"{took.steps:,} steps in {duration(seconds)}, "
-                f"{100 * took.seconds_writing / seconds:.0f}% of it generating responses",
-                fill=100 * took.seconds_writing / seconds,
-            )
-        )
-    return numbers
-
-
-def _score_number(run: Run, sets: Sequence[DataSet]) -> LargeNumber | None:
-    for data in sets:
-        score = headline(data)
-        if score is None:
-            continue
-        scores = {(m.label, m.role): m.evaluation.scores.get(score) for m in data.models}
-        own = scores.get((run.label, "run"))
-        if not own or not own.interval_95:
-            continue
-        low, high = own.interval_95
-        others = {who: s.mean for who, s in scores.items() if s and who[1] in ("start", "teacher")}
-        top = 1.1 * max([high, *others.values(), 1e-9])
-        marks = [Mark(label, 100 * mean / top, role) for (label, role), mean in others.items()]
-        marks.append(Mark("student", 100 * own.mean / top, "run"))
-        known = [f"{label} {mean:.1f}" for (label, _), mean in others.items()]
-        detail = f"95% interval {plain(low)} to {plain(high)}"
-        return LargeNumber(
-            label=f"{score_name(score)} on {data.name}",
-            value=f"{own.mean:.1f}",
-            unit="percent",
-            detail="; ".join([detail, *known]),
-            fill=0.0,
-            band=(100 * low / top, 100 * high / top),
-            marks=tuple(marks),
-        )
-    return None
-
-
-def _notes(runs: Sequence[Run], sets: Sequence[DataSet]) -> list[str]:
+def _notes(subject: Subject, sets: Sequence[DataSet]) -> list[str]:
     """What a reader must know before believing the numbers."""
+    runs = subject.runs
     notes = [note for run in runs for note in run.notes]
     evaluated = {m.label for data in sets for m in data.of_role("run")}
     for run in runs:
-        if run.label not in evaluated:
+        if (run.method_of_study or run.label) not in evaluated:
             notes.append(
                 f"{run.label} was not evaluated on held-out data. "
                 f"Run: promptkd evaluate {run.path} --data FILE"
@@ -235,7 +164,7 @@ def _notes(runs: Sequence[Run], sets: Sequence[DataSet]) -> list[str]:
             notes.append(
                 f"{run.label}: the student generated {empty:,} empty responses in training."
             )
-    if len(runs) > 1:
+    if len(runs) > 1 and not subject.study:
         notes += [f"{run.label}: {w}." for run in runs for w in warnings(run, sets)]
         notes += _starts(runs)
     if any(len(data.evaluation.seeds) == 1 for data in sets):
@@ -255,9 +184,13 @@ def _starts(runs: Sequence[Run]) -> list[str]:
     return notes or ["The runs start with different students."] * (len(set(starts.values())) > 1)
 
 
-def _sections(runs: Sequence[Run], sets: Sequence[DataSet], figures: Path) -> list[PageSection]:
+def _sections(subject: Subject, sets: Sequence[DataSet], figures: Path) -> list[PageSection]:
+    runs = subject.runs
     judged, took = judge_table(runs), cost_table(runs)
-    scored = tuple(score_table(data, number) for number, data in enumerate(sets, start=1))
+    scored = tuple(
+        score_table(data, number, subject.study.baseline if subject.study else None)
+        for number, data in enumerate(sets, start=1)
+    )
     return [
         PageSection(
             id="scores",
@@ -281,7 +214,7 @@ def _sections(runs: Sequence[Run], sets: Sequence[DataSet], figures: Path) -> li
             title="Exposure bias",
             lead="Does the student err more after its own text than after the teacher's? Errors "
             "are KL(teacher ‖ student), summed from the first token of the response.",
-            figures=tuple(plots.exposure_figures(runs, figures)),
+            figures=tuple(exposure_figures(runs, figures)),
         ),
         PageSection(
             id="prompt",

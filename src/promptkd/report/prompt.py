@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from promptkd.report.cells import Cell, Table
 from promptkd.report.data import Row, Run
 from promptkd.report.findings import Comparison, comparison_words
 from promptkd.report.numbers import digits, signed
-from promptkd.report.tables import Cell, Table
 
 SPACE_MARKS = {"Ġ": "␣", "▁": "␣", "Ċ": "↵"}
 KL_HEADINGS = {

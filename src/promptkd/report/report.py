@@ -9,31 +9,32 @@ from pathlib import Path
 
 from promptkd.errors import UserError
 from promptkd.files import write_text
-from promptkd.report.data import data_sets, read_runs
 from promptkd.report.page import render
+from promptkd.report.places import read_subject
 
 
 def report(runs: str | Path | Sequence[str | Path], output: str | Path | None = None) -> Path:
     """Write OUTPUT/report.html, OUTPUT/figures and OUTPUT/tables.
 
     Args:
-        runs: run directories; directories of scores that ``promptkd evaluate --output`` wrote for
-            a teacher or for a student's start may stand among them.
-        output: the run's own directory if there is one run and nothing is given.
+        runs: a run's directory or several, of a whole path, or of a study. Directories of scores
+            that ``promptkd evaluate --output`` wrote for a teacher or for a student's start may
+            stand among runs.
+        output: the directory itself if one is named and nothing is given.
 
     Returns:
         The page.
 
     Raises:
-        UserError: if a path is no run, or several runs have no output.
+        UserError: if a path is none of these, or several have no output.
     """
     paths = [Path(runs)] if isinstance(runs, str | Path) else [Path(run) for run in runs]
-    read, loose = read_runs(paths)
-    if output is None and len(read) > 1:
-        raise UserError(f"{len(read)} runs make one report: say where, with --output DIR.")
-    directory = read[0].path if output is None else Path(output)
+    subject = read_subject(paths)
+    if output is None and len(paths) > 1:
+        raise UserError(f"{len(paths)} places make one report: say where, with --output DIR.")
+    directory = paths[0] if output is None else Path(output)
     directory.mkdir(parents=True, exist_ok=True)
-    html = render(read, data_sets(read, loose), directory)
+    html = render(subject, directory)
     page = directory / "report.html"
     write_text(page, html)
     return page

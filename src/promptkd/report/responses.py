@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from promptkd.evaluation.results import Prediction
+from promptkd.report.comparisons import RANKED, describe, headline, score_name
 from promptkd.report.data import DataSet, Row, Run
-from promptkd.report.findings import RANKED, describe
 
 MAX_BYTES = 1_800_000
 SHORTEST_AFFIX = 24
@@ -41,23 +41,29 @@ def embedded(value: Any) -> str:
 
 def _evaluated(data: DataSet) -> Row:
     items: dict[int, Row] = {}
+    compared = headline(data)
     for place, model in enumerate(data.models):
-        for p in model.evaluation.predictions:
+        first = model.training_seeds[0] if model.training_seeds else model.evaluation
+        for p in first.predictions:
             item = items.setdefault(
                 p.index,
                 {
                     "row": p.index,
                     "request": p.request,
+                    "told": p.teacher_request,
                     "references": list(p.references),
                     "responses": [[] for _ in data.models],
                 },
             )
-            item["responses"][place].append(_response(p))
+            item["responses"][place].append(_response(p, compared))
     ordered = [items[index] for index in sorted(items)]
     template = data.evaluation.template
+    several = any(len(model.training_seeds) > 1 for model in data.models)
     return {
         "name": data.name,
-        "about": describe(data),
+        "score": compared,
+        "score_name": score_name(compared or "").removesuffix(", %"),
+        "about": describe(data) + (", the first training seed of each method" * several),
         "models": [{"label": m.label, "role": m.role} for m in data.models],
         "seeds": list(data.evaluation.seeds),
         "items": ordered,
@@ -68,6 +74,7 @@ def _evaluated(data: DataSet) -> Row:
 def _sampled(run: Run) -> Row:
     """The same requests at every evaluation: each step stands where a model stands."""
     steps = sorted({sample["step"] for sample in run.samples})
+    compared = next((n for n in RANKED if any(s.get(n) is not None for s in run.samples)), None)
     items: dict[int, Row] = {}
     for sample in run.samples:
         item = items.setdefault(
@@ -75,15 +82,19 @@ def _sampled(run: Run) -> Row:
             {
                 "row": sample["index"],
                 "request": sample["request"],
+                "told": sample.get("teacher_request"),
                 "references": sample["references"],
                 "responses": [[] for _ in steps],
             },
         )
-        item["responses"][steps.index(sample["step"])].append(_response(_prediction(sample)))
+        response = _response(_prediction(sample), compared)
+        item["responses"][steps.index(sample["step"])].append(response)
     ordered = [items[index] for index in sorted(items)]
     template = (run.recipe.get("data") or {}).get("template")
     return {
         "name": f"{run.label}, during training",
+        "score": compared,
+        "score_name": score_name(compared or "").removesuffix(", %"),
         "about": "a few validation requests at every evaluation",
         "models": [{"label": f"step {step}", "role": "step"} for step in steps],
         "seeds": sorted({sample["seed"] for sample in run.samples}),
@@ -96,8 +107,8 @@ def _prediction(sample: Row) -> Prediction:
     return Prediction.of_row({key: value for key, value in sample.items() if key != "step"})
 
 
-def _response(prediction: Prediction) -> Row:
-    score = next((prediction.scores[n] for n in RANKED if n in prediction.scores), None)
+def _response(prediction: Prediction, compared: str | None) -> Row:
+    score = prediction.scores.get(compared or "")
     return {
         "seed": prediction.seed,
         "text": prediction.response,

@@ -1,45 +1,25 @@
-"""The report's tables: shown on the page, saved as Markdown and LaTeX."""
+"""The report's tables: what each one shows."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 from promptkd.evaluation.results import Evaluation
-from promptkd.files import write_text
-from promptkd.report.cost import cost
-from promptkd.report.data import DataSet, Model, Run
-from promptkd.report.findings import (
+from promptkd.report.cells import Cell, Table
+from promptkd.report.comparisons import (
     RANKED,
     Comparison,
     best_model,
     between,
     decoding_words,
     describe,
-    distance,
     headline,
     score_name,
     shown_scores,
-    size_share,
 )
-from promptkd.report.numbers import count, digits, duration, plain, signed
-
-LATEX = {
-    "\\": r"\textbackslash{}",
-    "&": r"\&",
-    "%": r"\%",
-    "$": r"\$",
-    "#": r"\#",
-    "_": r"\_",
-    "{": r"\{",
-    "}": r"\}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "−": "$-$",
-    "±": r"$\pm$",
-    "‖": r"$\Vert$",
-    "→": r"$\to$",
-}
-
+from promptkd.report.cost import cost
+from promptkd.report.data import DataSet, Model, Run
+from promptkd.report.findings import distance, size_share
+from promptkd.report.numbers import count, digits, duration, plain, signed, size
+from promptkd.report.savings import Savings, savings
 
 COST_HEADINGS = (
     "Run",
@@ -58,95 +38,16 @@ COST_HEADINGS = (
 )
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A value and what stands small beside it (its interval). ``best`` is printed bold."""
-
-    text: str
-    detail: str = ""
-    best: bool = False
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells under headings; the first column names the row."""
-
-    name: str
-    title: str
-    caption: str
-    headings: tuple[str, ...]
-    rows: tuple[tuple[Cell, ...], ...]
-
-    def to_markdown(self) -> str:
-        """GitHub's tables; | in a cell is escaped."""
-        lines = [
-            "| " + " | ".join(_markdown(h) for h in self.headings) + " |",
-            "|" + "---|" * len(self.headings),
-        ]
-        for row in self.rows:
-            cells = []
-            for cell in row:
-                text = _markdown(cell.text)
-                text = f"**{text}**" if cell.best else text
-                cells.append(f"{text} {_markdown(cell.detail)}".strip())
-            lines.append("| " + " | ".join(cells) + " |")
-        return "\n".join([*lines, "", _markdown(self.caption), ""])
-
-    def to_latex(self) -> str:
-        """A booktabs table."""
-        lines = [
-            r"\begin{table}",
-            r"\centering",
-            rf"\begin{{tabular}}{{l{'r' * (len(self.headings) - 1)}}}",
-            r"\toprule",
-            " & ".join(_latex(h) for h in self.headings) + r" \\",
-            r"\midrule",
-        ]
-        for row in self.rows:
-            cells = []
-            for cell in row:
-                text = _latex(cell.text)
-                text = rf"\textbf{{{text}}}" if cell.best else text
-                small = rf" {{\scriptsize {_latex(cell.detail)}}}" if cell.detail else ""
-                cells.append(text + small)
-            lines.append(" & ".join(cells) + r" \\")
-        return "\n".join(
-            [
-                *lines,
-                r"\bottomrule",
-                r"\end{tabular}",
-                rf"\caption{{{_latex(self.caption)}}}",
-                r"\end{table}",
-                "",
-            ]
-        )
-
-    def to_text(self) -> str:
-        """Columns under each other, for a terminal."""
-        cells = [[f"{cell.text} {cell.detail}".strip() for cell in row] for row in self.rows]
-        columns = list(zip(self.headings, *cells, strict=True))
-        widths = [max(map(len, column)) for column in columns]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in zip(*columns, strict=True)
-        ]
-        return "\n".join([self.title, *lines, self.caption])
-
-    def write(self, directory: Path) -> None:
-        """Write NAME.md and NAME.tex."""
-        write_text(directory / f"{self.name}.md", self.to_markdown())
-        write_text(directory / f"{self.name}.tex", self.to_latex())
-
-
-def score_table(data: DataSet, number: int) -> Table:
+def score_table(data: DataSet, number: int, baseline: str | None = None) -> Table:
     """All models on one data set, with paired differences to what they should be compared with.
 
-    With several runs the difference is to the best of them by that score, else to the start.
+    That is the baseline of a study; else, of several runs, the best by that score; else the start.
     """
     runs, shown, compared = data.of_role("run"), shown_scores(data), headline(data)
     best = {score: best_model(runs, score) for score in RANKED if score in shown}
-    others = [_baseline(data, compared), *data.of_role("teacher")[:1]] if compared else []
-    against = [m for m in others if m is not None and len(data.models) > 1]
+    first = _baseline(data, compared or "", baseline)
+    others = [first, *data.of_role("teacher")[:1]] if compared else []
+    against = [m for m in _once(others) if len(data.models) > 1]
     place = 2 + shown.index(compared) if compared else 0
     headings, rows = ["Model", *map(score_name, shown)], []
     headings[place:place] = [f"{score_name(compared or '')} − {m.label}" for m in against]
@@ -165,20 +66,58 @@ def score_table(data: DataSet, number: int) -> Table:
         rows.append((Cell(model.label), *cells))
     caption = (
         f"{describe(data)}; {decoding_words(data.evaluation)}. Square brackets: 95% bootstrap "
-        "interval over requests; ±: standard deviation over seeds."
+        f"interval over requests; ±: standard deviation over {_kind(data)} seeds."
     )
     if against:
         caption += " Differences are paired by request."
     if len(runs) > 1:
         caption += (
-            " Bold: better than every other run, each paired interval clear of zero; "
+            " Bold: better than every other, each difference shown; "
             "intervals are not corrected for the number of comparisons."
         )
     return Table(
-        name=f"scores-{number}-{_safe(data.name)}",
+        name=f"scores-{number}-{safe_name(data.name)}",
         title=data.name,
         caption=caption,
         headings=tuple(headings),
+        rows=tuple(rows),
+    )
+
+
+def _once(models: Sequence[Model | None]) -> list[Model]:
+    return list({model.label: model for model in models if model is not None}.values())
+
+
+def _kind(data: DataSet) -> str:
+    return "training" if any(model.training_seeds for model in data.models) else "decoding"
+
+
+def method_table(data: DataSet, baseline: str) -> Table | None:
+    """A study at a glance: each method's mean, the spread of its seeds, what it gained."""
+    score = headline(data)
+    other = _baseline(data, score or "", baseline)
+    if score is None:
+        return None
+    best, rows = best_model(data.of_role("run"), score), []
+    for model in data.models:
+        if score not in model.evaluation.scores:
+            continue
+        seeds = [e.mean(score) for e in model.training_seeds]
+        gain = between(model, other, score) if other and model is not other else None
+        rows.append(
+            (
+                Cell(model.label),
+                _score_cell(model.evaluation, score, best == model.label),
+                Cell(", ".join(plain(s) for s in seeds if s is not None) or "–"),
+                Cell("–") if gain is None else comparison_cell(gain),
+            )
+        )
+    return Table(
+        name="methods",
+        title="The methods",
+        caption=f"{describe(data)}. Means over training seeds ± their standard deviation; square "
+        "brackets: 95% interval over requests.",
+        headings=("Method", score_name(score), "Each training seed", f"− {baseline}"),
         rows=tuple(rows),
     )
 
@@ -188,17 +127,23 @@ def comparison_cell(comparison: Comparison | None) -> Cell:
     if comparison is None:
         return Cell("not comparable")
     interval = f"[{plain(comparison.low)}, {plain(comparison.high)}]"
-    text = signed(comparison.difference)
-    return Cell(text, interval if comparison.shown else f"{interval} no difference shown")
+    why = "training seeds overlap" if comparison.excludes_zero else "no difference shown"
+    return Cell(
+        signed(comparison.difference), interval if comparison.shown else f"{interval} {why}"
+    )
 
 
 def overview_table(runs: Sequence[Run], sets: Sequence[DataSet]) -> Table:
-    """One line per run: how close, at what size, at what cost."""
+    """One line per run: how close, at what size and speed, at what cost."""
     rows = []
     for run in runs:
         summary, took, far = run.summary or {}, cost(run), distance(run, sets)
-        share = size_share(run)
+        found, share = savings(run, sets), size_share(run)
         parameters = summary.get("student_parameters")
+        speed, memory = (
+            _measured(found, key, words)
+            for key, words in (("tokens_per_second", count), ("bytes_memory", size))
+        )
         rows.append(
             (
                 Cell(run.label, run.method if run.method not in run.label else ""),
@@ -206,18 +151,33 @@ def overview_table(runs: Sequence[Run], sets: Sequence[DataSet]) -> Table:
                 Cell(count(parameters), f"{100 * share:.0f}%" if share else "")
                 if parameters
                 else Cell("–"),
-                Cell(str(run.kept_step) if run.kept_step is not None else "–"),
-                Cell(count(took.tokens_per_second)) if took else Cell("–"),
+                speed,
+                memory,
+                Cell(duration(took.seconds_writing + took.seconds_learning) if took else "–"),
             )
         )
     return Table(
         name="overview",
         title="The runs",
-        caption="KL(student ‖ teacher), start → kept student; size and its share of the teacher's; "
-        "response tokens a second in training.",
-        headings=("Run", "KL to teacher, nats/token", "Parameters", "Kept step", "Tokens/s"),
+        caption="KL(student ‖ teacher), start → kept student; size, tokens generated a second and "
+        "memory of the weights, each with its share of the teacher's; time of the training steps.",
+        headings=(
+            "Run",
+            "KL to teacher, nats/token",
+            "Parameters",
+            "Tokens/s",
+            "Memory",
+            "Trained",
+        ),
         rows=tuple(rows),
     )
+
+
+def _measured(found: Savings | None, key: str, words: Callable[[float], str]) -> Cell:
+    if found is None:
+        return Cell("–")
+    share = found.share(key)
+    return Cell(words(found.student[key]), f"{100 * share:.0f}%" if share else "")
 
 
 def cost_table(runs: Sequence[Run]) -> Table | None:
@@ -302,7 +262,9 @@ def judge_table(runs: Sequence[Run]) -> Table | None:
     )
 
 
-def _baseline(data: DataSet, score: str) -> Model | None:
+def _baseline(data: DataSet, score: str, chosen: str | None) -> Model | None:
+    if chosen is not None:
+        return next((model for model in data.models if model.label == chosen), None)
     runs = data.of_role("run")
     if len(runs) > 1:
         known = [m for m in runs if score in m.evaluation.scores]
@@ -312,7 +274,7 @@ def _baseline(data: DataSet, score: str) -> Model | None:
 
 def _score_cell(evaluation: Evaluation, name: str, best: bool) -> Cell:
     score = evaluation.scores[name]
-    nats = name in ("reverse_kl_to_teacher", "cross_entropy")
+    nats = name in ("reverse_kl_to_teacher", "cross_entropy", "teacher_cross_entropy")
     text = digits(score.mean) if nats else f"{score.mean:.1f}"
     interval, detail = score.interval_95, ""
     if interval:
@@ -321,22 +283,12 @@ def _score_cell(evaluation: Evaluation, name: str, best: bool) -> Cell:
     elif score.deviation_over_seeds:
         detail = f"± {digits(score.deviation_over_seeds)}"
     if name in RANKED and score.deviation_over_seeds:
-        detail += f" ± {score.deviation_over_seeds:.1f}"
+        text += f" ± {score.deviation_over_seeds:.1f}"
     if score.num_requests and score.num_requests < evaluation.num_examples:
         detail = f"{detail} {score.num_requests} requests".strip()
     return Cell(text, detail, best)
 
 
-def _markdown(text: str) -> str:
-    for special in "\\|*_`<":
-        text = text.replace(special, f"\\{special}")
-    return " ".join(text.split())
-
-
-def _latex(text: str) -> str:
-    return "".join(LATEX.get(character, character) for character in " ".join(text.split()))
-
-
-def _safe(name: str) -> str:
+def safe_name(name: str) -> str:
     """A data set's name as part of a file name."""
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)[:60]

@@ -11,8 +11,9 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field, NonNegativeInt, field_validator
 
-from promptkd.config import Recipe
+from promptkd.config import Recipe, known_metric
 from promptkd.errors import UserError
+from promptkd.evaluation.metrics import is_text_metric
 from promptkd.evaluation.suites import PAPER_SEEDS, read_suite, suite_of_mapping
 from promptkd.keys import Section, read_keys, suggest, validate
 
@@ -20,7 +21,10 @@ DECIDED = {"method": "methods", "seed": "seeds", "output": "output"}
 """Keys of a recipe that the study decides, and its own keys for them."""
 OTHERS = ("start", "teacher")
 """Who stands in the table beside the methods."""
-TAKEN = (*OTHERS, "figures", "tables", "report.html", "study.json", "table.md", "table.tex")
+TAKEN = (
+    *(*OTHERS, "figures", "tables", "report.html"),
+    *("study.yaml", "study.json", "table.md", "table.tex"),
+)
 """Names in the study's directory that are no method's."""
 
 
@@ -40,6 +44,7 @@ class ScoringSection(Section):
     seeds: Seeds = Field(default=PAPER_SEEDS, description="decoding seeds")
     num_examples: int | None = Field(default=None, ge=1, description="only the first ones of each")
     no_repeat_ngram_size: int = Field(default=0, ge=0, description="6: the authors' test script")
+    metric: str | None = Field(default=None, description="the score that decides, as in a recipe")
 
     @field_validator("suite", mode="before")
     @classmethod
@@ -47,6 +52,17 @@ class ScoringSection(Section):
         if isinstance(value, str):
             return read_suite(value)
         return suite_of_mapping(value, "'evaluation.suite'")
+
+    @field_validator("metric")
+    @classmethod
+    def _known_metric(cls, value: str | None) -> str | None:
+        return value if value is None else known_metric(value)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """What responses are scored by beside what always is."""
+        decides = [self.metric] if self.metric and is_text_metric(self.metric) else []
+        return tuple(dict.fromkeys([*decides, "repeated_4_grams"]))
 
 
 class Study(Section):
@@ -58,6 +74,9 @@ class Study(Section):
     evaluation: ScoringSection
     baseline: str = Field(default="start", description="whom everything is compared with")
     output: str
+    results: str | None = Field(
+        default=None, description="keeps scores, responses, tables, no weights"
+    )
 
     @field_validator("base", mode="before")
     @classmethod
@@ -66,6 +85,11 @@ class Study(Section):
             raw = read_keys(value, "Recipe")
             return {key: section for key, section in raw.items() if key not in DECIDED}
         return value
+
+    @property
+    def place(self) -> Path:
+        """Where scores are read from, and tables and figures written to."""
+        return Path(self.results or self.output)
 
     @property
     def base_recipe(self) -> Recipe:

@@ -1,9 +1,8 @@
 """Methods x seeds: every run trained and scored alike, then one table. Stopped, it goes on."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,16 @@ from promptkd.config import SamplingSection
 from promptkd.data import Example, read_examples
 from promptkd.errors import UserError
 from promptkd.evaluation.evaluate import evaluate
-from promptkd.evaluation.results import Evaluation, read_evaluations
+from promptkd.evaluation.results import Evaluation, own_evaluations
 from promptkd.files import write_text
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.methods import build_method
 from promptkd.models.loading import default_device, load_tokenizer
 from promptkd.models.vocabularies import same_tokenizer
 from promptkd.ranks import ALONE
-from promptkd.report.report import report
 from promptkd.study.file import PlannedRun, Study, planned_runs
-from promptkd.study.table import Failure, Findings, Line, study_table
+from promptkd.study.stored import conclude, keep
+from promptkd.study.table import Failure
 from promptkd.training.run_directory import RunDirectory
 from promptkd.training.setup import set_up
 
@@ -50,34 +49,26 @@ def run_study(study: Study) -> Path:
     _write_recipes(runs)
     models = {"start": base.student.model}
     if base.teacher:
-        models["teacher"] = base.teacher.model
-    total, others = len(models) + len(runs), []
+        models["teacher"] = base.teacher_model()
+    total = len(models) + len(runs)
     for number, (role, model) in enumerate(models.items(), start=1):
         typer.echo(f"{number} of {total}: scores of the {role}, {model}")
-        scores = scorer.score(model, output / role, teacher=role == "start")
-        others.append(Line(label=role, role=role, seeds=(), scores=(scores,)))
-    finished: dict[str, dict[int, Scores]] = {label: {} for label in study.methods}
+        scorer.score(model, output / role, teacher=role == "start")
+        keep(study, output / role, output / role)
     failed = []
     for number, run in enumerate(runs, start=len(models) + 1):
         typer.echo(f"{number} of {total}: {run.name}, in {run.recipe.output}")
         try:
             directory = train(run.recipe, methods[run.label])
-            scores = scorer.score(str(directory), directory / "evaluation", teacher=True)
-            finished[run.label][run.seed] = scores
+            scorer.score(str(directory), directory / "evaluation", teacher=True)
+            keep(study, directory, directory / "evaluation")
         except UserError as error:
             typer.echo(f"{run.name} failed, the study goes on: {error}", err=True)
             failed.append(Failure(run.label, run.seed, str(error)))
-    lines = [
-        Line(label=label, role="run", seeds=tuple(own), scores=tuple(own.values()))
-        for label, own in finished.items()
-    ]
-    _conclude(study, [*lines, *others], failed)
-    begun = [path for run in runs if ((path := Path(run.recipe.output)) / "recipe.yaml").is_file()]
-    if begun:
-        page = report([*begun, *(output / role for role in models)], output)
-        typer.echo(f"\nreport: {page}")
-    _refuse_failures(failed, len(runs), output)
-    return output
+    page = conclude(study, failed=failed)
+    typer.echo(f"\nreport: {page}")
+    _refuse_failures(failed, len(runs), study.place)
+    return study.place
 
 
 class StudyScorer:
@@ -96,9 +87,9 @@ class StudyScorer:
         }
         self._teacher = ""
         if base.teacher:
-            tokenizers = load_tokenizer(base.student.model), load_tokenizer(base.teacher.model)
+            tokenizers = load_tokenizer(base.student.model), load_tokenizer(base.teacher_model())
             if same_tokenizer(*tokenizers):
-                self._teacher = base.teacher.model
+                self._teacher = base.teacher_model()
 
     def score(self, model: str, directory: Path, *, teacher: bool) -> Scores:
         """Evaluate on every data set that ``directory`` has no scores of, and give all of them.
@@ -120,13 +111,15 @@ class StudyScorer:
             num_examples=asked.num_examples,
             template=data.template,
             max_request_tokens=data.max_request_tokens,
-            max_response_tokens=data.max_response_tokens,
+            max_response_tokens=data.longest_response,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
             top_k=sampling.top_k,
             no_repeat_ngram_size=asked.no_repeat_ngram_size,
+            metrics=asked.metrics,
             teacher=other,
             precision=self._base.precision,
+            engine=sampling.engine,
             output=directory,
         )
         return self._made(model, directory, other)
@@ -148,7 +141,7 @@ class StudyScorer:
         }
         trained = Path(model) / "summary.json"
         made = {}
-        for found in read_evaluations(directory):
+        for found in own_evaluations(directory):
             rows, written = self._rows.get(found.name, ()), directory / f"{found.name}.json"
             sources = tuple(asked.suite.get(found.name, ()))
             expected = settings | {"data": sources, "num_examples": len(rows)}
@@ -158,7 +151,7 @@ class StudyScorer:
                 and references == {i: row.responses for i, row in enumerate(rows)}
                 and not (trained.is_file() and _time(written) < _time(trained))
             ):
-                made[found.name] = found
+                made[found.name] = found.also_scored_by(asked.metrics)
         return made
 
 
@@ -227,24 +220,3 @@ def _write_recipes(runs: Sequence[PlannedRun]) -> None:
     for run in runs:
         directory = Path(run.recipe.output)
         write_text(directory.with_name(f"{directory.name}.yaml"), run.recipe.to_yaml())
-
-
-def _conclude(study: Study, lines: Sequence[Line], failed: Sequence[Failure]) -> None:
-    """Print every data set's table; write them and all that is behind them."""
-    output = Path(study.output)
-    findings = {name: Findings.of(lines, name, study.baseline) for name in study.evaluation.suite}
-    tables = [study_table(found, len(study.seeds), failed) for found in findings.values()]
-    record = {
-        "study": study.model_dump(mode="json"),
-        "data": {name: found.to_dict() for name, found in findings.items()},
-        "failed": [asdict(failure) for failure in failed],
-    }
-    markdown = [f"## {table.title}\n\n{table.to_markdown()}" for table in tables]
-    for name, text in (
-        ("study.json", json.dumps(record, indent=2, ensure_ascii=False) + "\n"),
-        ("table.md", "\n".join(markdown)),
-        ("table.tex", "\n".join(table.to_latex() for table in tables)),
-    ):
-        write_text(output / name, text)
-    for table in tables:
-        typer.echo(f"\n{table.to_text()}")

@@ -1,32 +1,18 @@
-"""A study's table per data set: means over training seeds, intervals, differences. No torch.
+"""A study's tables: one per data set and one for their mean. No torch."""
 
-A method's score is the mean over its training seeds, beside their standard deviation. Intervals
-and paired differences are over requests: a request's score is its mean over training and decoding
-seeds.
-"""
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
-
-from promptkd.evaluation.comparison import Difference, differences
-from promptkd.evaluation.results import Evaluation, Score, totals
-from promptkd.evaluation.statistics import bootstrap_interval, mean_and_deviation
-from promptkd.report.data import DataSet, Model
-from promptkd.report.findings import (
-    Comparison,
-    best_model,
-    decoding_words,
-    describe,
-    headline,
-    score_name,
-    shown_scores,
-)
-from promptkd.report.numbers import digits, plain
-from promptkd.report.tables import Cell, Table, comparison_cell
+from promptkd.evaluation.results import Score
+from promptkd.report.cells import Cell, Table
+from promptkd.report.comparisons import decoding_words, describe, in_order, score_name
+from promptkd.report.numbers import count, digits, duration, plain
+from promptkd.study.findings import Findings, Gain, Line
+from promptkd.study.statement import NATS, p_value_words, signed_score
 
 HIDDEN = ("exact_match", "cross_entropy")
-"""Left out of the table; study.json has them."""
+"""Left out of the table unless they decide; study.json has them."""
 
 
 @dataclass(frozen=True)
@@ -38,139 +24,76 @@ class Failure:
     reason: str
 
 
-@dataclass(frozen=True)
-class Line:
-    """One line of every table: a method, the start or the teacher.
-
-    Attributes:
-        role: "run", "start" or "teacher".
-        seeds: the training seeds that succeeded; empty for start and teacher.
-        scores: by data set, one per training seed; the only ones of start and teacher.
-    """
-
-    label: str
-    role: str
-    seeds: tuple[int, ...]
-    scores: tuple[Mapping[str, Evaluation], ...]
-
-    def model(self, name: str) -> Model | None:
-        """All seeds as one evaluation, so that the report's findings apply; None if all failed."""
-        if not self.scores:
-            return None
-        evaluations = [own[name] for own in self.scores]
-        predictions = tuple(row for e in evaluations for row in e.predictions)
-        pooled = replace(evaluations[0], predictions=predictions)
-        scores = {
-            score: _over_seeds(score, evaluations, pooled)
-            for score in evaluations[0].scores
-            if all(score in evaluation.scores for evaluation in evaluations)
-        }
-        return Model(self.label, self.role, replace(pooled, scores=scores))
-
-
-def _over_seeds(name: str, evaluations: Sequence[Evaluation], pooled: Evaluation) -> Score:
-    by_seed = [evaluation.scores[name].mean for evaluation in evaluations]
-    mean, deviation = mean_and_deviation(by_seed)
-    of_requests = totals(pooled.predictions, name).values()
-    return Score(
-        mean=mean,
-        num_requests=len(of_requests) or None,
-        interval_95=bootstrap_interval(*zip(*of_requests, strict=True)) if of_requests else None,
-        by_seed=tuple(by_seed),
-        deviation_over_seeds=deviation if len(by_seed) > 1 else None,
-    )
-
-
-@dataclass(frozen=True)
-class Findings:
-    """One data set of a study.
-
-    Attributes:
-        models: by label; None where every run failed.
-        gains: differences to the baseline by label, those of every score that both have.
-    """
-
-    name: str
-    lines: tuple[Line, ...]
-    baseline: str
-    models: dict[str, Model | None]
-    gains: dict[str, tuple[Difference, ...]]
-
-    @classmethod
-    def of(cls, lines: Sequence[Line], name: str, baseline: str) -> "Findings":
-        models = {line.label: line.model(name) for line in lines}
-        other = models[baseline]
-        gains = {
-            label: tuple(differences(model.evaluation, other.evaluation))
-            for label, model in models.items()
-            if model and other and model is not other
-            if model.evaluation.protocol == other.evaluation.protocol
-        }
-        return cls(name, tuple(lines), baseline, models, gains)
-
-    @property
-    def data(self) -> DataSet:
-        return DataSet(self.name, tuple(model for model in self.models.values() if model))
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything that is known, for study.json."""
-        record = self.data.evaluation.to_dict()
-        return {
-            "settings": {k: v for k, v in record.items() if k not in ("model", "scores")},
-            "models": [
-                {
-                    "label": line.label,
-                    "role": line.role,
-                    "training_seeds": list(line.seeds),
-                    "scores": model.evaluation.to_dict()["scores"] if model else None,
-                }
-                for line, model in zip(self.lines, self.models.values(), strict=True)
-            ],
-            "differences": [
-                {"first": label, "second": self.baseline, "score": row.score}
-                | {key: asdict(row)[key] for key in ("difference", "low", "high", "num_requests")}
-                for label, rows in self.gains.items()
-                for row in rows
-            ],
-        }
-
-
 def study_table(findings: Findings, num_seeds: int, failed: Sequence[Failure]) -> Table:
-    """Methods, start and teacher on one data set, each against the baseline."""
-    data, baseline = findings.data, findings.baseline
-    runs, compared = data.of_role("run"), headline(data) if data.models else None
-    shown = [s for s in shown_scores(data) if s == compared or s not in HIDDEN]
-    best = best_model(runs, compared) if compared else None
-    headings, rows = ["Model", "Seeds", *map(score_name, shown)], []
-    place = 1 + shown.index(compared) if compared else 0
-    if compared:
-        headings.insert(2 + place, f"{score_name(compared)} − {baseline}")
+    """Methods, start and teacher, each against the baseline."""
+    compared = findings.compared
+    known = in_order({name for own in findings.scores.values() if own for name in own})
+    shown = [name for name in known if name not in HIDDEN and name != compared]
+    shown = [*([compared] if compared else []), *shown]
+    with_gain = [n for n in shown if n in (compared, "reverse_kl_to_teacher")]
+    headings = ["Model", "Seeds"]
+    for name in shown:
+        headings.append(score_name(name))
+        if name in with_gain:
+            headings.append(f"{score_name(name)} − {findings.baseline}")
+    rows = []
     for line in findings.lines:
-        model = findings.models[line.label]
-        scores = model.evaluation.scores if model else {}
-        cells = [
-            _cell(s, scores[s], s == compared and best == line.label) if s in scores else Cell("–")
-            for s in shown
-        ]
-        if compared:
-            cells.insert(place, _gain(findings, line.label, compared))
-        rows.append((Cell(line.label), Cell(_seeds(line, num_seeds)), *cells))
-    caption = (
-        f"{describe(data)}; {decoding_words(data.evaluation)}. ±: standard deviation over training "
-        "seeds. Square brackets: 95% bootstrap interval over requests; it does not cover what "
-        "other training seeds would change."
-    )
-    if compared:
-        caption += " Differences are paired by request."
-    if len(runs) > 1 and compared:
-        caption += (
-            " Bold: better than every other method, each paired interval clear of zero; "
-            "intervals are not corrected for the number of comparisons."
-        )
-    for failure in failed:
-        caption += f" Failed: {failure.label}, seed {failure.seed}: {failure.reason}"
+        cells = [Cell(line.label), Cell(_seeds(line, num_seeds))]
+        scores = findings.scores[line.label] or {}
+        for name in shown:
+            best = name == compared and findings.best == line.label
+            cells.append(_value(name, scores[name], best) if name in scores else Cell("–"))
+            if name in with_gain:
+                cells.append(_gain(findings, line, name))
+        rows.append((*cells, _cost(line)))
     return Table(
-        name="table", title=data.name, caption=caption, headings=tuple(headings), rows=tuple(rows)
+        name="table",
+        title=findings.title,
+        caption=_caption(findings, with_gain, failed),
+        headings=(*headings, "Training"),
+        rows=tuple(rows),
+    )
+
+
+def _caption(findings: Findings, with_gain: Sequence[str], failed: Sequence[Failure]) -> str:
+    said = []
+    if findings.data:
+        of = f"The mean of {', '.join(findings.names)}" if len(findings.names) > 1 else ""
+        said = [
+            f"{of or describe(findings.data)}; {decoding_words(findings.data.evaluation)}. "
+            "±: standard deviation over training seeds. Square brackets: 95% interval over "
+            "requests and training seeds (with one seed: over requests alone)."
+        ]
+    if any(findings.gains.values()):
+        said.append(
+            "Differences are paired by request and training seed. Established: p below 0.05 "
+            "after Holm's correction over the methods compared with the baseline in this score."
+        )
+        said += [_detectable(findings, name) for name in with_gain]
+    if findings.best:
+        said.append("Bold: better than every other method, corrected likewise.")
+    said += [
+        f"Failed: {failure.label}, seed {failure.seed}: {failure.reason}" for failure in failed
+    ]
+    return " ".join(sentence for sentence in said if sentence)
+
+
+def _detectable(findings: Findings, score: str) -> str:
+    """The smallest difference that the design could have shown, as a range over the methods."""
+    found = [
+        gain
+        for own in findings.gains.values()
+        if (gain := own.get(score)) and gain.p_corrected is not None
+    ]
+    if not found:
+        return ""
+    least, most = (digits(pick(gain.detectable for gain in found)) for pick in (min, max))
+    size = least if least == most else f"{least} to {most}"
+    number = found[0].num_comparisons
+    level = f"0.05 / {number}" if number > 1 else "0.05"
+    return (
+        f"The smallest true difference that this design shows with a power of 80%, at level "
+        f"{level}: {size} {score_name(score)}."
     )
 
 
@@ -183,28 +106,39 @@ def _seeds(line: Line, num_planned: int) -> str:
     return f"{done} of {num_planned}" if done else "failed"
 
 
-def _gain(findings: Findings, label: str, score: str) -> Cell:
-    if label == findings.baseline or findings.models[label] is None:
+def _gain(findings: Findings, line: Line, score: str) -> Cell:
+    if line.label == findings.baseline or findings.scores[line.label] is None:
         return Cell("–")
-    for row in findings.gains.get(label, ()):
-        if row.score == score:
-            return comparison_cell(
-                Comparison(
-                    first=label,
-                    second=findings.baseline,
-                    difference=row.difference,
-                    low=row.low,
-                    high=row.high,
-                )
-            )
-    return comparison_cell(None)
+    gain = findings.gains.get(line.label, {}).get(score)
+    if gain is None:
+        return Cell("not comparable")
+    low, high = gain.estimate.interval_95
+    number = digits if score in NATS else plain
+    return Cell(
+        signed_score(gain.estimate.value, score), f"[{number(low)}, {number(high)}]{_verdict(gain)}"
+    )
 
 
-def _cell(name: str, score: Score, best: bool) -> Cell:
-    number = digits if name == "reverse_kl_to_teacher" else plain
+def _verdict(gain: Gain) -> str:
+    if gain.p_corrected is None:
+        return ""
+    return f" p {p_value_words(gain.p_corrected)}" if gain.established else " not established"
+
+
+def _value(name: str, score: Score, best: bool) -> Cell:
+    number = digits if name in NATS else plain
     mean = number(score.mean)
     decimals = len(mean.partition(".")[2])
     deviation, interval = score.deviation_over_seeds, score.interval_95
     spread = "" if deviation is None else f" ± {deviation:.{decimals}f}"
     detail = f"[{number(interval[0])}, {number(interval[1])}]" if interval else ""
     return Cell(mean + spread, detail, best)
+
+
+def _cost(line: Line) -> Cell:
+    """The mean over training seeds of the steps' time and of the response tokens learnt from."""
+    if not line.costs:
+        return Cell("–")
+    seconds = fmean(own.seconds_writing + own.seconds_learning for own in line.costs)
+    tokens = fmean(own.tokens for own in line.costs)
+    return Cell(duration(seconds), f"{count(tokens)} tokens")

@@ -7,29 +7,37 @@ import torch
 from torch import Tensor
 
 from promptkd.composition import Method
+from promptkd.config import THE_STUDENT, Recipe, SamplingSection, TeacherSection
 from promptkd.data import Dataset, Encoder
 from promptkd.errors import UserError
+from promptkd.evaluation.finished_run import TEACHER_LIMIT
 from promptkd.evaluation.metrics import NEED_REFERENCES, check_criterion
+from promptkd.findings import Finding
 from promptkd.micro_batches import pad
 from promptkd.models.language_model import LanguageModel, select_responses
 from promptkd.models.loading import check_context, embedding_rows
+from promptkd.objectives import Objective, SampledToken, Weighted
 from promptkd.rollouts import Rollout
 from promptkd.teachers import Teacher
 
 
 def check_data(
     method: Method, data: Dataset, validation: Dataset | None, metric: str, has_teacher: bool
-) -> None:
+) -> list[Finding]:
     """Refuse what the method or the metric can't use.
+
+    Returns:
+        What is only worth a warning.
 
     Raises:
         UserError: if references are needed and missing, or a teacher is.
     """
     if method.needs_references and not data.has_references:
-        missing = next(e.index for e in data.examples if e.response_ids is None)
+        first = next(e for e in data.examples if e.response_ids is None)
+        missing = first.where or f"row {first.index} (counted from 0)"
         raise UserError(
-            f"The method '{method.name}' learns from reference responses, but row {missing} "
-            "(counted from 0) of data.train has none. Add an 'output' column, or use rollouts "
+            f"The method '{method.name}' learns from reference responses, but {missing} "
+            "has none. Add an 'output' column, or use rollouts "
             "written by the student: method.name=promptkd, or gkd with student_share=1.",
             "PK101",
         )
@@ -59,7 +67,84 @@ def check_data(
                 "none. Add them, or use evaluation.metric=reverse_kl_to_teacher.",
                 "PK104",
             )
-        check_criterion(metric, references)
+        if left_out := check_criterion(metric, references):
+            return [Finding("PK110", left_out)]
+    return []
+
+
+def check_sampling(method: Method, sampling: SamplingSection) -> None:
+    """Refuse an estimate from sampled tokens where they come from another law than the student's.
+
+    Its expectation would be another loss. MiniLLM's weights correct for the law; these can't.
+
+    Raises:
+        UserError: with the settings to take.
+    """
+    plain = sampling.temperature == 1 and sampling.top_p == 1 and sampling.top_k == 0
+    if not plain and any(_samples_tokens(term.objective) for term in method.terms):
+        raise UserError(
+            f"The method '{method.name}' estimates KL(student || teacher) from the tokens that the "
+            f"student samples, so they have to come from the student's own law; sampling has "
+            f"temperature {sampling.temperature:g}, top_p {sampling.top_p:g}, top_k "
+            f"{sampling.top_k}. Set 1, 1 and 0, or use gkd, which compares whole vocabularies.",
+            "PK111",
+        )
+
+
+def _samples_tokens(objective: Objective) -> bool:
+    if isinstance(objective, Weighted):
+        return any(_samples_tokens(part) for _, part in objective.parts)
+    return isinstance(objective, SampledToken)
+
+
+def check_reads_more(method: Method, section: TeacherSection | None) -> None:
+    """Refuse a method that copies a teacher's context from a teacher that has none.
+
+    Raises:
+        UserError: naming the keys that give it one.
+    """
+    if method.needs_context and not (section and section.reads_more):
+        raise UserError(
+            f"The method '{method.name}' teaches what its teacher reads and the student doesn't, "
+            "but the teacher reads nothing more. Set teacher.context (a column), teacher.system or "
+            "teacher.context_template.",
+            "PK112",
+        )
+
+
+def check_self_teacher(section: TeacherSection, encoder: Encoder | None, teacher: Teacher) -> None:
+    """Refuse a student that copies itself: its teacher must read or say something else.
+
+    Raises:
+        UserError: naming what may differ.
+    """
+    says_more = teacher.front_length > 0 or bool(teacher.parameters())
+    if section.model == THE_STUDENT and encoder is None and not says_more:
+        raise UserError(
+            "The teacher is the student itself and reads the same requests: there is nothing to "
+            "learn from it. Set teacher.context or teacher.system, or use method.name=promptkd.",
+            "PK204",
+        )
+
+
+def check_contexts(recipe: Recipe, context: str | None, validates_teacher: bool) -> None:
+    """Refuse to measure a teacher that reads what the validation data haven't.
+
+    Raises:
+        UserError: naming the setting that measures it.
+    """
+    evaluation = recipe.evaluation
+    measured = [
+        *(["evaluation.metric"] if evaluation.metric == "reverse_kl_to_teacher" else []),
+        *(["evaluation.exposure_bias_every_steps"] if evaluation.exposure_bias_every_steps else []),
+    ]
+    if measured and not validates_teacher:
+        raise UserError(
+            f"{measured[0]} measures the distance to a teacher that reads the column '{context}' "
+            "(teacher.context), which no row of data.validation has. Bring it, or measure "
+            "something else.",
+            "PK104",
+        )
 
 
 def check_batch(global_batch_size: int, num_rows: int, num_ranks: int) -> None:
@@ -94,7 +179,8 @@ def check_token_ids(datasets: Sequence[Dataset], tokenizer: Any, vocabulary: int
         if highest >= vocabulary:
             token = tokenizer.convert_ids_to_tokens(highest)
             raise UserError(
-                f"Row {example.index} (counted from 0) holds the token {token!r} (id {highest}), "
+                f"{example.where or f'Row {example.index} (counted from 0)'}: the text holds the "
+                f"token {token!r} (id {highest}), "
                 f"but the student has only {vocabulary} embedding rows. Take the text out, or use "
                 "the tokenizer that belongs to the model.",
                 "PK108",
@@ -127,13 +213,13 @@ def check_models(
     student: LanguageModel,
     teacher: Teacher | None,
     encoder: Encoder,
-    data: Dataset,
+    sets: Sequence[Dataset],
     *,
     stop: Sequence[int],
     names: tuple[str, str],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Check the pair on real requests and say what was found.
+    """Check the pair on real requests (training's are the first of ``sets``), say what was found.
 
     Raises:
         UserError: if lengths exceed a context, or the prompt does nothing.
@@ -147,22 +233,22 @@ def check_models(
     if teacher is None:
         return found
     front = teacher.front_length
-    check_context(teacher.model.module.config, *lengths, f"the teacher {names[1]}", front)
-    batch = pad(
-        [
-            Rollout(e.index, e.request_ids, e.request_ids[-1:], author="probe")
-            for e in data.examples[:4]
-        ],
-        student.device,
-    )
+    whose, config = f"the teacher {names[1]}", teacher.model.module.config
+    if any(data.has_teacher_requests for data in sets):
+        own = max(data.longest_teacher_request for data in sets), lengths[1]
+        check_context(config, *own, whose, front, limit=TEACHER_LIMIT)
+    else:
+        check_context(config, *lengths, whose, front)
+    probes = sets[0].examples[:4]
+    rollouts = [Rollout.answer(e, e.request_ids[-1:], author="probe") for e in probes]
+    batch = pad(rollouts, student.device).for_teacher
     hidden = teacher.plain_hidden_states(batch.tokens)
     states = select_responses(hidden, batch.response_mask)
     rows = [embedding_rows(m.module) for m in (student, teacher.model)]
     whole = LanguageModel(teacher.model.module, rows[1], teacher.model.dtype)
     logprobs = whole.head.logprobs(states)
-    outside = 0.0
-    if rows[1] > student.vocabulary:
-        outside = logprobs[:, student.vocabulary :].exp().sum(-1).max().item()
+    beyond = logprobs[:, student.vocabulary :]
+    outside = beyond.exp().sum(-1).max().item()  # 0 where there is nothing beyond
     found["teacher_mass_outside"] = outside
     say(
         f"vocabulary: token tables equal; student {rows[0]} rows, teacher {rows[1]}: the first "

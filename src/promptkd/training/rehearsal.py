@@ -109,8 +109,9 @@ def _existing(path: Path) -> Path:
 def _example(setup: Setup) -> dict[str, Any]:
     """The first row as the models see it; without a reference the response is generated."""
     tokenizer, example = setup.tokenizer, setup.data.examples[0]
-    response = example.response_ids
+    response, of_teacher = example.response_ids, example.teacher_request_ids
     return {
         "request": tokenizer.decode(example.request_ids),
+        "teacher_request": of_teacher and tokenizer.decode(of_teacher),
         "response_tokens": None if response is None else [tokenizer.decode([i]) for i in response],
     }

@@ -4,9 +4,12 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from promptkd.adapters import merged, save_lora
 from promptkd.composition import Method
 from promptkd.config import Recipe
+from promptkd.data import Encoder, Example
 from promptkd.errors import UserError
 from promptkd.files import (
     read_json,
@@ -19,7 +22,7 @@ from promptkd.models.loading import dtype_of, model_directory
 from promptkd.training import checkpoints, lock
 from promptkd.training.divergence import is_sane
 from promptkd.training.identity import AS_IT_WAS, Change, Resuming, changes, check, identity
-from promptkd.training.model_card import model_card
+from promptkd.training.model_card import Frame, Validated, model_card
 from promptkd.training.setup import Setup
 from promptkd.training.tracking import JsonLines, environment
 
@@ -75,8 +78,8 @@ class RunDirectory:
         if not self._record.exists():
             return None
         record = read_json(self._record, [])
-        whole = record is not None and {"recipe", "method"} <= record.get("identity", {}).keys()
-        if not whole:
+        known = (record or {}).get("identity")
+        if not isinstance(known, dict) or not isinstance(known.get("recipe"), dict):
             raise UserError(
                 f"{self._record} is damaged, so nobody can say which run this is. Put a copy of it "
                 "back, or choose another output; student/ can still be used as it is."
@@ -127,7 +130,7 @@ class RunDirectory:
             A sentence for each file that isn't what the run wrote.
         """
         checkpoints.remove_after(self._checkpoints, step)
-        for name in ("student", "teacher_adapter"):
+        for name in ("student", "teacher", "teacher_adapter"):
             recover_replaced(self.path / name)
         notes = [note for file in (self.metrics, self.samples) for note in file.rewind(step)]
         logged = {row["step"] for row in self.metrics.read() if "loss" in row}
@@ -181,6 +184,8 @@ class RunDirectory:
     def save_student(self, setup: Setup, step: int, scores: dict[str, float]) -> None:
         """Write student/ and, if the teacher adapts, teacher_adapter/, replacing earlier ones.
 
+        A teacher that is the student's moving average is written to teacher/.
+
         The student is saved in the precision it came in, and ends its responses as in the run.
         """
         module, teacher = setup.student.module, setup.teacher
@@ -189,16 +194,37 @@ class RunDirectory:
             if lora and not lora.merge:
                 save_lora(module, directory, model_directory(self.recipe.student.model))
             else:
-                whole = copy.deepcopy(merged(module) if lora else module)
-                whole.to(dtype_of(self.recipe.student.model))  # pyright: ignore
-                whole.generation_config.eos_token_id = list(setup.stop)
-                whole.save_pretrained(directory)
+                self._save_whole(module, setup, directory)
             setup.tokenizer.save_pretrained(directory)
-            card = model_card(self.recipe, repr(self.method), step, scores)
+            measured = Validated(step, scores, start=self._start_scores())
+            card = model_card(
+                self.recipe, repr(self.method), _frame(setup.requests.encoder), measured
+            )
             write_text(directory / "README.md", card)
+        if average := setup.models.average:
+            with whole_directory(self.path / "teacher", "teacher") as directory:
+                self._save_whole(average.module, setup, directory)
         if teacher and self.recipe.teacher and teacher.has_adapter:
             with whole_directory(self.path / "teacher_adapter", "adapter") as directory:
-                teacher.save(directory, self.recipe.teacher.model)
+                teacher.save(directory, self.recipe.teacher_model(self.path))
+
+    def _save_whole(self, module: PreTrainedModel, setup: Setup, directory: Path) -> None:
+        """A model with its tokenizer, in the precision that the student came in."""
+        whole = copy.deepcopy(merged(module) if self.recipe.student.lora else module)
+        whole.to(dtype_of(self.recipe.student.model))  # pyright: ignore
+        whole.generation_config.eos_token_id = list(setup.stop)  # pyright: ignore
+        whole.save_pretrained(directory)
+        setup.tokenizer.save_pretrained(directory)
+
+    def _start_scores(self) -> dict[str, float]:
+        rows = (row for row in self.metrics.read() if row["step"] == 0 and "evaluation" in row)
+        return next((row["evaluation"] for row in rows), {})
 
     def finish(self, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", summary)
+
+
+def _frame(encoder: Encoder) -> Frame:
+    """What the student's requests look like, the request itself left open."""
+    text = encoder.render(Example(Frame.REQUEST))
+    return Frame(text, special_tokens=encoder.template != "chat")

@@ -1,8 +1,8 @@
-"""Learning rates as a function of the step: nothing to save, nothing to restore."""
+"""Learning rates and lengths as functions of the step: nothing to save, nothing to restore."""
 
 import math
 
-from promptkd.config import OptimizationSection
+from promptkd.config import LengthSchedule, OptimizationSection
 
 
 def learning_rate(base: float, step: int, max_steps: int, options: OptimizationSection) -> float:
@@ -23,3 +23,15 @@ def learning_rate(base: float, step: int, max_steps: int, options: OptimizationS
     if options.schedule == "cosine":
         return base * 0.5 * (1 + math.cos(math.pi * done))
     return base
+
+
+def response_limit(limits: int | LengthSchedule, step: int, max_steps: int) -> int:
+    """The most tokens of a response in ``step`` (counted from 0).
+
+    >>> [response_limit(LengthSchedule(start=64, end=256), step, 5) for step in range(5)]
+    [64, 112, 160, 208, 256]
+    """
+    if isinstance(limits, int):
+        return limits
+    done = step / (max_steps - 1) if max_steps > 1 else 1.0
+    return round(limits.start + (limits.end - limits.start) * done)

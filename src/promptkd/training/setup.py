@@ -1,7 +1,6 @@
 """From a recipe to everything a run works with, checked on the way."""
 
 import datetime
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,21 +11,8 @@ from transformers import PreTrainedModel
 from promptkd import kernels
 from promptkd.adapters import add_lora
 from promptkd.composition import Method
-from promptkd.config import Recipe
-from promptkd.data import (
-    Dataset,
-    Encoder,
-    Example,
-    adopt_chat_template,
-    date_of_run,
-    evaluation_set,
-    overlap,
-    read_noted,
-    steps_of_epochs,
-    template_difference,
-    template_findings,
-    training_set,
-)
+from promptkd.config import THE_STUDENT, Recipe
+from promptkd.data import Dataset, steps_of_epochs
 from promptkd.errors import UserError
 from promptkd.findings import Finding
 from promptkd.generation.generators import Authors
@@ -49,21 +35,14 @@ from promptkd.ranks import Ranks
 from promptkd.teachers import Teacher
 from promptkd.training import preflight
 from promptkd.training.launch import describe
+from promptkd.training.requests import Requests, Say, read_requests
+from promptkd.training.self_teacher import (
+    MovingAverage,
+    refuse_moving_author,
+    self_teacher,
+)
 from promptkd.training.step import Learner, Step, StepSettings
 from promptkd.training.token_budget import measured_budget
-
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Requests:
-    """What a run asks: the tokenizer of its student, and its data in tokens."""
-
-    tokenizer: Any
-    encoder: Encoder
-    examples: list[Example]
-    data: Dataset
-    validation: Dataset | None
 
 
 @dataclass(frozen=True)
@@ -73,6 +52,7 @@ class Models:
     Attributes:
         plain_teacher: the recipe's teacher as it came; None if there is none.
         teacher: the same, as the method uses it; None if the method doesn't.
+        average: of the student, where that is its teacher.
         comparable: whether student and teacher share a token table, so KLs can be measured.
     """
 
@@ -81,6 +61,7 @@ class Models:
     teacher: Teacher | None
     teacher_tokenizer: Any
     comparable: bool
+    average: MovingAverage | None = None
 
 
 @dataclass(frozen=True)
@@ -166,7 +147,8 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     if recipe.precision == "bf16" and not native_bf16(device):
         finding = "this CPU emulates bf16, about 10 times slower than fp32: set precision=auto."
         say(str(Finding("PK207", finding)))
-    requests = _read_requests(recipe, method, say)
+    preflight.check_sampling(method, recipe.sampling)
+    requests = read_requests(recipe, method, say)
     about = describe(requests.encoder, compute_dtype(recipe.precision, device), device, ranks)
     say(", ".join(f"{name} {value}" for name, value in about.items()))
     preflight.check_batch(recipe.optimization.global_batch_size, len(requests.data), ranks.number)
@@ -184,15 +166,14 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
         engine, models.student, decoding=decoding, encoder=requests.encoder, seed=recipe.seed
     )
     if models.plain_teacher and any(term.rollouts.asks_teacher for term in method.terms):
-        authors.add_teacher(models.plain_teacher, models.teacher_tokenizer, requests.examples)
+        asks = requests.teacher_encoder or requests.encoder
+        authors.add_teacher(models.plain_teacher, models.teacher_tokenizer, requests.examples, asks)
     step = _bind_step(recipe, method, models, ranks)
     if recipe.optimization.micro_batch_tokens is None:
-        limits = requests.encoder.max_request_tokens, requests.encoder.max_response_tokens
-        budget = measured_budget(models.student, models.teacher, sum(limits), ranks.number, say)
+        longest = requests.longest_row
+        budget = measured_budget(models.student, models.teacher, longest, ranks.number, say)
         step.settings = replace(step.settings, micro_batch_tokens=budget)
-    say(f"training data: {requests.data.summary()}")
-    if requests.validation:
-        say(f"validation data: {requests.validation.summary()}")
+    requests.say(say)
     return Setup(
         requests=requests,
         models=models,
@@ -216,9 +197,9 @@ def _check_pair(
         models.student,
         models.teacher if models.comparable else None,  # else it reads only texts
         requests.encoder,
-        requests.data,
+        sets,
         stop=stop,
-        names=(recipe.student.model, recipe.teacher.model if recipe.teacher else ""),
+        names=(recipe.student.model, recipe.teacher_model() if recipe.teacher else ""),
         say=say,
     )
 
@@ -237,47 +218,6 @@ def _stop_set(requests: Requests, models: Models, say: Say) -> tuple[int, ...]:
     return tuple(sorted(own | others))
 
 
-def _read_requests(recipe: Recipe, method: Method, say: Say) -> Requests:
-    tokenizer = load_tokenizer(recipe.student.model)
-    encoder = _encoder(recipe, tokenizer, say)
-    columns = recipe.data.columns
-    examples, notes = read_noted(recipe.data.train, columns)
-    data = training_set(examples, encoder)
-    validation = None
-    if recipe.data.validation:
-        held_out, more = read_noted(recipe.data.validation, columns)
-        held_out = held_out[: recipe.evaluation.num_examples]
-        validation = evaluation_set(held_out, encoder)
-        notes += [note for note in more if note not in notes]
-        if sentence := overlap(examples, held_out).sentence():
-            notes.append(str(Finding("PK109", sentence)))
-    answered = [example for example in examples if example.responses]
-    for finding in template_findings(encoder, answered[0]) if answered else ():
-        notes.append(str(Finding("PK206", finding.sentence)))
-    for note in notes:
-        say(note)
-    has_teacher = recipe.teacher is not None
-    preflight.check_data(method, data, validation, recipe.evaluation.metric, has_teacher)
-    return Requests(
-        tokenizer=tokenizer, encoder=encoder, examples=examples, data=data, validation=validation
-    )
-
-
-def _encoder(recipe: Recipe, tokenizer: Any, say: Say) -> Encoder:
-    """The student's encoder, with its teacher's chat template where it has none of its own."""
-    teacher = load_tokenizer(recipe.teacher.model) if recipe.teacher else None
-    shared = teacher is not None and same_tokenizer(tokenizer, teacher)
-    if shared and recipe.data.template == "auto" and adopt_chat_template(tokenizer, teacher):
-        say(
-            "the student's tokenizer has no chat template and takes the teacher's, which is saved "
-            "with it (data.template: alpaca or none does without)"
-        )
-    encoder = Encoder.of_recipe(recipe, tokenizer, date=date_of_run(recipe.output))
-    if shared and (difference := template_difference(encoder, teacher)):
-        say(str(Finding("PK205", difference)))
-    return encoder
-
-
 def _load_models(
     recipe: Recipe, method: Method, requests: Requests, device: torch.device
 ) -> Models:
@@ -286,16 +226,22 @@ def _load_models(
     module = _load_student(recipe, dtype, device)
     vocabulary = embedding_rows(module)
     plain_teacher, teacher, teacher_tokenizer, comparable = None, None, None, False
+    average = None
     if recipe.teacher and (method.needs_teacher or requests.validation):
-        name = recipe.teacher.model
+        name = recipe.teacher_model()
         teacher_tokenizer = load_tokenizer(name)
-        other = load_model(name, dtype, device).requires_grad_(False)
+        if recipe.teacher.model == THE_STUDENT:
+            refuse_moving_author(recipe.teacher, method)
+            other, average = self_teacher(recipe.teacher, module, name, dtype)
+        else:
+            other = load_model(name, dtype, device, recipe.attention).requires_grad_(False)
         rows = embedding_rows(other)
         tokenizers = requests.tokenizer, teacher_tokenizer
         comparable = same_tokenizer(*tokenizers)
         if method.compares_tokens or comparable:
             vocabulary = rows = shared_vocabulary(*tokenizers, module, other)
-        if not recipe.student.lora and same_weights(module, other):
+        alike = requests.teacher_encoder is None and not recipe.student.lora
+        if recipe.teacher.model != THE_STUDENT and alike and same_weights(module, other):
             raise UserError(
                 f"The student {recipe.student.model} has its teacher's weights: there is nothing "
                 "to learn from it. Name another student, or make one: promptkd init-student.",
@@ -304,6 +250,7 @@ def _load_models(
         plain_teacher = proven(LanguageModel(other, rows, dtype), f"the teacher {name}")
         if method.teacher is not None:
             teacher = method.teacher.build(plain_teacher, teacher_tokenizer)
+            preflight.check_self_teacher(recipe.teacher, requests.teacher_encoder, teacher)
     student = LanguageModel(module, vocabulary, dtype)
     return Models(
         student=proven(student, f"the student {recipe.student.model}"),
@@ -311,12 +258,14 @@ def _load_models(
         teacher=teacher,
         teacher_tokenizer=teacher_tokenizer,
         comparable=comparable,
+        average=average,
     )
 
 
 def _load_student(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     lora = recipe.student.lora
-    module = load_model(recipe.student.model, dtype if lora else torch.float32, device)
+    own_dtype = dtype if lora else torch.float32
+    module = load_model(recipe.student.model, own_dtype, device, recipe.attention)
     if lora:
         add_lora(module, lora.r, lora.alpha, lora.target_modules, recipe.seed)
     if recipe.optimization.gradient_checkpointing:

@@ -68,6 +68,8 @@ class RunState:
         }
         if teacher:
             self.tensors["teacher"] = teacher
+        if setup.models.average:
+            self.tensors["average"] = setup.models.average
         if step.teacher_learner:
             self.tensors["teacher_optimizer"] = step.teacher_learner.optimizer
         self.progress: dict[str, Checkpointable] = {

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from promptkd.composition import Method, Term
 from promptkd.divergences import LogProbs, PerToken
-from promptkd.errors import UserError
+from promptkd.errors import NotFinite
 from promptkd.micro_batches import MicroBatch, split_by_length
 from promptkd.models.language_model import LanguageModel, select_responses
 from promptkd.objectives import Losses, States, Tiling, TokenView, accumulate
@@ -66,7 +66,7 @@ class Cost:
             self.flops["losses"] += 2 * passes * state.head.vocabulary * width * num_tokens
 
 
-class LossNotFinite(UserError):
+class LossNotFinite(NotFinite):
     """A loss or gradient is NaN or infinite; nothing was updated with it."""
 
 
@@ -253,19 +253,25 @@ class Step:
             for batch in cut:
                 packed = self.student.packs(batch.tokens.shape[1])
                 positions = batch.num_tokens if packed else batch.tokens.numel()
-                adaptation_weight = 1 / adapting if term.objective.needs_teacher else 0.0
-                weights = term.weight / count, adaptation_weight
-                pieces.append(Piece(term, batch, positions, *weights))
+                piece = Piece(
+                    term,
+                    batch,
+                    num_positions=positions,
+                    weight=term.weight / count,
+                    adaptation_weight=1 / adapting if term.objective.needs_teacher else 0.0,
+                )
+                pieces.append(piece)
         real = sum(piece.batch.num_tokens for piece in pieces)
         seen = sum(piece.num_positions for piece in pieces)
         return pieces, StepMetrics(Cost(device), adapting, padding_share=1 - real / seen)
 
     def _packs(self, rollouts: Sequence[Rollout]) -> bool:
         """Whether no model pads rows of these lengths."""
-        longest = max((rollout.num_tokens for rollout in rollouts), default=0)
+        own = max((rollout.num_tokens for rollout in rollouts), default=0)
+        read = max((rollout.for_teacher.num_tokens for rollout in rollouts), default=0)
         teacher = self.teacher
-        return self.student.packs(longest) and (
-            teacher is None or teacher.model.packs(longest + teacher.front_length)
+        return self.student.packs(own) and (
+            teacher is None or teacher.model.packs(read + teacher.front_length)
         )
 
     def _student_states(self, batch: MicroBatch, learns: bool, cost: Cost) -> States:
@@ -278,6 +284,7 @@ class Step:
         self, batch: MicroBatch, learns: bool, cost: Cost, plain: bool = False
     ) -> States:
         assert self.teacher is not None
+        batch = batch.for_teacher
         read = self.teacher.plain_hidden_states if plain else self.teacher.hidden_states
         cost.count_trunk("teacher", self.teacher.model, batch.num_tokens, int(learns))
         with torch.set_grad_enabled(learns), cost.timed("teacher"):

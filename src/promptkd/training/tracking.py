@@ -33,7 +33,7 @@ class JsonLines:
         """
         if not self.path.exists():
             return []
-        rows, damaged = read_json_lines(self.path)
+        rows, damaged = self._lines()
         kept = [row for row in rows.values() if row["step"] <= step]
         write_json_lines(self.path, kept)
         inside = [str(line) for line in damaged if line < max(rows, default=0)]
@@ -45,7 +45,14 @@ class JsonLines:
         append_json_lines(self.path, rows)
 
     def read(self) -> list[dict[str, Any]]:
-        return list(read_json_lines(self.path)[0].values()) if self.path.exists() else []
+        return list(self._lines()[0].values()) if self.path.exists() else []
+
+    def _lines(self) -> tuple[dict[int, dict[str, Any]], list[int]]:
+        """By number: those about a step, and those that are damaged or about none."""
+        rows, damaged = read_json_lines(self.path)
+        other = [line for line, row in rows.items() if not isinstance(row.get("step"), int)]
+        kept = {line: row for line, row in rows.items() if line not in other}
+        return kept, sorted([*damaged, *other])
 
 
 def check_trackers(names: Sequence[str]) -> None:

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from promptkd.composition import Method
 from promptkd.config import Recipe
-from promptkd.errors import Stopped, UserError
+from promptkd.errors import NotFinite, Stopped, UserError
 from promptkd.ranks import Ranks
 from promptkd.training.identity import AS_IT_WAS, Resuming
 from promptkd.training.launch import refuse_unknown_launch
@@ -22,7 +22,6 @@ from promptkd.training.rehearsal import rehearse
 from promptkd.training.run_directory import RunDirectory
 from promptkd.training.setup import set_up
 from promptkd.training.state import RunState, SourceStates
-from promptkd.training.step import LossNotFinite
 from promptkd.training.stopping import StopRequest
 from promptkd.training.tracking import check_trackers
 from promptkd.training.training_step import TrainingStep
@@ -70,7 +69,9 @@ class Trainer:
         self.validator = (
             Validator(self.parts, self.ranks, metric) if self.parts.validation else None
         )
-        self.take_step = TrainingStep(recipe, method, self.parts, self.sources, self.ranks)
+        self.take_step = TrainingStep(
+            recipe, method, setup=self.parts, sources=self.sources, ranks=self.ranks
+        )
         self.state = RunState(self.parts, self.best, self.sources)
 
     def say(self, sentence: str) -> None:
@@ -127,8 +128,8 @@ class Trainer:
     def _step(self) -> dict[str, Any]:
         try:
             row = self.take_step(self.step_number)
-        except LossNotFinite as error:
-            raise LossNotFinite(f"{error} {self.directory.way_back(self.step_number)}") from None
+        except NotFinite as error:
+            raise NotFinite(f"{error} {self.directory.way_back(self.step_number)}") from None
         self.step_number += 1
         self._log(row)
         return row

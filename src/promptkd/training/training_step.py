@@ -7,7 +7,7 @@ from promptkd.composition import Method
 from promptkd.config import Recipe
 from promptkd.data import batch_of_step
 from promptkd.ranks import Ranks
-from promptkd.training.schedules import learning_rate
+from promptkd.training.schedules import learning_rate, response_limit
 from promptkd.training.setup import Setup
 from promptkd.training.state import SourceStates
 from promptkd.training.tracking import describe_step
@@ -20,7 +20,13 @@ class TrainingStep:
     """
 
     def __init__(
-        self, recipe: Recipe, method: Method, setup: Setup, sources: SourceStates, ranks: Ranks
+        self,
+        recipe: Recipe,
+        method: Method,
+        *,
+        setup: Setup,
+        sources: SourceStates,
+        ranks: Ranks,
     ):
         self._recipe, self._method = recipe, method
         self._setup, self._sources, self._ranks = setup, sources, ranks
@@ -36,6 +42,7 @@ class TrainingStep:
         max_steps = setup.max_steps
         for learner in setup.step.learners:
             learner.set_rate(learning_rate(learner.base_rate, step, max_steps, optimization))
+        limit = response_limit(self._recipe.data.max_response_tokens, step, max_steps)
         batch = batch_of_step(
             setup.data,
             step,
@@ -44,13 +51,16 @@ class TrainingStep:
             ranks.rank,
             ranks.number,
         )
-        writers = setup.authors.writers(step, max_steps)
+        batch = batch.within(limit)
+        writers = setup.authors.writers(step, max_steps, limit)
         rollouts = [
             term.rollouts.write(batch, writers, state)
             for term, state in zip(self._method.terms, self._sources.own, strict=True)
         ]
         generated = time.perf_counter()
         metrics = setup.step(rollouts, step, max_steps)
+        if setup.models.average:
+            setup.models.average.update()
         if setup.teacher:
             setup.teacher.observe(metrics.loss, (step + 1) / max_steps)
         row = describe_step(step, rollouts, metrics, setup.stop, ranks)

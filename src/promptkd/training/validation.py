@@ -56,7 +56,8 @@ class Validator:
     def score(self, step: int) -> Validation:
         """Of the student after ``step`` optimizer steps."""
         setup = self._setup
-        teacher = setup.plain_teacher if setup.comparable else None
+        asked = setup.comparable and setup.requests.validates_teacher
+        teacher = setup.plain_teacher if asked else None
         scores, predictions = self._scorer.score(setup.engine, setup.student, teacher, (SEED,))
         means = {name: score.mean for name, score in scores.items()}
         return Validation(step=step, scores=means, predictions=predictions)
@@ -68,7 +69,9 @@ class Validator:
         share = Dataset(scorer.ranks.share(scorer.data.examples))
         if not self._teacher_responses:
             engine = TransformersEngine(setup.plain_teacher, setup.stop)
-            self._teacher_responses = generate_responses(engine, share, setup.decoding, (SEED,))
+            self._teacher_responses = generate_responses(
+                engine, share, setup.decoding, (SEED,), by_teacher=True
+            )
         own = generate_responses(setup.engine, share, setup.decoding, (SEED,))
         return curve_in_training(
             own,

@@ -21,16 +21,6 @@
   });
   applyTheme();
 
-  // Print with everything open, and close again what was closed.
-  let closed = [];
-  window.addEventListener("beforeprint", function () {
-    closed = Array.from(document.querySelectorAll("details:not([open])"));
-    closed.forEach(function (d) { d.open = true; });
-  });
-  window.addEventListener("afterprint", function () {
-    closed.forEach(function (d) { d.open = false; });
-  });
-
   // The browser of responses. Texts only ever enter the page as text nodes.
   const holder = document.getElementById("browser-data");
   if (!holder) return;
@@ -165,7 +155,7 @@
     const who = element("p", "who");
     who.append(element("b", "", model.label));
     const facts = [];
-    if (response.score !== null) facts.push("ROUGE-L " + response.score.toFixed(1));
+    if (response.score !== null) facts.push(current.score_name + " " + response.score.toFixed(1));
     facts.push(response.tokens + " tokens");
     if (get("seed").value === "") facts.push("seed " + response.seed);
     who.append(" " + facts.join(", "));
@@ -187,10 +177,11 @@
       if (difference !== null) {
         const size = Math.abs(difference).toFixed(1);
         const sign = Number(size) === 0 ? "\u00b1" : difference < 0 ? "\u2212" : "+";
-        heading += ", ROUGE-L " + sign + size + " against " +
+        heading += ", " + current.score_name + " " + sign + size + " against " +
           current.models[Number(get("other").value)].label;
       }
       entry.append(element("p", "row", heading), textBlock("request", item.request, words));
+      if (item.told) entry.append(textBlock("reference", item.told, words, "The teacher read"));
       item.references.forEach(function (reference) {
         entry.append(textBlock("reference", reference, words, "Reference"));
       });

@@ -1,0 +1,84 @@
+"""What a study shows, in sentences: the same in table.md, in study.json and atop the report."""
+
+from promptkd.config import SMALLER_IS_BETTER
+from promptkd.evaluation.results import Score
+from promptkd.report.comparisons import describe, in_words, listed, score_name
+from promptkd.report.numbers import digits, plain
+from promptkd.study.findings import Findings, Gain, Line
+
+NATS = ("reverse_kl_to_teacher", "cross_entropy", "teacher_cross_entropy")
+
+
+def statement(findings: Findings) -> str:
+    """Who is ahead on which data, what each scores, and which differences are established.
+
+    >>> statement(Findings.of([], ["dolly"], "gkd"))
+    ''
+    """
+    score, data = findings.compared, findings.data
+    means = [
+        (line, own[score])
+        for line in findings.lines
+        if line.role == "run" and (own := findings.scores[line.label]) and score in own
+    ]
+    if score is None or data is None or not means:
+        return ""
+    several = len(findings.names) > 1
+    where = f"the mean of {listed(list(findings.names))}" if several else describe(data)
+    return " ".join([*_ahead(findings, score, means, where), *_against(findings, score)])
+
+
+def signed_score(value: float, score: str) -> str:
+    """A difference with its sign: ``+0.8``; in nats with more digits."""
+    size = digits(abs(value)) if score in NATS else plain(abs(value))
+    if not size.strip("0."):
+        return f"±{size}"
+    return f"{'+' if value > 0 else '−'}{size}"
+
+
+def p_value_words(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else "< 0.001"
+
+
+def _ahead(
+    findings: Findings, score: str, means: list[tuple[Line, Score]], where: str
+) -> list[str]:
+    sign = -1 if score in SMALLER_IS_BETTER else 1
+    means = sorted(means, key=lambda item: -sign * item[1].mean)
+    values = []
+    for line, own in means:
+        spread = own.deviation_over_seeds
+        text = plain(own.mean) if score not in NATS else digits(own.mean)
+        values.append(f"{line.label} {text}" + (f" ± {spread:.1f}" if spread is not None else ""))
+    if len(means) == 1:
+        line, own = means[0]
+        alone = " (one training seed: what another would change isn't known)"
+        known = alone if len(line.seeds) < 2 else ""
+        return [f"On {where}, {line.label}'s {in_words(score, own.mean)}{known}."]
+    if findings.best:
+        head = f"{findings.best} is best of {len(means)} methods on {where}."
+    else:
+        head = f"No method is established as the best of {len(means)} on {where}."
+    number = min(len(line.seeds) for line, _ in means)
+    seeds = f"over {number} training seeds" if number > 1 else "with one training seed"
+    return [head, f"{score_name(score)}, means {seeds}: {', '.join(values)}."]
+
+
+def _against(findings: Findings, score: str) -> list[str]:
+    gains = [
+        gain
+        for line in findings.lines
+        if line.role == "run" and (gain := findings.gains.get(line.label, {}).get(score))
+    ]
+    if not gains:
+        return []
+    return [f"Against {findings.baseline}: {'; '.join(map(_in_words, gains))}."]
+
+
+def _in_words(gain: Gain) -> str:
+    low, high = (signed_score(end, gain.score) for end in gain.estimate.interval_95)
+    value = f"{gain.label} {signed_score(gain.estimate.value, gain.score)}"
+    if gain.established and gain.p_corrected is not None:
+        return f"{value} (95% interval {low} to {high}, p {p_value_words(gain.p_corrected)})"
+    seen = digits(gain.detectable) if gain.score in NATS else plain(gain.detectable)
+    return f"{value} ({low} to {high}, not established; {seen} or more would be)"
