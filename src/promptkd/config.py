@@ -307,6 +307,10 @@ class Recipe(Section):
     attention: Literal["auto", "sdpa", "flash", "eager"] = Field(
         default="auto", description="auto: this project's kernels on the CPU, elsewhere torch's"
     )
+    sharding: Literal["none", "fsdp"] = Field(
+        default="none",
+        description="fsdp: every process keeps a part of both models' weights (docs/sharding.md)",
+    )
     evaluation: EvaluationSection = EvaluationSection()
     checkpoints: CheckpointSection = CheckpointSection()
     tracking: tuple[Tracker, ...] = Field(default=(), description="accelerate's trackers")
@@ -321,6 +325,22 @@ class Recipe(Section):
             raise ValueError(
                 f"the column {own!r} is teacher.context and stands in data.columns too: the "
                 "teacher's own column is read by nobody else"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_can_be_sharded(self) -> "Recipe":
+        if self.sharding == "none":
+            return self
+        if self.teacher and self.teacher.model == THE_STUDENT:
+            raise ValueError(
+                "sharding is fsdp and teacher.model is student: a teacher that shares the "
+                "student's weights can't be sharded yet. Name a teacher, or set sharding: none"
+            )
+        if self.sampling.engine == "vllm":
+            raise ValueError(
+                "sharding is fsdp and sampling.engine is vllm: not tried together yet. Set "
+                "sampling.engine: transformers, or sharding: none"
             )
         return self
 

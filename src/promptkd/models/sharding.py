@@ -1,136 +1,71 @@
 """Models that several processes keep together: each has a part of every weight (FSDP2).
 
-Layer by layer, weights are gathered for a pass and given back. What a pass reads outside its layers
-(embeddings, last norm, output layer) stays gathered from ``enter`` until a backward pass has gone
-through it, or ``release``. Gradients are summed over processes in fp32, not averaged: a token's
-weight knows the whole step already. Everything here does nothing to a model that isn't sharded.
+Layer by layer, weights are gathered for a pass and given back. What a pass reads outside its
+layers (embeddings, last norm, output layer) stays gathered until a backward pass has gone through
+it, or ``release``. Weights are gathered as they are stored; gradients are summed over processes,
+not averaged: a token's weight knows the whole step already. LoRA adapters stay whole, everywhere.
+
+What passes through such a model is a matter of all processes at once, pass by pass. What each does
+alone (writing, scoring, saving) is done with a ``WholeModel``.
 """
 
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
-from typing import Any, TypeVar
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
 
 import torch
-import torch.distributed as dist
-from accelerate import init_empty_weights
-from peft.tuners.tuners_utils import BaseTunerLayer
+import torch.distributed
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    FSDPModule,
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
-from promptkd import kernels
 from promptkd.errors import UserError
 
-Result = TypeVar("Result")
 
+def shard(module: PreTrainedModel, device: torch.device) -> None:
+    """Leave this process its part of every weight, in place; all processes have the same model.
 
-def load_sharded(
-    read: Callable[[], PreTrainedModel], device: torch.device, dtype: torch.dtype
-) -> PreTrainedModel:
-    """A model that the first process alone reads, and whose weights all of them share.
-
-    The others build it without weights and receive their parts, one weight at a time.
+    Each layer is a group that is gathered at once, and the rest of the model is one.
 
     Args:
-        read: the whole model on the CPU.
         device: of this process.
-        dtype: what matrices are multiplied in; the layers are gathered in it.
 
     Raises:
-        UserError: on every process, if the first can't read the model.
+        UserError: if the model doesn't say which its layers are.
     """
-    module, told = None, [None, None]
-    if dist.get_rank() == 0:
-        try:
-            module = read()
-            told = [(module.config, module.generation_config, module.dtype), None]
-        except UserError as error:
-            told = [None, error]
-    dist.broadcast_object_list(told)
-    if told[1] is not None:
-        raise told[1]
-    config, generation_config, stored = told[0]
-    if module is None:
-        module = _without_weights(config, stored)
-        module.generation_config = generation_config
-    weights = {name: value.detach() for name, value in module.state_dict().items()}
-    kernels.prepare(module, device)
-    _shard(module, device, dtype)
-    _receive(module, weights, device)
-    return module
-
-
-def _without_weights(config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    with init_empty_weights(include_buffers=False):
-        made: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    made.tie_weights()
-    return made.eval()
-
-
-def _shard(module: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
-    """Each layer is a group, and the rest of the model is one.
-
-    The rest is gathered as it is stored: the head's gradient, summed over chunks of tokens, is
-    fp32 where the weights are. Layers are gathered in ``dtype``, their inputs stay as they are.
-    """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     names = set(module._no_split_modules or ())
     layers = [part for part in module.modules() if type(part).__name__ in names]
-    policy = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
-    for layer in layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    whole = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    fully_shard(module, mesh=mesh, mp_policy=whole)
-    for part in module.modules():
-        if isinstance(part, FSDPModule):
-            part.set_gradient_divide_factor(1.0)
-            part.set_force_sum_reduction_for_comms(True)
-    entrance: Any = type(module)
-    entrance.promptkd_run = lambda self, function: function()
-    register_fsdp_forward_method(module, "promptkd_run")
-
-
-def _receive(module: PreTrainedModel, weights: dict[str, Tensor], device: torch.device) -> None:
-    first = dist.get_rank() == 0
-    parts: dict[int, nn.Parameter] = {}
-    state = {}
-    for name, own in module.state_dict(keep_vars=True).items():
-        if id(own) not in parts:
-            if first:
-                value = weights[name].to(device)
-            else:
-                value = torch.empty(own.shape, dtype=own.dtype, device=device)
-            dist.broadcast(value, 0)
-            if isinstance(own, DTensor):
-                value = distribute_tensor(
-                    value, own.device_mesh, own.placements, src_data_rank=None
-                )
-                value = nn.Parameter(value, requires_grad=own.requires_grad)
-            parts[id(own)] = value
-        state[name] = parts[id(own)]
-    module.load_state_dict(state, assign=True)
-    for part in module.modules():
-        for name, buffer in part.named_buffers(recurse=False):
-            part._buffers[name] = buffer.to(device)
+    if not layers:
+        raise UserError(
+            f"sharding is fsdp, but {type(module).__name__} doesn't say which of its parts are "
+            "layers (_no_split_modules), so its weights can't be shared. Set sharding: none."
+        )
+    adapters = {value for name, value in module.named_parameters() if "lora_" in name}
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for part in (*layers, module):
+        fully_shard(part, mesh=mesh, ignored_params=adapters)
+        sharded: Any = part
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other way to not average
+    entered: Any = module
+    entered.promptkd_enter = MethodType(lambda self, function, *given: function(*given), module)
+    register_fsdp_forward_method(module, "promptkd_enter")
 
 
 def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
 
 
-def enter(module: nn.Module, function: Callable[..., Result], *given: Any, **named: Any) -> Result:
-    """Call ``function`` where weights can be read; those of layers only in the layers' passes."""
+def enter(module: nn.Module, function: Callable[..., Tensor], *given: Any) -> Tensor:
+    """Call ``function`` where all weights can be read: those of layers in the layers' passes."""
     if not is_sharded(module):
-        return function(*given, **named)
+        return function(*given)
     entered: Any = module
-    return entered.promptkd_run(partial(function, *given, **named))
+    return entered.promptkd_enter(function, *given)
 
 
 def gather_ends(module: nn.Module) -> None:
@@ -145,89 +80,72 @@ def release(module: nn.Module) -> None:
         module.reshard()
 
 
-def agreed(number: int, *modules: nn.Module) -> int:
-    """The largest ``number`` of all processes, if they pass through one of the models together."""
-    sharded = [module for module in modules if is_sharded(module)]
-    if not sharded:
-        return number
-    largest = torch.tensor(number, device=next(sharded[0].parameters()).device)
-    dist.all_reduce(largest, dist.ReduceOp.MAX)
-    return int(largest.item())
+def whole(state: Any) -> Any:
+    """Nested state, its sharded tensors whole on the first process and empty on the others.
 
-
-def full(tensor: Tensor) -> Tensor:
-    """A whole tensor; of a sharded one all processes must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def part(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole_state(state: Any) -> Any:
-    """Nested state with whole tensors on the first process; others have nothing in their place."""
+    All processes must ask.
+    """
     if isinstance(state, DTensor):
         value = state.full_tensor()
-        return value.cpu() if dist.get_rank() == 0 else value.new_empty(0)
+        return value.cpu() if torch.distributed.get_rank() == 0 else value.new_empty(0)
     if isinstance(state, dict):
-        return {key: whole_state(value) for key, value in state.items()}
+        return {key: whole(value) for key, value in state.items()}
     return state
 
 
-def shared_like(tensor: Any, own: Tensor) -> Any:
-    """This process's part of a whole tensor, if it belongs to a parameter ``own`` in parts."""
-    if not isinstance(own, DTensor) or not isinstance(tensor, Tensor) or tensor.shape != own.shape:
-        return tensor
-    tensor = tensor.to(own.device)
-    return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)
+def part_like(own: Tensor, value: Any) -> Any:
+    """This process's part of ``value``, if that belongs to a sharded parameter ``own``."""
+    if not isinstance(own, DTensor) or not isinstance(value, Tensor) or value.shape != own.shape:
+        return value
+    value = value.to(own.device)
+    return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
 
 
-def plain_weights(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Whole weights of a plain model that speaks as ``module`` does, one at a time.
+class WholeModel:
+    """A plain model that has the weights of one in parts while they are gathered, else none.
 
-    LoRA adapters that are switched on are added into their layers' weights. Tied weights come once.
-    All processes of a sharded model must ask.
+    Args:
+        module: not yet sharded.
+        dtype: of the gathered weights; None: as they are stored.
+
+    Attributes:
+        module: the plain model.
     """
-    release(module)
-    adapted = {n: layer for n, layer in module.named_modules() if isinstance(layer, BaseTunerLayer)}
-    seen: set[int] = set()
-    for name, value in module.state_dict(keep_vars=True).items():
-        if "lora_" in name or id(value) in seen:
-            continue
-        seen.add(id(value))
-        weight = full(value.detach())
-        owner, _, leaf = name.rpartition(".base_layer.")
-        layer: Any = adapted.get(owner)
-        if leaf == "weight" and not layer.disable_adapters:
-            update = layer.get_delta_weight("default").detach()
-            weight = (weight.float() + update.float()).to(weight.dtype)
-        yield name.replace(".base_layer.", "."), weight
+
+    def __init__(self, module: PreTrainedModel, dtype: torch.dtype | None = None):
+        hollow = {id(own): nn.Parameter(_hollow(own), False) for own in module.parameters()}
+        self.module: PreTrainedModel = copy.deepcopy(module, dict(hollow)).eval()
+        self._in_parts, self._dtype = module, dtype
+
+    @contextmanager
+    def gathered(self) -> Iterator[PreTrainedModel]:
+        """With the weights as they are now, on every process; all of them must ask."""
+        self._fill(lambda value: value.to(self._dtype or value.dtype))
+        yield self.module
+        self._empty()
+
+    @contextmanager
+    def on_first(self) -> Iterator[PreTrainedModel]:
+        """The same on the first process alone, on the CPU and as the weights are stored."""
+        first = torch.distributed.get_rank() == 0
+        self._fill(lambda value: value.cpu() if first else _hollow(value))
+        yield self.module
+        self._empty()
+
+    def _fill(self, convert: Callable[[Tensor], Tensor]) -> None:
+        release(self._in_parts)
+        for ours, theirs in self._pairs():
+            value = theirs.detach()
+            ours.data = convert(value.full_tensor() if isinstance(value, DTensor) else value)
+
+    def _empty(self) -> None:
+        for ours, theirs in self._pairs():
+            ours.data = _hollow(theirs)
+
+    def _pairs(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        return zip(self.module.parameters(), self._in_parts.parameters(), strict=True)
 
 
-def empty_copy(module: PreTrainedModel) -> PreTrainedModel:
-    """A plain model of the same form without weights, for ``fill``."""
-    copied = _without_weights(module.config, module.dtype).requires_grad_(False)
-    copied.generation_config = module.generation_config
-    return copied
-
-
-def fill(
-    module: PreTrainedModel,
-    weights: Iterable[tuple[str, Tensor]],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> None:
-    """Give ``empty_copy`` its weights, as ``plain_weights`` brings them."""
-    for name, value in weights:
-        path, _, leaf = name.rpartition(".")
-        owner: Any = module.get_submodule(path)
-        value = value.to(device, dtype if value.is_floating_point() else value.dtype)
-        if leaf in owner._parameters:
-            owner._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-        else:
-            owner._buffers[leaf] = value
-    for owner in module.modules():
-        for name, buffer in owner.named_buffers(recurse=False):
-            owner._buffers[name] = buffer.to(device)
-    module.tie_weights()
+def _hollow(like: Tensor) -> Tensor:
+    """The shape of a tensor, and one number in memory."""
+    return torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)

@@ -37,31 +37,13 @@ from promptkd.training import preflight
 from promptkd.training.launch import describe
 from promptkd.training.requests import Requests, Say, read_requests
 from promptkd.training.self_teacher import (
-    MovingAverage,
     refuse_moving_author,
     self_teacher,
 )
-from promptkd.training.step import Learner, Step, StepSettings
+from promptkd.training.learner import Learner
+from promptkd.training.models import Models
+from promptkd.training.step import Step, StepSettings
 from promptkd.training.token_budget import measured_budget
-
-
-@dataclass(frozen=True)
-class Models:
-    """Who a run teaches, and by whom.
-
-    Attributes:
-        plain_teacher: the recipe's teacher as it came; None if there is none.
-        teacher: the same, as the method uses it; None if the method doesn't.
-        average: of the student, where that is its teacher.
-        comparable: whether student and teacher share a token table, so KLs can be measured.
-    """
-
-    student: LanguageModel
-    plain_teacher: LanguageModel | None
-    teacher: Teacher | None
-    teacher_tokenizer: Any
-    comparable: bool
-    average: MovingAverage | None = None
 
 
 @dataclass(frozen=True)
@@ -71,6 +53,7 @@ class Setup:
     Attributes:
         about: on what the run works, as its first line and its record say.
         found: what the preflight measured.
+        weights: digests of the models as they came, if they are sharded.
     """
 
     requests: Requests
@@ -83,6 +66,7 @@ class Setup:
     max_steps: int
     about: dict[str, Any]
     found: dict[str, Any]
+    weights: dict[str, str]
 
     @property
     def tokenizer(self) -> Any:
@@ -99,6 +83,10 @@ class Setup:
     @property
     def student(self) -> LanguageModel:
         return self.models.student
+
+    @property
+    def whole_student(self) -> LanguageModel:
+        return self.models.whole_student
 
     @property
     def plain_teacher(self) -> LanguageModel | None:
@@ -122,10 +110,7 @@ class Setup:
         digests = {"training requests": self.data.digest()}
         if self.validation:
             digests["validation requests"] = self.validation.digest()
-        digests["student weights"] = fingerprint(self.student.module)
-        if self.plain_teacher:
-            digests["teacher weights"] = fingerprint(self.plain_teacher.module)
-        return digests
+        return digests | (self.weights or self.models.digests())
 
     def summary(self) -> dict[str, Any]:
         """What summary.json says of the models."""
@@ -150,29 +135,37 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     preflight.check_sampling(method, recipe.sampling)
     requests = read_requests(recipe, method, say)
     about = describe(requests.encoder, compute_dtype(recipe.precision, device), device, ranks)
+    about["sharding"] = recipe.sharding
     say(", ".join(f"{name} {value}" for name, value in about.items()))
+    preflight.check_sharding(recipe, ranks.number)
     preflight.check_batch(recipe.optimization.global_batch_size, len(requests.data), ranks.number)
     models = _load_models(recipe, method, requests, device)
     if recipe.evaluation.exposure_bias_every_steps:
         preflight.check_exposure_bias(requests.validation, models.comparable, ranks.number)
     stop = _stop_set(requests, models, say)
     found = _check_pair(recipe, requests, models, stop, say)
-    engine: Engine = TransformersEngine(models.student, stop)
+    budget = recipe.optimization.micro_batch_tokens
+    if budget is None:
+        longest = requests.longest_row
+        budget = measured_budget(models.student, models.teacher, longest, ranks.number, say)
+    weights: dict[str, str] = {}
+    if recipe.sharding == "fsdp":
+        weights, models = models.digests(), models.shared_out(device)
+    engine: Engine = TransformersEngine(models.whole_student, stop)
     if recipe.sampling.engine == "vllm":
         limits = requests.encoder.max_request_tokens, requests.encoder.max_response_tokens
         engine = VLLMEngine(models.student, stop, sum(limits))
     decoding = GenerationSettings.of_recipe(recipe)
     authors = Authors(
-        engine, models.student, decoding=decoding, encoder=requests.encoder, seed=recipe.seed
+        engine, models.whole_student, decoding=decoding, encoder=requests.encoder, seed=recipe.seed
     )
     if models.plain_teacher and any(term.rollouts.asks_teacher for term in method.terms):
         asks = requests.teacher_encoder or requests.encoder
-        authors.add_teacher(models.plain_teacher, models.teacher_tokenizer, requests.examples, asks)
-    step = _bind_step(recipe, method, models, ranks)
-    if recipe.optimization.micro_batch_tokens is None:
-        longest = requests.longest_row
-        budget = measured_budget(models.student, models.teacher, longest, ranks.number, say)
-        step.settings = replace(step.settings, micro_batch_tokens=budget)
+        with models.gathered():
+            authors.add_teacher(
+                models.plain_teacher, models.teacher_tokenizer, requests.examples, asks
+            )
+    step = _bind_step(recipe, method, models, ranks, budget)
     requests.say(say)
     return Setup(
         requests=requests,
@@ -185,6 +178,7 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
         max_steps=_count_steps(recipe, requests.data),
         about=about,
         found=found,
+        weights=weights,
     )
 
 
@@ -270,11 +264,14 @@ def _load_student(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> P
         add_lora(module, lora.r, lora.alpha, lora.target_modules, recipe.seed)
     if recipe.optimization.gradient_checkpointing:
         _checkpoint_gradients(module)
-    kernels.prepare_learner(module, device)
+    if recipe.sharding == "none":  # else gradients are made whole, summed and cut
+        kernels.prepare_learner(module, device)
     return module
 
 
-def _bind_step(recipe: Recipe, method: Method, models: Models, ranks: Ranks) -> Step:
+def _bind_step(
+    recipe: Recipe, method: Method, models: Models, ranks: Ranks, micro_batch_tokens: int
+) -> Step:
     optimization, teacher = recipe.optimization, models.teacher
     adapted = teacher.parameters() if teacher else []
     if method.adaptation and not adapted:
@@ -291,7 +288,7 @@ def _bind_step(recipe: Recipe, method: Method, models: Models, ranks: Ranks) -> 
         student_learner=_learner(own, recipe, optimization.learning_rate),
         teacher_learner=_learner(adapted, recipe, teacher_rate) if adapted else None,
         settings=StepSettings(
-            micro_batch_tokens=optimization.micro_batch_tokens or 1,
+            micro_batch_tokens=micro_batch_tokens,
             max_grad_norm=optimization.max_grad_norm,
             teacher_step=optimization.teacher_step,
         ),

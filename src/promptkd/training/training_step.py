@@ -53,10 +53,11 @@ class TrainingStep:
         )
         batch = batch.within(limit)
         writers = setup.authors.writers(step, max_steps, limit)
-        rollouts = [
-            term.rollouts.write(batch, writers, state)
-            for term, state in zip(self._method.terms, self._sources.own, strict=True)
-        ]
+        with setup.models.gathered():
+            rollouts = [
+                term.rollouts.write(batch, writers, state)
+                for term, state in zip(self._method.terms, self._sources.own, strict=True)
+            ]
         generated = time.perf_counter()
         metrics = setup.step(rollouts, step, max_steps)
         if setup.models.average:

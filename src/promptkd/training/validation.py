@@ -58,12 +58,19 @@ class Validator:
         setup = self._setup
         asked = setup.comparable and setup.requests.validates_teacher
         teacher = setup.plain_teacher if asked else None
-        scores, predictions = self._scorer.score(setup.engine, setup.student, teacher, (SEED,))
+        with setup.models.gathered():
+            scores, predictions = self._scorer.score(
+                setup.engine, setup.whole_student, teacher, (SEED,)
+            )
         means = {name: score.mean for name, score in scores.items()}
         return Validation(step=step, scores=means, predictions=predictions)
 
     def exposure_curve(self) -> Curve:
         """A point of the paper's Figure 3(b); the teacher's responses are generated once."""
+        with self._setup.models.gathered():
+            return self._exposure_curve()
+
+    def _exposure_curve(self) -> Curve:
         setup, scorer = self._setup, self._scorer
         assert setup.plain_teacher, "refused before the first step"
         share = Dataset(scorer.ranks.share(scorer.data.examples))
@@ -76,7 +83,7 @@ class Validator:
         return curve_in_training(
             own,
             self._teacher_responses,
-            setup.student,
+            setup.whole_student,
             setup.plain_teacher,
             num_steps=setup.decoding.max_new_tokens,
             micro_batch_tokens=scorer.micro_batch_tokens,
