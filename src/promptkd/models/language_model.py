@@ -163,11 +163,13 @@ class LanguageModel:
             Nothing of meaning at padding.
         """
         given = tokens, soft_prompt, past_key_values, past_length
-        return sharding.enter(self.module, self._read, *given)
+        hidden = sharding.enter(self.module, self._read, *given)
+        return hidden[:, hidden.shape[1] - tokens.shape[1] :]
 
     def _read(
         self, tokens: Tensor, soft_prompt: Tensor | None, past_key_values: Any, past_length: int
     ) -> Tensor:
+        """The same, with the soft prompt's own states in front."""
         name, inputs, real = "input_ids", tokens.clamp_min(0), tokens != PADDING
         if soft_prompt is not None:
             name = "inputs_embeds"
@@ -194,7 +196,7 @@ class LanguageModel:
             rows = hidden.new_zeros(*real.shape, hidden.shape[-1])
             rows[real] = hidden[0]
             hidden = rows
-        return hidden[:, hidden.shape[1] - tokens.shape[1] :]
+        return hidden
 
     def packs(self, longest: int) -> bool:
         """Whether rows of at most ``longest`` tokens, prompt included, are packed into one."""
