@@ -342,6 +342,16 @@ class Recipe(Section):
                 "sharding is fsdp and sampling.engine is vllm: not tried together yet. Set "
                 "sampling.engine: transformers, or sharding: none"
             )
+        if self.attention == "flash":
+            raise ValueError(
+                "sharding is fsdp and attention is flash, but sharded models are checked on the "
+                "CPU, which doesn't have it. Set attention: sdpa, or sharding: none"
+            )
+        if self.optimization.micro_batch_tokens is None:
+            raise ValueError(
+                "sharding is fsdp and optimization.micro_batch_tokens isn't given: what fits is "
+                "measured for whole models only. Give a number (4096, say), or set sharding: none"
+            )
         return self
 
     def teacher_model(self, run: str | Path | None = None) -> str:

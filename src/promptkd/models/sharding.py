@@ -29,9 +29,11 @@ from promptkd.errors import UserError
 def shard(module: PreTrainedModel, device: torch.device) -> None:
     """Leave this process its part of every weight, in place; all processes have the same model.
 
-    Each layer is a group that is gathered at once, and the rest of the model is one.
+    Each layer is a group that is gathered at once, and the rest of the model is one. Layer by
+    layer, what is on the CPU goes to ``device``: no more than one whole layer is there at a time.
 
     Args:
+        module: whole, on the CPU or on ``device``.
         device: of this process.
 
     Raises:
@@ -44,7 +46,9 @@ def shard(module: PreTrainedModel, device: torch.device) -> None:
             f"sharding is fsdp, but {type(module).__name__} doesn't say which of its parts are "
             "layers (_no_split_modules), so its weights can't be shared. Set sharding: none."
         )
-    adapters = {value for name, value in module.named_parameters() if "lora_" in name}
+    adapters: set[nn.Parameter] = {value for name, value in module.named_parameters() if "lora_" in name}
+    for adapter in adapters:
+        adapter.data = adapter.data.to(device)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for part in (*layers, module):
         fully_shard(part, mesh=mesh, ignored_params=adapters)
@@ -106,21 +110,27 @@ class WholeModel:
 
     Args:
         module: not yet sharded.
+        device: of this process.
         dtype: of the gathered weights; None: as they are stored.
 
     Attributes:
         module: the plain model.
     """
 
-    def __init__(self, module: PreTrainedModel, dtype: torch.dtype | None = None):
-        hollow = {id(own): nn.Parameter(_hollow(own), False) for own in module.parameters()}
+    def __init__(
+        self, module: PreTrainedModel, device: torch.device, dtype: torch.dtype | None = None
+    ):
+        self._in_parts, self._device, self._dtype = module, device, dtype
+        hollow = {id(own): nn.Parameter(self._hollow(own), False) for own in module.parameters()}
         self.module: PreTrainedModel = copy.deepcopy(module, dict(hollow)).eval()
-        self._in_parts, self._dtype = module, dtype
+        for part in self.module.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                part._buffers[name] = buffer.to(device)
 
     @contextmanager
     def gathered(self) -> Iterator[PreTrainedModel]:
         """With the weights as they are now, on every process; all of them must ask."""
-        self._fill(lambda value: value.to(self._dtype or value.dtype))
+        self._fill(self._as_gathered)
         yield self.module
         self._empty()
 
@@ -128,7 +138,7 @@ class WholeModel:
     def on_first(self) -> Iterator[PreTrainedModel]:
         """The same on the first process alone, on the CPU and as the weights are stored."""
         first = torch.distributed.get_rank() == 0
-        self._fill(lambda value: value.cpu() if first else _hollow(value))
+        self._fill(Tensor.cpu if first else self._hollow)
         yield self.module
         self._empty()
 
@@ -140,12 +150,15 @@ class WholeModel:
 
     def _empty(self) -> None:
         for ours, theirs in self._pairs():
-            ours.data = _hollow(theirs)
+            ours.data = self._hollow(theirs)
 
     def _pairs(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
         return zip(self.module.parameters(), self._in_parts.parameters(), strict=True)
 
+    def _as_gathered(self, value: Tensor) -> Tensor:
+        return value.to(self._dtype or value.dtype)
 
-def _hollow(like: Tensor) -> Tensor:
-    """The shape of a tensor, and one number in memory."""
-    return torch.zeros((), dtype=like.dtype, device=like.device).expand(like.shape)
+    def _hollow(self, like: Tensor) -> Tensor:
+        """The shape of a tensor as it will be gathered, and one number in memory."""
+        number = torch.zeros((), dtype=self._dtype or like.dtype, device=self._device)
+        return number.expand(like.shape)

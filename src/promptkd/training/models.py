@@ -44,11 +44,12 @@ class Models:
         return self.writer or self.student
 
     @contextmanager
-    def gathered(self) -> Iterator[None]:
-        """Where student and teacher can write and be scored; of sharded ones all must ask."""
+    def gathered(self, student: bool = True, teacher: bool = True) -> Iterator[None]:
+        """Where these can write and be scored; of sharded ones all processes must ask."""
         with ExitStack() as stack:
-            for copied in self.copies:
-                stack.enter_context(copied.gathered())
+            for wanted, copied in zip((student, teacher), self.copies, strict=False):
+                if wanted:
+                    stack.enter_context(copied.gathered())
             yield
 
     @contextmanager
@@ -63,15 +64,18 @@ class Models:
         Raises:
             UserError: if an architecture can't be sharded.
         """
-        student, other = self.student, self.plain_teacher
+        student, other, teacher = self.student, self.plain_teacher, self.teacher
         mixed = student.dtype != student.module.dtype
-        copies = [WholeModel(student.module, student.dtype if mixed else None)]
+        copies = [WholeModel(student.module, device, student.dtype if mixed else None)]
         writer = replace(student, module=copies[0].module)
         sharding.shard(student.module, device)
         if other:
-            copies.append(WholeModel(other.module))
+            copies.append(WholeModel(other.module, device))
             sharding.shard(other.module, device)
             other = replace(other, module=copies[1].module)
+        for own in [*teacher.parameters(), teacher.soft_prompt] if teacher else []:
+            if own is not None:
+                own.data = own.data.to(device)
         return replace(self, plain_teacher=other, writer=writer, copies=tuple(copies))
 
     def digests(self) -> dict[str, str]:

@@ -139,7 +139,10 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     say(", ".join(f"{name} {value}" for name, value in about.items()))
     preflight.check_sharding(recipe, ranks.number)
     preflight.check_batch(recipe.optimization.global_batch_size, len(requests.data), ranks.number)
-    models = _load_models(recipe, method, requests, device)
+    sharded = recipe.sharding == "fsdp"  # then loaded and checked on the CPU
+    if sharded and device.type == "cuda" and recipe.attention == "auto":
+        recipe = recipe.model_copy(update={"attention": "sdpa"})  # not the CPU's own
+    models = _load_models(recipe, method, requests, torch.device("cpu") if sharded else device)
     if recipe.evaluation.exposure_bias_every_steps:
         preflight.check_exposure_bias(requests.validation, models.comparable, ranks.number)
     stop = _stop_set(requests, models, say)
@@ -149,7 +152,7 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
         longest = requests.longest_row
         budget = measured_budget(models.student, models.teacher, longest, ranks.number, say)
     weights: dict[str, str] = {}
-    if recipe.sharding == "fsdp":
+    if sharded:
         weights, models = models.digests(), models.shared_out(device)
     engine: Engine = TransformersEngine(models.whole_student, stop)
     if recipe.sampling.engine == "vllm":
@@ -161,7 +164,7 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     )
     if models.plain_teacher and any(term.rollouts.asks_teacher for term in method.terms):
         asks = requests.teacher_encoder or requests.encoder
-        with models.gathered():
+        with models.gathered(student=False):
             authors.add_teacher(
                 models.plain_teacher, models.teacher_tokenizer, requests.examples, asks
             )

@@ -7,6 +7,7 @@ from promptkd.composition import Method
 from promptkd.config import Recipe
 from promptkd.data import batch_of_step
 from promptkd.ranks import Ranks
+from promptkd.rollouts import Reference
 from promptkd.training.schedules import learning_rate, response_limit
 from promptkd.training.setup import Setup
 from promptkd.training.state import SourceStates
@@ -53,7 +54,9 @@ class TrainingStep:
         )
         batch = batch.within(limit)
         writers = setup.authors.writers(step, max_steps, limit)
-        with setup.models.gathered():
+        sources = [term.rollouts for term in self._method.terms]
+        student = not all(isinstance(source, Reference) for source in sources)
+        with setup.models.gathered(student, any(source.asks_teacher for source in sources)):
             rollouts = [
                 term.rollouts.write(batch, writers, state)
                 for term, state in zip(self._method.terms, self._sources.own, strict=True)

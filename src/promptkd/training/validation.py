@@ -58,7 +58,7 @@ class Validator:
         setup = self._setup
         asked = setup.comparable and setup.requests.validates_teacher
         teacher = setup.plain_teacher if asked else None
-        with setup.models.gathered():
+        with setup.models.gathered(teacher=teacher is not None):
             scores, predictions = self._scorer.score(
                 setup.engine, setup.whole_student, teacher, (SEED,)
             )
