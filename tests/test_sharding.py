@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 import runs
 import tiny
-from promptkd.config import recipe_from_dict
+from promptkd.config import override, recipe_from_dict
 from promptkd.errors import UserError
 from test_ranks import assert_same_run, recipe
 
@@ -64,7 +64,7 @@ def shared(raws: dict[str, dict[str, Any]], tmp_path_factory) -> Path:
     """Runs of all cases on two processes that share both models; one was begun by one."""
     place = tmp_path_factory.mktemp("shared")
     begun = raws["of one process"] | {"output": str(place / "of one process")}
-    runs.run(["train", runs.write_recipe(place, begun)], place / "begun")
+    runs.train_on_ranks([begun], place / "begun", 1)
     forget_last_step(place / "of one process")
     own = [raw | {"sharding": "fsdp", "output": str(place / name)} for name, raw in raws.items()]
     outcomes = runs.train_on_ranks(own, place / "processes", 2)
@@ -98,16 +98,22 @@ def test_one_process_goes_on_where_two_that_shared_were_stopped(raws, shared, tm
     assert student.state_dict().keys() == tiny.model("llama").state_dict().keys()
 
 
-def test_what_cannot_be_shared_is_refused(pair):
+def test_one_process_is_refused(pair):
     raw = recipe(pair, {"name": "promptkd"}, pair / "refused") | {"sharding": "fsdp"}
-    with pytest.raises(UserError, match="sharding is fsdp, .* but there is one"):
+    with pytest.raises(UserError, match=r"sharding is fsdp, .* but there is one"):
         runs.train(raw)
-    with pytest.raises(UserError, match="sharding is fsdp and teacher.model is student"):
-        recipe_from_dict(raw | {"teacher": {"model": "student", "system": "Be brief."}})
-    with pytest.raises(UserError, match="sharding is fsdp and attention is flash"):
-        recipe_from_dict(raw | {"attention": "flash"})
-    with pytest.raises(UserError, match="micro_batch_tokens isn't given"):
-        unmeasured = {"micro_batch_tokens": None}
-        recipe_from_dict(raw | {"optimization": raw["optimization"] | unmeasured})
-    with pytest.raises(UserError, match="sharding is fsdp and sampling.engine is vllm"):
-        recipe_from_dict(raw | {"sampling": {"engine": "vllm"}})
+
+
+@pytest.mark.parametrize(
+    ("other", "key"),
+    [
+        ("teacher.model: student", "teacher.model=student"),
+        ("sampling.engine: vllm", "sampling.engine=vllm"),
+        ("attention: flash", "attention=flash"),
+        ("a measured micro_batch_tokens", "optimization.micro_batch_tokens=null"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(pair, other, key):
+    raw = recipe(pair, {"name": "promptkd"}, pair / "refused") | {"sharding": "fsdp"}
+    with pytest.raises(UserError, match=f"sharding: fsdp and {other} don't go together"):
+        recipe_from_dict(override(raw, [key]))

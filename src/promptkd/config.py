@@ -330,28 +330,17 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _what_can_be_sharded(self) -> "Recipe":
-        if self.sharding == "none":
-            return self
-        if self.teacher and self.teacher.model == THE_STUDENT:
-            raise ValueError(
-                "sharding is fsdp and teacher.model is student: a teacher that shares the "
-                "student's weights can't be sharded yet. Name a teacher, or set sharding: none"
-            )
-        if self.sampling.engine == "vllm":
-            raise ValueError(
-                "sharding is fsdp and sampling.engine is vllm: not tried together yet. Set "
-                "sampling.engine: transformers, or sharding: none"
-            )
-        if self.attention == "flash":
-            raise ValueError(
-                "sharding is fsdp and attention is flash, but sharded models are checked on the "
-                "CPU, which doesn't have it. Set attention: sdpa, or sharding: none"
-            )
-        if self.optimization.micro_batch_tokens is None:
-            raise ValueError(
-                "sharding is fsdp and optimization.micro_batch_tokens isn't given: what fits is "
-                "measured for whole models only. Give a number (4096, say), or set sharding: none"
-            )
+        others = {
+            "teacher.model: student": self.teacher and self.teacher.model == THE_STUDENT,
+            "sampling.engine: vllm": self.sampling.engine == "vllm",
+            "attention: flash": self.attention == "flash",
+            "a measured micro_batch_tokens": self.optimization.micro_batch_tokens is None,
+        }
+        for other, chosen in others.items():
+            if self.sharding == "fsdp" and chosen:
+                raise ValueError(
+                    f"sharding: fsdp and {other} don't go together yet: change one of them"
+                )
         return self
 
     def teacher_model(self, run: str | Path | None = None) -> str:

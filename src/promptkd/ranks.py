@@ -40,13 +40,6 @@ class Ranks:
         """The same for a few numbers, in float64."""
         return self.sum(torch.tensor(values, dtype=torch.float64).to(device)).tolist()
 
-    def largest(self, values: Sequence[float], device: torch.device) -> list[float]:
-        """Of each number, the largest that any process has."""
-        tensor = torch.tensor(values, dtype=torch.float64).to(device)
-        if self.number > 1:
-            torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
-        return tensor.tolist()
-
     def gather(self, items: list[Any]) -> list[Any]:
         """Everybody's items, rank after rank."""
         return gather_object(items) if self.number > 1 else items

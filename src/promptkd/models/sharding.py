@@ -10,7 +10,7 @@ alone (writing, scoring, saving) is done with a ``WholeModel``.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -46,7 +46,9 @@ def shard(module: PreTrainedModel, device: torch.device) -> None:
             f"sharding is fsdp, but {type(module).__name__} doesn't say which of its parts are "
             "layers (_no_split_modules), so its weights can't be shared. Set sharding: none."
         )
-    adapters: set[nn.Parameter] = {value for name, value in module.named_parameters() if "lora_" in name}
+    adapters: set[nn.Parameter] = {
+        value for name, value in module.named_parameters() if "lora_" in name
+    }
     for adapter in adapters:
         adapter.data = adapter.data.to(device)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
@@ -82,6 +84,13 @@ def release(module: nn.Module) -> None:
     """Give back what is gathered: necessary before weights change or are listed."""
     if isinstance(module, FSDPModule):
         module.reshard()
+
+
+def most(numbers: Sequence[int], device: torch.device) -> list[int]:
+    """Of each number, the largest that any process has: so often all pass through the model."""
+    tensor = torch.tensor(numbers, device=device)
+    torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+    return tensor.tolist()
 
 
 def whole(state: Any) -> Any:

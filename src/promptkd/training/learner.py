@@ -70,4 +70,3 @@ class Learner:
             for index, values in state["state"].items()
         }
         self.optimizer.load_state_dict(state | {"state": states})
-

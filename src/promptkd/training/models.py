@@ -25,8 +25,7 @@ class Models:
         teacher: the same, as the method uses it; None if the method doesn't.
         average: of the student, where that is its teacher.
         comparable: whether student and teacher share a token table, so KLs can be measured.
-        writer: the student as a plain model, if ``student`` is sharded.
-        copies: the plain models of sharded ones, the student's first; ``plain_teacher`` is one.
+        student_copy, teacher_copy: whole while they are gathered, if the models are sharded.
     """
 
     student: LanguageModel
@@ -35,48 +34,55 @@ class Models:
     teacher_tokenizer: Any
     comparable: bool
     average: MovingAverage | None = None
-    writer: LanguageModel | None = None
-    copies: tuple[WholeModel, ...] = ()
+    student_copy: WholeModel | None = None
+    teacher_copy: WholeModel | None = None
 
     @property
     def whole_student(self) -> LanguageModel:
-        """The student that writes, and is scored."""
-        return self.writer or self.student
+        """The student that writes and is scored, where it is ``gathered``."""
+        copied = self.student_copy
+        return replace(self.student, module=copied.module) if copied else self.student
+
+    @property
+    def whole_teacher(self) -> LanguageModel | None:
+        """The plain teacher that writes, where it is ``gathered``."""
+        teacher, copied = self.plain_teacher, self.teacher_copy
+        return replace(teacher, module=copied.module) if teacher and copied else teacher
 
     @contextmanager
     def gathered(self, student: bool = True, teacher: bool = True) -> Iterator[None]:
-        """Where these can write and be scored; of sharded ones all processes must ask."""
+        """Where these are whole; of sharded ones all processes must ask."""
         with ExitStack() as stack:
-            for wanted, copied in zip((student, teacher), self.copies, strict=False):
-                if wanted:
-                    stack.enter_context(copied.gathered())
+            if student and self.student_copy:
+                stack.enter_context(self.student_copy.gathered())
+            if teacher and self.teacher_copy:
+                stack.enter_context(self.teacher_copy.gathered())
             yield
 
     @contextmanager
     def saved_student(self) -> Iterator[PreTrainedModel]:
         """The student as it is saved, on the first process; of a sharded one all must ask."""
-        with self.copies[0].on_first() if self.copies else nullcontext(self.student.module) as own:
-            yield own
+        copied = self.student_copy
+        with copied.on_first() if copied else nullcontext(self.student.module) as module:
+            yield module
 
     def shared_out(self, device: torch.device) -> "Models":
-        """The same in parts, of which this process has its own, with whole copies to gather.
+        """The same in parts, of which this process keeps its own on ``device``.
 
         Raises:
             UserError: if an architecture can't be sharded.
         """
         student, other, teacher = self.student, self.plain_teacher, self.teacher
         mixed = student.dtype != student.module.dtype
-        copies = [WholeModel(student.module, device, student.dtype if mixed else None)]
-        writer = replace(student, module=copies[0].module)
-        sharding.shard(student.module, device)
-        if other:
-            copies.append(WholeModel(other.module, device))
-            sharding.shard(other.module, device)
-            other = replace(other, module=copies[1].module)
+        student_copy = WholeModel(student.module, device, student.dtype if mixed else None)
+        teacher_copy = WholeModel(other.module, device) if other else None
+        for model in (student, other):
+            if model:
+                sharding.shard(model.module, device)
         for own in [*teacher.parameters(), teacher.soft_prompt] if teacher else []:
             if own is not None:
                 own.data = own.data.to(device)
-        return replace(self, plain_teacher=other, writer=writer, copies=tuple(copies))
+        return replace(self, student_copy=student_copy, teacher_copy=teacher_copy)
 
     def digests(self) -> dict[str, str]:
         """Of the weights; before they are shared out."""

@@ -1,7 +1,7 @@
 """From a recipe to everything a run works with, checked on the way."""
 
 import datetime
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from promptkd.data import Dataset, steps_of_epochs
 from promptkd.errors import UserError
 from promptkd.findings import Finding
 from promptkd.generation.generators import Authors
-from promptkd.generation.response_cache import fingerprint
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.generation.vllm_engine import VLLMEngine
@@ -35,13 +34,13 @@ from promptkd.ranks import Ranks
 from promptkd.teachers import Teacher
 from promptkd.training import preflight
 from promptkd.training.launch import describe
+from promptkd.training.learner import Learner
+from promptkd.training.models import Models
 from promptkd.training.requests import Requests, Say, read_requests
 from promptkd.training.self_teacher import (
     refuse_moving_author,
     self_teacher,
 )
-from promptkd.training.learner import Learner
-from promptkd.training.models import Models
 from promptkd.training.step import Step, StepSettings
 from promptkd.training.token_budget import measured_budget
 
@@ -162,11 +161,11 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     authors = Authors(
         engine, models.whole_student, decoding=decoding, encoder=requests.encoder, seed=recipe.seed
     )
-    if models.plain_teacher and any(term.rollouts.asks_teacher for term in method.terms):
+    if models.whole_teacher and any(term.rollouts.asks_teacher for term in method.terms):
         asks = requests.teacher_encoder or requests.encoder
         with models.gathered(student=False):
             authors.add_teacher(
-                models.plain_teacher, models.teacher_tokenizer, requests.examples, asks
+                models.whole_teacher, models.teacher_tokenizer, requests.examples, asks
             )
     step = _bind_step(recipe, method, models, ranks, budget)
     requests.say(say)

@@ -23,7 +23,7 @@ from torch import Tensor
 from promptkd.composition import Method, Term
 from promptkd.divergences import LogProbs, PerToken
 from promptkd.errors import NotFinite
-from promptkd.micro_batches import MicroBatch, pad, split_by_length
+from promptkd.micro_batches import MicroBatch, idle, split_by_length
 from promptkd.models import sharding
 from promptkd.models.language_model import LanguageModel, select_responses
 from promptkd.objectives import Losses, States, Tiling, TokenView, accumulate
@@ -191,9 +191,9 @@ class Step:
         pieces, metrics = self._cut(rollouts)
         adaptation = self.method.adaptation
         coefficient = adaptation.coefficient(step, max_steps) if adaptation else 0.0
-        if metrics.num_compared and adaptation:  # names that all processes report, even of nothing
-            metrics.nats |= {"towards_student": 0.0}
-            metrics.nats |= {"towards_itself": 0.0} if coefficient else {}
+        if adaptation and metrics.num_compared:  # all processes sum these, even of nothing
+            names = ["towards_student", "towards_itself"] if coefficient else ["towards_student"]
+            metrics.nats |= dict.fromkeys(names, 0.0)
         together = self.settings.teacher_step == "with_student"
         kept: dict[int, States] = {}
         if adaptation and not together:
@@ -252,24 +252,20 @@ class Step:
         What is added is one token that weighs nothing.
         """
         own = [[piece for piece in pieces if piece.term is term] for term in self.method.terms]
-        most = self.ranks.largest([len(cut) for cut in own], self.student.device)
+        most = sharding.most([len(cut) for cut in own], self.student.device)
         for term, cut, number in zip(self.method.terms, own, most, strict=True):
-            annotations = {name: (0.0,) for name in term.objective.annotations}
-            rollout = Rollout(-1, (0,), (0,), author="nobody", annotations=annotations)
-            batch = pad([rollout], self.student.device)
-            idle = Piece(
-                term, batch, num_positions=2, weight=0.0, adaptation_weight=0.0, counts=False
-            )
-            cut += (int(number) - len(cut)) * [idle]
+            batch = idle(self.student.device, term.objective.annotations)
+            weights = {"weight": 0.0, "adaptation_weight": 0.0}
+            nothing = Piece(term, batch, num_positions=2, **weights, counts=False)
+            cut += (number - len(cut)) * [nothing]
         return [piece for cut in own for piece in cut]
 
     def _keeps_graphs(self, pieces: Sequence[Piece]) -> bool:
         """Whether the student's graphs of all pieces are within the budget, on every process."""
         num_positions = sum(piece.num_positions for piece in pieces)
         keeps = len(pieces) == 1 or num_positions <= self.settings.micro_batch_tokens
-        if self._together:
-            keeps = not self.ranks.largest([not keeps], self.student.device)[0]
-        return keeps
+        exceeds = [int(not keeps)]
+        return not (sharding.most(exceeds, self.student.device) if self._together else exceeds)[0]
 
     def _packs(self, rollouts: Sequence[Rollout]) -> bool:
         """Whether no model pads rows of these lengths."""

@@ -58,7 +58,7 @@ class Validator:
         setup = self._setup
         asked = setup.comparable and setup.requests.validates_teacher
         teacher = setup.plain_teacher if asked else None
-        with setup.models.gathered(teacher=teacher is not None):
+        with setup.models.gathered(teacher=False):
             scores, predictions = self._scorer.score(
                 setup.engine, setup.whole_student, teacher, (SEED,)
             )
@@ -72,10 +72,11 @@ class Validator:
 
     def _exposure_curve(self) -> Curve:
         setup, scorer = self._setup, self._scorer
-        assert setup.plain_teacher, "refused before the first step"
+        teacher = setup.models.whole_teacher
+        assert teacher, "refused before the first step"
         share = Dataset(scorer.ranks.share(scorer.data.examples))
         if not self._teacher_responses:
-            engine = TransformersEngine(setup.plain_teacher, setup.stop)
+            engine = TransformersEngine(teacher, setup.stop)
             self._teacher_responses = generate_responses(
                 engine, share, setup.decoding, (SEED,), by_teacher=True
             )
@@ -84,7 +85,7 @@ class Validator:
             own,
             self._teacher_responses,
             setup.whole_student,
-            setup.plain_teacher,
+            teacher,
             num_steps=setup.decoding.max_new_tokens,
             micro_batch_tokens=scorer.micro_batch_tokens,
             gather=scorer.ranks.gather,
