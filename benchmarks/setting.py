@@ -36,7 +36,8 @@ from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.loading import compute_dtype, load_tokenizer, stop_ids
 from promptkd.pruning import init_student
 from promptkd.rollouts import Rollout
-from promptkd.training.step import Cost, Learner, Step, StepMetrics, StepSettings
+from promptkd.training.learner import Learner
+from promptkd.training.step import Cost, Step, StepMetrics, StepSettings
 
 MODELS = Path("runs/benchmarks")
 RESULTS = Path(__file__).parent / "results"

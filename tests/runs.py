@@ -38,6 +38,9 @@ _SERVER.set_forkserver_preload(
     ]
 )
 
+EACH = "train each"
+"""In place of a command: the recipes that follow are run one after the other."""
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -112,6 +115,16 @@ def run_on_ranks(
 ) -> list[Outcome]:
     commands = start_on_ranks(arguments, directory, num_ranks, dies_at)
     return [command.wait() for command in commands]
+
+
+def train_on_ranks(
+    recipes: Sequence[Mapping[str, Any]], directory: Path, num_ranks: int
+) -> list[Outcome]:
+    """Raw recipes, one after the other, by the same processes: they talk and are warm once."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = [write_recipe(directory, raw, f"{index}.yaml") for index, raw in enumerate(recipes)]
+    commands = start_on_ranks([EACH, *paths], directory, num_ranks)
+    return [command.wait(seconds=600) for command in commands]
 
 
 def start_on_ranks(
@@ -221,6 +234,7 @@ def _run(
     import torch
 
     from promptkd.cli import main
+    from promptkd.ranks import leave
 
     torch.set_num_threads(1)
     if largest_file is not None:
@@ -228,7 +242,12 @@ def _run(
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     if dies_at is not None:
         sys.addaudithook(_killer(dies_at))
-    main(arguments)
+    if arguments[0] == EACH:
+        for path in arguments[1:]:
+            train(yaml.safe_load(Path(path).read_text()))
+        leave()
+    else:
+        main(arguments)
 
 
 def _killer(moment: Moment) -> Any:

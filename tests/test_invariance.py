@@ -16,7 +16,8 @@ from promptkd.models.language_model import LanguageModel, select_responses
 from promptkd.objectives import CrossEntropy, Divergence, States, Tiling, accumulate
 from promptkd.rollouts import Reference, Rollout, Stateless, reference_rollouts
 from promptkd.teachers import Adaptation, Frozen, SoftPrompt, TextPrompt
-from promptkd.training.step import Learner, LossNotFinite, Step, StepSettings
+from promptkd.training.learner import Learner
+from promptkd.training.step import LossNotFinite, Step, StepSettings
 
 CPU = torch.device("cpu")
 

@@ -63,7 +63,8 @@ def on_ranks(raw: dict[str, Any], place: Path, num_ranks: int = 2) -> None:
 
 def assert_same_run(first: Path, second: Path) -> None:
     """Weights, adapter, losses and scores, to the last float digits."""
-    weights = ["student/model.safetensors"]
+    weights = [f"student/{path.name}" for path in (first / "student").glob("*.safetensors")]
+    assert weights
     if (first / "teacher_adapter").exists():
         weights.append("teacher_adapter/adapter_model.safetensors")
     for name in weights:

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from promptkd.errors import UserError
+from promptkd.models import sharding
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import adapter_config
 from promptkd.teachers import FromTokens, PlainTeacher, Teacher, load_soft_prompt
@@ -98,13 +99,17 @@ class TrainedWeights:
         self._module = module
 
     def state_dict(self) -> dict[str, Tensor]:
-        whole = self._module.state_dict()
+        """Whole tensors, on the first process alone if the model is sharded: all must ask."""
+        own = self._module.state_dict()
         parameters = self._module.named_parameters()
         frozen = {name for name, value in parameters if not value.requires_grad}
-        return {name: value for name, value in whole.items() if not frozen or "lora_" in name}
+        trained = {name: value for name, value in own.items() if not frozen or "lora_" in name}
+        return sharding.whole(trained)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self._module.load_state_dict(self._module.state_dict() | state)
+        own = self._module.state_dict()
+        parts = {name: sharding.part_like(own[name], value) for name, value in state.items()}
+        self._module.load_state_dict(own | parts)
 
 
 def save_lora(module: PreTrainedModel, directory: Path, base: str) -> None:

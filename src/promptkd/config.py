@@ -329,6 +329,10 @@ class Recipe(Section):
     attention: Literal["auto", "sdpa", "flash", "eager"] = Field(
         default="auto", description="auto: this project's kernels on the CPU, elsewhere torch's"
     )
+    sharding: Literal["none", "fsdp"] = Field(
+        default="none",
+        description="fsdp: every process keeps a part of both models' weights (docs/sharding.md)",
+    )
     evaluation: EvaluationSection = EvaluationSection()
     checkpoints: CheckpointSection = CheckpointSection()
     tracking: tuple[Tracker, ...] = Field(default=(), description="accelerate's trackers")
@@ -344,6 +348,21 @@ class Recipe(Section):
                 f"the column {own!r} is teacher.context and stands in data.columns too: the "
                 "teacher's own column is read by nobody else"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _what_can_be_sharded(self) -> "Recipe":
+        others = {
+            "teacher.model: student": self.teacher and self.teacher.model == THE_STUDENT,
+            "sampling.engine: vllm": self.sampling.engine == "vllm",
+            "attention: flash": self.attention == "flash",
+            "a measured micro_batch_tokens": self.optimization.micro_batch_tokens is None,
+        }
+        for other, chosen in others.items():
+            if self.sharding == "fsdp" and chosen:
+                raise ValueError(
+                    f"sharding: fsdp and {other} don't go together yet: change one of them"
+                )
         return self
 
     def teacher_model(self, run: str | Path | None = None) -> str:

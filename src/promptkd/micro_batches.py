@@ -54,6 +54,12 @@ def pad(rollouts: Sequence[Rollout], device: torch.device, length: int = 0) -> M
     return MicroBatch(tuple(rollouts), tokens.to(device), response_mask.to(device))
 
 
+def idle(device: torch.device, annotations: Sequence[str] = ()) -> MicroBatch:
+    """One token that nobody wrote, for a process that has nothing while others have something."""
+    nothing = dict.fromkeys(annotations, (0.0,))
+    return pad([Rollout(-1, (0,), (0,), author="nobody", annotations=nothing)], device)
+
+
 def split_by_length(
     rollouts: Sequence[Rollout],
     micro_batch_tokens: int,

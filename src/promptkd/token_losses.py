@@ -9,8 +9,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from promptkd.divergences import LogProbs, PerToken, reverse_kl
-from promptkd.micro_batches import MicroBatch, split_by_length
+from promptkd.micro_batches import MicroBatch, idle, split_by_length
 from promptkd.models.language_model import LanguageModel, select_responses
+from promptkd.models.sharding import is_sharded, most
 from promptkd.objectives import States, accumulate
 from promptkd.rollouts import Rollout
 
@@ -70,7 +71,10 @@ def token_losses(
     device = next(iter(readers.values())).model.device
     packed = all(reader.packs(rollouts) for reader in readers.values())
     found: dict[str, dict[int, PerToken]] = {}
-    for batch in split_by_length(placed, micro_batch_tokens, device, packed=packed):
+    batches = split_by_length(placed, micro_batch_tokens, device, packed=packed)
+    if any(is_sharded(reader.model.module) for reader in readers.values()):  # no process goes alone
+        batches += (most([len(batches)], device)[0] - len(batches)) * [idle(device)]
+    for batch in batches:
         states = {name: reader.states(batch, select) for name, reader in readers.items()}
         ids, lengths = batch.response_ids, [len(r.response_ids) for r in batch.rollouts]
 

@@ -54,8 +54,8 @@ def prepare_learner(module: PreTrainedModel, device: torch.device) -> None:
     """Let a model that will be trained add to its gradients in place; a no-op off the CPU.
 
     The embedding's gradient is the rows of the tokens that were read, added to a gradient that is
-    there already (``step.Learner``); otherwise a second matrix of vocabulary x width is made, and
-    added whole.
+    there already (``Learner``); otherwise a second matrix of vocabulary x width is made, and added
+    whole.
     """
     embeddings = module.get_input_embeddings()
     if device.type == "cpu" and isinstance(embeddings, nn.Embedding):

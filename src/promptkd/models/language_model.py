@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from promptkd.errors import UserError
 from promptkd.kernels.attention import can_pack, packed_arguments
 from promptkd.kernels.matmul import linear
+from promptkd.models import sharding
 
 PADDING = -1
 """In place of a token, where a row of tokens has ended or not begun."""
@@ -131,6 +132,7 @@ class LanguageModel:
 
     @property
     def head(self) -> Head:
+        sharding.gather_ends(self.module)
         layer: Any = self.module.get_output_embeddings()
         config = self.module.config.get_text_config()
         scale = getattr(config, "logit_scale", None) or 1.0
@@ -165,6 +167,14 @@ class LanguageModel:
         Returns:
             Nothing of meaning at padding.
         """
+        given = tokens, soft_prompt, past_key_values, past_length
+        hidden = sharding.enter(self.module, self._read, *given)
+        return hidden[:, hidden.shape[1] - tokens.shape[1] :]
+
+    def _read(
+        self, tokens: Tensor, soft_prompt: Tensor | None, past_key_values: Any, past_length: int
+    ) -> Tensor:
+        """The same, with the soft prompt's own states in front."""
         name, inputs, real = "input_ids", tokens.clamp_min(0), tokens != PADDING
         if soft_prompt is not None:
             name = "inputs_embeds"
@@ -191,7 +201,7 @@ class LanguageModel:
             rows = hidden.new_zeros(*real.shape, hidden.shape[-1])
             rows[real] = hidden[0]
             hidden = rows
-        return hidden[:, hidden.shape[1] - tokens.shape[1] :]
+        return hidden
 
     def packs(self, longest: int) -> bool:
         """Whether rows of at most ``longest`` tokens, prompt included, are packed into one."""

@@ -76,9 +76,9 @@ class Change:
 
 
 def identity(recipe: Recipe, method: Method) -> dict[str, Any]:
-    """What must be equal for a run to go on: everything but where it goes and who watches."""
+    """What must be equal for a run to go on: all but where it goes, who watches, who has parts."""
     settings = recipe.to_dict()
-    for key in ("output", "tracking"):
+    for key in ("output", "tracking", "sharding"):
         settings.pop(key, None)
     return {"recipe": settings, "method": repr(method)}
 

@@ -193,6 +193,19 @@ def check_batch(global_batch_size: int, num_rows: int, num_ranks: int) -> None:
         )
 
 
+def check_sharding(recipe: Recipe, num_ranks: int) -> None:
+    """Refuse to share a model among one.
+
+    Raises:
+        UserError: with the way to start several processes.
+    """
+    if recipe.sharding != "none" and num_ranks == 1:
+        raise UserError(
+            f"sharding is {recipe.sharding}, which shares the models among processes, but there is "
+            "one. Start several: torchrun --nproc_per_node N -m promptkd ..., or set sharding=none."
+        )
+
+
 def check_token_ids(datasets: Sequence[Dataset], tokenizer: Any, vocabulary: int) -> None:
     """Refuse data with tokens that the student has no embedding for.
 

@@ -198,14 +198,17 @@ class RunDirectory:
         steps = map(checkpoints.step_of, checkpoints.saved_checkpoints(self._checkpoints))
         return max((step for step in steps if step < before and is_sane(losses, step)), default=0)
 
-    def save_student(self, setup: Setup, step: int, scores: dict[str, float]) -> None:
+    def save_student(
+        self, setup: Setup, module: PreTrainedModel, step: int, scores: dict[str, float]
+    ) -> None:
         """Write student/ and, if the teacher adapts, teacher_adapter/, replacing earlier ones.
 
         A teacher that is the student's moving average is written to teacher/.
 
         The student is saved in the precision it came in, and ends its responses as in the run.
+        Its weights are those of ``module``.
         """
-        module, teacher = setup.student.module, setup.teacher
+        teacher = setup.teacher
         with whole_directory(self.path / "student", "student") as directory:
             lora = self.recipe.student.lora
             if lora and not lora.merge:

@@ -1,7 +1,7 @@
 """From a recipe to everything a run works with, checked on the way."""
 
 import datetime
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from promptkd.data import Dataset, steps_of_epochs
 from promptkd.errors import UserError
 from promptkd.findings import Finding
 from promptkd.generation.generators import Authors
-from promptkd.generation.response_cache import fingerprint
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.generation.vllm_engine import VLLMEngine
@@ -38,33 +37,15 @@ from promptkd.ranks import Ranks
 from promptkd.teachers import Teacher
 from promptkd.training import preflight
 from promptkd.training.launch import describe
+from promptkd.training.learner import Learner
+from promptkd.training.models import Models
 from promptkd.training.requests import Requests, Say, read_requests
 from promptkd.training.self_teacher import (
-    MovingAverage,
     refuse_moving_author,
     self_teacher,
 )
-from promptkd.training.step import Learner, Step, StepSettings
-from promptkd.training.token_budget import measured_budget
-
-
-@dataclass(frozen=True)
-class Models:
-    """Who a run teaches, and by whom.
-
-    Attributes:
-        plain_teacher: the recipe's teacher as it came; None if there is none.
-        teacher: the same, as the method uses it; None if the method doesn't.
-        average: of the student, where that is its teacher.
-        comparable: whether student and teacher share a token table, so KLs can be measured.
-    """
-
-    student: LanguageModel
-    plain_teacher: LanguageModel | None
-    teacher: Teacher | None
-    teacher_tokenizer: Any
-    comparable: bool
-    average: MovingAverage | None = None
+from promptkd.training.step import Step, StepSettings
+from promptkd.training.token_budget import Budget, measured_budget
 
 
 @dataclass(frozen=True)
@@ -74,6 +55,7 @@ class Setup:
     Attributes:
         about: on what the run works, as its first line and its record say.
         found: what the preflight measured.
+        weights: digests of the models as they came, if they are sharded.
     """
 
     requests: Requests
@@ -86,6 +68,7 @@ class Setup:
     max_steps: int
     about: dict[str, Any]
     found: dict[str, Any]
+    weights: dict[str, str]
 
     @property
     def tokenizer(self) -> Any:
@@ -102,6 +85,10 @@ class Setup:
     @property
     def student(self) -> LanguageModel:
         return self.models.student
+
+    @property
+    def whole_student(self) -> LanguageModel:
+        return self.models.whole_student
 
     @property
     def plain_teacher(self) -> LanguageModel | None:
@@ -125,10 +112,7 @@ class Setup:
         digests = {"training requests": self.data.digest()}
         if self.validation:
             digests["validation requests"] = self.validation.digest()
-        digests["student weights"] = fingerprint(self.student.module)
-        if self.plain_teacher:
-            digests["teacher weights"] = fingerprint(self.plain_teacher.module)
-        return digests
+        return digests | (self.weights or self.models.digests())
 
     def summary(self) -> dict[str, Any]:
         """What summary.json says of the models."""
@@ -153,27 +137,37 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     preflight.check_sampling(method, recipe.sampling)
     requests = read_requests(recipe, method, say)
     about = describe(requests.encoder, compute_dtype(recipe.precision, device), device, ranks)
+    about["sharding"] = recipe.sharding
     say(", ".join(f"{name} {value}" for name, value in about.items()))
+    preflight.check_sharding(recipe, ranks.number)
     preflight.check_batch(recipe.optimization.global_batch_size, len(requests.data), ranks.number)
-    models = _load_models(recipe, method, requests, device)
+    sharded = recipe.sharding == "fsdp"  # then loaded and checked on the CPU
+    if sharded and device.type == "cuda" and recipe.attention == "auto":
+        recipe = recipe.model_copy(update={"attention": "sdpa"})  # not the CPU's own
+    models = _load_models(recipe, method, requests, torch.device("cpu") if sharded else device)
     if recipe.evaluation.exposure_bias_every_steps:
         preflight.check_exposure_bias(requests.validation, models.comparable, ranks.number)
     stop = _stop_set(requests, models, say)
     found = _check_pair(recipe, requests, models, stop, say)
-    engine: Engine = TransformersEngine(models.student, stop)
+    budget = _budget(recipe, models, requests.longest_row, ranks, say)
+    weights: dict[str, str] = {}
+    if sharded:
+        weights, models = models.digests(), models.shared_out(device)
+    engine: Engine = TransformersEngine(models.whole_student, stop)
     if recipe.sampling.engine == "vllm":
         limits = requests.encoder.max_request_tokens, requests.encoder.max_response_tokens
         engine = VLLMEngine(models.student, stop, sum(limits))
     decoding = GenerationSettings.of_recipe(recipe)
     authors = Authors(
-        engine, models.student, decoding=decoding, encoder=requests.encoder, seed=recipe.seed
+        engine, models.whole_student, decoding=decoding, encoder=requests.encoder, seed=recipe.seed
     )
-    if models.plain_teacher and any(term.rollouts.asks_teacher for term in method.terms):
+    if models.whole_teacher and any(term.rollouts.asks_teacher for term in method.terms):
         asks = requests.teacher_encoder or requests.encoder
-        authors.add_teacher(models.plain_teacher, models.teacher_tokenizer, requests.examples, asks)
-    step = _bind_step(recipe, method, models, ranks)
-    if recipe.optimization.micro_batch_tokens is None:
-        _measure_budget(step, requests.longest_row, say)
+        with models.gathered(student=False):
+            authors.add_teacher(
+                models.whole_teacher, models.teacher_tokenizer, requests.examples, asks
+            )
+    step = _bind_step(recipe, method, models, ranks, budget)
     requests.say(say)
     return Setup(
         requests=requests,
@@ -186,6 +180,7 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
         max_steps=_count_steps(recipe, requests.data),
         about=about,
         found=found,
+        weights=weights,
     )
 
 
@@ -276,11 +271,14 @@ def _load_student(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> P
         add_lora(module, lora.r, lora.alpha, lora.target_modules, recipe.seed)
     if recipe.optimization.gradient_checkpointing:
         _checkpoint_gradients(module)
-    kernels.prepare_learner(module, device)
+    if recipe.sharding == "none":  # else gradients are made whole, summed and cut
+        kernels.prepare_learner(module, device)
     return module
 
 
-def _bind_step(recipe: Recipe, method: Method, models: Models, ranks: Ranks) -> Step:
+def _bind_step(
+    recipe: Recipe, method: Method, models: Models, ranks: Ranks, budget: Budget
+) -> Step:
     optimization, teacher = recipe.optimization, models.teacher
     adapted = teacher.parameters() if teacher else []
     if method.adaptation and not adapted:
@@ -297,7 +295,8 @@ def _bind_step(recipe: Recipe, method: Method, models: Models, ranks: Ranks) -> 
         student_learner=_learner(own, recipe, optimization.learning_rate),
         teacher_learner=_learner(adapted, recipe, teacher_rate) if adapted else None,
         settings=StepSettings(
-            micro_batch_tokens=optimization.micro_batch_tokens or 1,
+            micro_batch_tokens=budget.micro_batch,
+            kept_tokens=budget.kept,
             max_grad_norm=optimization.max_grad_norm,
             teacher_step=optimization.teacher_step,
         ),
@@ -305,14 +304,14 @@ def _bind_step(recipe: Recipe, method: Method, models: Models, ranks: Ranks) -> 
     )
 
 
-def _measure_budget(step: Step, longest: int, say: Say) -> None:
-    """Give a step the micro-batches that fit here, rows of ``longest`` tokens among them."""
-    together = step.settings.teacher_step == "with_student"
-    budget = measured_budget(
-        step.student, step.teacher, longest, together=together, ranks=step.ranks, say=say
-    )
-    step.settings = replace(
-        step.settings, micro_batch_tokens=budget.micro_batch, kept_tokens=budget.kept
+def _budget(recipe: Recipe, models: Models, longest: int, ranks: Ranks, say: Say) -> Budget:
+    """The recipe's, or the micro-batches that fit here, rows of ``longest`` tokens among them."""
+    given = recipe.optimization.micro_batch_tokens
+    if given is not None:
+        return Budget(given, kept=given)
+    together = recipe.optimization.teacher_step == "with_student"
+    return measured_budget(
+        models.student, models.teacher, longest, together=together, ranks=ranks, say=say
     )
 
 

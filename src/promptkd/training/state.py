@@ -64,14 +64,14 @@ class RunState:
         step, teacher = setup.step, setup.teacher
         self.tensors: dict[str, Checkpointable] = {
             "student": TrainedWeights(setup.student.module),
-            "student_optimizer": step.student_learner.optimizer,
+            "student_optimizer": step.student_learner,
         }
         if teacher:
             self.tensors["teacher"] = teacher
         if setup.models.average:
             self.tensors["average"] = setup.models.average
         if step.teacher_learner:
-            self.tensors["teacher_optimizer"] = step.teacher_learner.optimizer
+            self.tensors["teacher_optimizer"] = step.teacher_learner
         self.progress: dict[str, Checkpointable] = {
             "best": best,
             "sources": sources,

@@ -9,6 +9,7 @@ prompt. The only reduction is the global token mean: a sum over all response tok
 of the step, of every rank and micro-batch, divided by their number.
 """
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,17 +18,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from promptkd.composition import Method, Term
 from promptkd.divergences import LogProbs, PerToken
 from promptkd.errors import NotFinite
-from promptkd.micro_batches import MicroBatch, split_by_length
+from promptkd.micro_batches import MicroBatch, idle, split_by_length
+from promptkd.models import sharding
 from promptkd.models.language_model import LanguageModel, select_responses
 from promptkd.objectives import Losses, States, Tiling, TokenView, accumulate
 from promptkd.ranks import ALONE, Ranks
 from promptkd.rollouts import Rollout
 from promptkd.teachers import Teacher
+from promptkd.training.learner import Learner
 
 
 class Cost:
@@ -93,6 +96,7 @@ class Piece:
     Attributes:
         num_positions: that the student's products see, padding where rows can't be packed.
         weight: what one of its tokens weighs in the step.
+        counts: whether it is reported; see ``_even``.
     """
 
     term: Term
@@ -100,34 +104,7 @@ class Piece:
     num_positions: int
     weight: float
     adaptation_weight: float
-
-
-@dataclass(frozen=True)
-class Learner:
-    """Parameters with their optimizer; gradients are clipped together.
-
-    The gradients stay where they are between steps: to fill new pages costs more than zeros.
-    """
-
-    parameters: list[nn.Parameter]
-    optimizer: torch.optim.Optimizer
-
-    def __post_init__(self) -> None:
-        for parameter in self.parameters:
-            parameter.grad = torch.zeros_like(parameter)
-
-    @property
-    def base_rate(self) -> float:
-        """The recipe's learning rate, from which a schedule makes each step's."""
-        return self.optimizer.defaults["lr"]
-
-    @property
-    def rate(self) -> float:
-        return self.optimizer.param_groups[0]["lr"]
-
-    def set_rate(self, rate: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
+    counts: bool = True
 
 
 @dataclass(frozen=True)
@@ -187,6 +164,7 @@ class Step:
         self.teacher_learner = teacher_learner
         self.settings = settings
         self.ranks = ranks
+        self._together = sharding.is_sharded(student.module)  # no process passes through it alone
 
     @property
     def learners(self) -> list[Learner]:
@@ -215,12 +193,14 @@ class Step:
         pieces, metrics = self._cut(rollouts)
         adaptation = self.method.adaptation
         coefficient = adaptation.coefficient(step, max_steps) if adaptation else 0.0
-        settings, together = self.settings, self.settings.teacher_step == "with_student"
+        if adaptation and metrics.num_compared:  # all processes sum these, even of nothing
+            names = ["towards_student", "towards_itself"] if coefficient else ["towards_student"]
+            metrics.nats |= dict.fromkeys(names, 0.0)
+        together = self.settings.teacher_step == "with_student"
         kept: dict[int, States] = {}
         if adaptation and not together:
             # Where all fits the budget, the student's graphs are kept and nothing is done twice.
-            num_positions = sum(p.num_positions for p in pieces)
-            keeps = num_positions <= (settings.kept_tokens or settings.micro_batch_tokens)
+            keeps = self._keeps_graphs(pieces)
             for place, piece in enumerate(pieces):
                 student = self._student_states(piece.batch, keeps, metrics.cost)
                 if keeps:
@@ -265,7 +245,30 @@ class Step:
                 pieces.append(piece)
         real = sum(piece.batch.num_tokens for piece in pieces)
         seen = sum(piece.num_positions for piece in pieces)
-        return pieces, StepMetrics(Cost(device), adapting, padding_share=1 - real / seen)
+        metrics = StepMetrics(Cost(device), adapting, padding_share=1 - real / seen)
+        return self._even(pieces) if self._together else pieces, metrics
+
+    def _even(self, pieces: list[Piece]) -> list[Piece]:
+        """As many pieces of each term as any process has, since all pass through them together.
+
+        What is added is one token that weighs nothing.
+        """
+        own = [[piece for piece in pieces if piece.term is term] for term in self.method.terms]
+        most = sharding.most([len(cut) for cut in own], self.student.device)
+        for term, cut, number in zip(self.method.terms, own, most, strict=True):
+            batch = idle(self.student.device, term.objective.annotations)
+            weights = {"weight": 0.0, "adaptation_weight": 0.0}
+            nothing = Piece(term, batch, num_positions=2, **weights, counts=False)
+            cut += (number - len(cut)) * [nothing]
+        return [piece for cut in own for piece in cut]
+
+    def _keeps_graphs(self, pieces: Sequence[Piece]) -> bool:
+        """Whether the student's graphs of all pieces are within the budget, on every process."""
+        num_positions = sum(piece.num_positions for piece in pieces)
+        budget = self.settings.kept_tokens or self.settings.micro_batch_tokens
+        keeps = num_positions <= budget
+        exceeds = [int(not keeps)]
+        return not (sharding.most(exceeds, self.student.device) if self._together else exceeds)[0]
 
     def _packs(self, rollouts: Sequence[Rollout]) -> bool:
         """Whether no model pads rows of these lengths."""
@@ -302,7 +305,8 @@ class Step:
         if not (adapts or work.learns):
             return
         work = replace(work, adapts=adapts)
-        states = {"student": States(student.hidden, student.head, work.learns)}
+        # The head anew: a backward pass since may have given back the weights that were read.
+        states = {"student": States(student.hidden, self.student.head, work.learns)}
         if objective.needs_teacher:
             states["teacher"] = self._teacher_states(piece.batch, adapts, metrics.cost)
         if adapts and work.coefficient:
@@ -317,7 +321,7 @@ class Step:
         tiling = self.settings.tiling
         found = accumulate(states, losses, weights, tiling, metrics.cost.timed)
         for name, nats in found.items():
-            total = nats.sum().item()
+            total = nats.sum().item() if piece.counts else 0.0
             if not torch.isfinite(nats).all():
                 raise LossNotFinite(_not_finite(name, work.step, piece.batch, nats))
             metrics.nats[name] = metrics.nats.get(name, 0.0) + total
@@ -367,18 +371,15 @@ class Step:
     ) -> None:
         """All-reduce, clip, step, zero."""
         assert learner is not None, f"the {who} has nothing to train"
-        for parameter in learner.parameters:
-            assert parameter.grad is not None, "there from the start"
-            parameter.grad = self.ranks.sum(parameter.grad)
-        norm = nn.utils.clip_grad_norm_(learner.parameters, self.settings.max_grad_norm)
-        if not torch.isfinite(norm):
+        sharding.release(self.student.module)
+        norm = learner.clip(self.settings.max_grad_norm, self.ranks)
+        if not math.isfinite(norm):
             raise LossNotFinite(
-                f"The gradient of the {who} is {norm.item()} at step {step + 1}, though the losses "
+                f"The gradient of the {who} is {norm} at step {step + 1}, though the losses "
                 f"({', '.join(losses)}) are finite. Nothing was updated with it."
             )
-        learner.optimizer.step()
-        learner.optimizer.zero_grad(set_to_none=False)
-        metrics.gradient_norms[who] = norm.item()
+        learner.move()
+        metrics.gradient_norms[who] = norm
 
     def _reduce(self, metrics: StepMetrics) -> None:
         names = sorted(metrics.nats)

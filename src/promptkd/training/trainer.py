@@ -187,8 +187,9 @@ class Trainer:
         self._log({"step": self.step_number, "exposure_bias": curve.to_dict()})
 
     def _save_student(self, scores: dict[str, float]) -> None:
-        if self.is_main:
-            self.directory.save_student(self.parts, self.step_number, scores)
+        with self.parts.models.saved_student() as module:
+            if self.is_main:
+                self.directory.save_student(self.parts, module, self.step_number, scores)
         self.accelerator.wait_for_everyone()
 
     def _save_checkpoint(self) -> None:

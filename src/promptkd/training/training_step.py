@@ -7,6 +7,7 @@ from promptkd.composition import Method
 from promptkd.config import Recipe
 from promptkd.data import batch_of_step
 from promptkd.ranks import Ranks
+from promptkd.rollouts import Reference
 from promptkd.training.schedules import learning_rate, response_limit
 from promptkd.training.setup import Setup
 from promptkd.training.state import SourceStates
@@ -53,10 +54,13 @@ class TrainingStep:
         )
         batch = batch.within(limit)
         writers = setup.authors.writers(step, max_steps, limit)
-        rollouts = [
-            term.rollouts.write(batch, writers, state)
-            for term, state in zip(self._method.terms, self._sources.own, strict=True)
-        ]
+        sources = [term.rollouts for term in self._method.terms]
+        student = not all(isinstance(source, Reference) for source in sources)
+        with setup.models.gathered(student, any(source.asks_teacher for source in sources)):
+            rollouts = [
+                term.rollouts.write(batch, writers, state)
+                for term, state in zip(self._method.terms, self._sources.own, strict=True)
+            ]
         generated = time.perf_counter()
         metrics = setup.step(rollouts, step, max_steps)
         if setup.models.average:

@@ -58,18 +58,26 @@ class Validator:
         setup = self._setup
         asked = setup.comparable and setup.requests.validates_teacher
         teacher = setup.plain_teacher if asked else None
-        with self._scorer.bar(setup.engine, "validation", 1, stays=False):
-            scores, predictions = self._scorer.score(setup.engine, setup.student, teacher, (SEED,))
+        bar = self._scorer.bar(setup.engine, "validation", 1, stays=False)
+        with setup.models.gathered(teacher=False), bar:
+            scores, predictions = self._scorer.score(
+                setup.engine, setup.whole_student, teacher, (SEED,)
+            )
         means = {name: score.mean for name, score in scores.items()}
         return Validation(step=step, scores=means, predictions=predictions)
 
     def exposure_curve(self) -> Curve:
         """A point of the paper's Figure 3(b); the teacher's responses are generated once."""
+        with self._setup.models.gathered():
+            return self._exposure_curve()
+
+    def _exposure_curve(self) -> Curve:
         setup, scorer = self._setup, self._scorer
-        assert setup.plain_teacher, "refused before the first step"
+        teacher = setup.models.whole_teacher
+        assert teacher, "refused before the first step"
         share = Dataset(scorer.ranks.share(scorer.data.examples))
         if not self._teacher_responses:
-            engine = TransformersEngine(setup.plain_teacher, setup.stop)
+            engine = TransformersEngine(teacher, setup.stop)
             self._teacher_responses = generate_responses(
                 engine, share, setup.decoding, (SEED,), by_teacher=True
             )
@@ -77,8 +85,8 @@ class Validator:
         return curve_in_training(
             own,
             self._teacher_responses,
-            setup.student,
-            setup.plain_teacher,
+            setup.whole_student,
+            teacher,
             num_steps=setup.decoding.max_new_tokens,
             micro_batch_tokens=scorer.micro_batch_tokens,
             gather=scorer.ranks.gather,

@@ -1,0 +1,173 @@
+"""Models that several processes keep together: each has a part of every weight (FSDP2).
+
+Layer by layer, weights are gathered for a pass and given back. What a pass reads outside its
+layers (embeddings, last norm, output layer) stays gathered until a backward pass has gone through
+it, or ``release``. Weights are gathered as they are stored; gradients are summed over processes,
+not averaged: a token's weight knows the whole step already. LoRA adapters stay whole, everywhere.
+
+What passes through such a model is a matter of all processes at once, pass by pass. What each does
+alone (writing, scoring, saving) is done with a ``WholeModel``.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import MethodType
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
+
+from promptkd.errors import UserError
+
+
+def shard(module: PreTrainedModel, device: torch.device) -> None:
+    """Leave this process its part of every weight, in place; all processes have the same model.
+
+    Each layer is a group that is gathered at once, and the rest of the model is one. Layer by
+    layer, what is on the CPU goes to ``device``: no more than one whole layer is there at a time.
+
+    Args:
+        module: whole, on the CPU or on ``device``.
+        device: of this process.
+
+    Raises:
+        UserError: if the model doesn't say which its layers are.
+    """
+    names = set(module._no_split_modules or ())
+    layers = [part for part in module.modules() if type(part).__name__ in names]
+    if not layers:
+        raise UserError(
+            f"sharding is fsdp, but {type(module).__name__} doesn't say which of its parts are "
+            "layers (_no_split_modules), so its weights can't be shared. Set sharding: none."
+        )
+    adapters: set[nn.Parameter] = {
+        value for name, value in module.named_parameters() if "lora_" in name
+    }
+    for adapter in adapters:
+        adapter.data = adapter.data.to(device)
+    mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+    for part in (*layers, module):
+        fully_shard(part, mesh=mesh, ignored_params=adapters)
+        sharded: Any = part
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other way to not average
+    entered: Any = module
+    entered.promptkd_enter = MethodType(lambda self, function, *given: function(*given), module)
+    register_fsdp_forward_method(module, "promptkd_enter")
+
+
+def is_sharded(module: nn.Module) -> bool:
+    return isinstance(module, FSDPModule)
+
+
+def enter(module: nn.Module, function: Callable[..., Tensor], *given: Any) -> Tensor:
+    """Call ``function`` where all weights can be read: those of layers in the layers' passes."""
+    if not is_sharded(module):
+        return function(*given)
+    entered: Any = module
+    return entered.promptkd_enter(function, *given)
+
+
+def gather_ends(module: nn.Module) -> None:
+    """Let weights outside the layers be read from now on, the output layer's for instance."""
+    if isinstance(module, FSDPModule):
+        module.unshard()
+
+
+def release(module: nn.Module) -> None:
+    """Give back what is gathered: necessary before weights change or are listed."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
+def most(numbers: Sequence[int], device: torch.device) -> list[int]:
+    """Of each number, the largest that any process has: so often all pass through the model."""
+    tensor = torch.tensor(numbers, device=device)
+    torch.distributed.all_reduce(tensor, torch.distributed.ReduceOp.MAX)
+    return tensor.tolist()
+
+
+def whole(state: Any) -> Any:
+    """Nested state, its sharded tensors whole on the first process and empty on the others.
+
+    All processes must ask.
+    """
+    if isinstance(state, DTensor):
+        value = state.full_tensor()
+        return value.cpu() if torch.distributed.get_rank() == 0 else value.new_empty(0)
+    if isinstance(state, dict):
+        return {key: whole(value) for key, value in state.items()}
+    return state
+
+
+def part_like(own: Tensor, value: Any) -> Any:
+    """This process's part of ``value``, if that belongs to a sharded parameter ``own``."""
+    if not isinstance(own, DTensor) or not isinstance(value, Tensor) or value.shape != own.shape:
+        return value
+    value = value.to(own.device)
+    return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
+
+
+class WholeModel:
+    """A plain model that has the weights of one in parts while they are gathered, else none.
+
+    Args:
+        module: not yet sharded.
+        device: of this process.
+        dtype: of the gathered weights; None: as they are stored.
+
+    Attributes:
+        module: the plain model.
+    """
+
+    def __init__(
+        self, module: PreTrainedModel, device: torch.device, dtype: torch.dtype | None = None
+    ):
+        self._in_parts, self._device, self._dtype = module, device, dtype
+        hollow = {id(own): nn.Parameter(self._hollow(own), False) for own in module.parameters()}
+        self.module: PreTrainedModel = copy.deepcopy(module, dict(hollow)).eval()
+        for part in self.module.modules():
+            for name, buffer in part.named_buffers(recurse=False):
+                part._buffers[name] = buffer.to(device)
+
+    @contextmanager
+    def gathered(self) -> Iterator[PreTrainedModel]:
+        """With the weights as they are now, on every process; all of them must ask."""
+        self._fill(self._as_gathered)
+        yield self.module
+        self._empty()
+
+    @contextmanager
+    def on_first(self) -> Iterator[PreTrainedModel]:
+        """The same on the first process alone, on the CPU and as the weights are stored."""
+        first = torch.distributed.get_rank() == 0
+        self._fill(Tensor.cpu if first else self._hollow)
+        yield self.module
+        self._empty()
+
+    def _fill(self, convert: Callable[[Tensor], Tensor]) -> None:
+        release(self._in_parts)
+        for ours, theirs in self._pairs():
+            value = theirs.detach()
+            ours.data = convert(value.full_tensor() if isinstance(value, DTensor) else value)
+
+    def _empty(self) -> None:
+        for ours, theirs in self._pairs():
+            ours.data = self._hollow(theirs)
+
+    def _pairs(self) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+        return zip(self.module.parameters(), self._in_parts.parameters(), strict=True)
+
+    def _as_gathered(self, value: Tensor) -> Tensor:
+        return value.to(self._dtype or value.dtype)
+
+    def _hollow(self, like: Tensor) -> Tensor:
+        """The shape of a tensor as it will be gathered, and one number in memory."""
+        number = torch.zeros((), dtype=self._dtype or like.dtype, device=self._device)
+        return number.expand(like.shape)

@@ -1,0 +1,92 @@
+"""Who a run teaches, and by whom."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from promptkd.generation.response_cache import fingerprint
+from promptkd.models import sharding
+from promptkd.models.language_model import LanguageModel
+from promptkd.models.sharding import WholeModel
+from promptkd.teachers import Teacher
+from promptkd.training.self_teacher import MovingAverage
+
+
+@dataclass(frozen=True)
+class Models:
+    """Who a run teaches, and by whom.
+
+    Attributes:
+        plain_teacher: the recipe's teacher as it came; None if there is none.
+        teacher: the same, as the method uses it; None if the method doesn't.
+        average: of the student, where that is its teacher.
+        comparable: whether student and teacher share a token table, so KLs can be measured.
+        student_copy, teacher_copy: whole while they are gathered, if the models are sharded.
+    """
+
+    student: LanguageModel
+    plain_teacher: LanguageModel | None
+    teacher: Teacher | None
+    teacher_tokenizer: Any
+    comparable: bool
+    average: MovingAverage | None = None
+    student_copy: WholeModel | None = None
+    teacher_copy: WholeModel | None = None
+
+    @property
+    def whole_student(self) -> LanguageModel:
+        """The student that writes and is scored, where it is ``gathered``."""
+        copied = self.student_copy
+        return replace(self.student, module=copied.module) if copied else self.student
+
+    @property
+    def whole_teacher(self) -> LanguageModel | None:
+        """The plain teacher that writes, where it is ``gathered``."""
+        teacher, copied = self.plain_teacher, self.teacher_copy
+        return replace(teacher, module=copied.module) if teacher and copied else teacher
+
+    @contextmanager
+    def gathered(self, student: bool = True, teacher: bool = True) -> Iterator[None]:
+        """Where these are whole; of sharded ones all processes must ask."""
+        with ExitStack() as stack:
+            if student and self.student_copy:
+                stack.enter_context(self.student_copy.gathered())
+            if teacher and self.teacher_copy:
+                stack.enter_context(self.teacher_copy.gathered())
+            yield
+
+    @contextmanager
+    def saved_student(self) -> Iterator[PreTrainedModel]:
+        """The student as it is saved, on the first process; of a sharded one all must ask."""
+        copied = self.student_copy
+        with copied.on_first() if copied else nullcontext(self.student.module) as module:
+            yield module
+
+    def shared_out(self, device: torch.device) -> "Models":
+        """The same in parts, of which this process keeps its own on ``device``.
+
+        Raises:
+            UserError: if an architecture can't be sharded.
+        """
+        student, other, teacher = self.student, self.plain_teacher, self.teacher
+        mixed = student.dtype != student.module.dtype
+        student_copy = WholeModel(student.module, device, student.dtype if mixed else None)
+        teacher_copy = WholeModel(other.module, device) if other else None
+        for model in (student, other):
+            if model:
+                sharding.shard(model.module, device)
+        for own in [*teacher.parameters(), teacher.soft_prompt] if teacher else []:
+            if own is not None:
+                own.data = own.data.to(device)
+        return replace(self, student_copy=student_copy, teacher_copy=teacher_copy)
+
+    def digests(self) -> dict[str, str]:
+        """Of the weights; before they are shared out."""
+        digests = {"student weights": fingerprint(self.student.module)}
+        if self.plain_teacher:
+            digests["teacher weights"] = fingerprint(self.plain_teacher.module)
+        return digests

@@ -1,0 +1,119 @@
+"""Two processes that share every weight give the numbers of one that has them all."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+import runs
+import tiny
+from promptkd.config import override, recipe_from_dict
+from promptkd.errors import UserError
+from test_ranks import assert_same_run, recipe
+
+LORA = {"lora": {"r": 2, "alpha": 4}}
+PROMPTKD = {"name": "promptkd", "rollouts": "reference"}
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "sft": ({"name": "sft"}, {}),
+    "gkd": ({"name": "gkd", "student_share": 0.0, "divergence": "forward_kl"}, {}),
+    "promptkd": (PROMPTKD, {}),
+    "promptkd, together": (PROMPTKD, {"teacher_step": "with_student"}),
+    "promptkd, graphs kept": (PROMPTKD, {"micro_batch_tokens": 400}),
+    "promptkd, checkpointed": (PROMPTKD, {"gradient_checkpointing": True}),
+    "promptkd, adamw": (PROMPTKD, {"optimizer": "adamw", "learning_rate": 1e-3}),
+    "lora teacher": (PROMPTKD | {"teacher": "lora"}, {}),
+    "prefix teacher": (PROMPTKD | {"teacher": "prefix"}, {}),
+    "minillm": ({"name": "minillm"}, {}),
+    "distillm": ({"name": "distillm", "student_share": 1.0, "capacity": 2}, {}),
+    "distillm2": ({"name": "distillm2"}, {}),
+    "written by the student": ({"name": "promptkd"}, {}),
+}
+
+
+OTHERS = ("lora student", "tied heads", "of one process")
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory) -> Path:
+    directory = tmp_path_factory.mktemp("pair")
+    tiny.save_pair(directory)
+    tied = {"tie_word_embeddings": True}
+    tiny.save_pair(directory / "tied", "qwen2", student_options=tied, teacher_options=tied)
+    tiny.write_data(directory / "train.jsonl")
+    tiny.write_data(directory / "valid.jsonl", 3)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def raws(pair: Path) -> dict[str, dict[str, Any]]:
+    """The recipes of both sides, without their output."""
+    made = {}
+    for name, (method, optimization) in CASES.items():
+        made[name] = recipe(pair, method, Path("unset"), max_steps=2, **optimization)
+    made["lora student"] = made["gkd"] | {"student": made["gkd"]["student"] | LORA}
+    tied = {who: {"model": str(pair / "tied" / who)} for who in ("student", "teacher")}
+    made["tied heads"] = made["promptkd"] | tied
+    made["of one process"] = made["promptkd, adamw"]
+    return made
+
+
+@pytest.fixture(scope="module")
+def shared(raws: dict[str, dict[str, Any]], tmp_path_factory) -> Path:
+    """Runs of all cases on two processes that share both models; one was begun by one."""
+    place = tmp_path_factory.mktemp("shared")
+    begun = raws["of one process"] | {"output": str(place / "of one process")}
+    runs.train_on_ranks([begun], place / "begun", 1)
+    forget_last_step(place / "of one process")
+    own = [raw | {"sharding": "fsdp", "output": str(place / name)} for name, raw in raws.items()]
+    outcomes = runs.train_on_ranks(own, place / "processes", 2)
+    assert [outcome.status for outcome in outcomes] == [0, 0], outcomes[0].stderr
+    return place
+
+
+def forget_last_step(run: Path) -> None:
+    """As if the run had been killed before its second step was saved."""
+    shutil.rmtree(run / "checkpoints" / "step-000002")
+    shutil.rmtree(run / "student")
+    (run / "summary.json").unlink()
+
+
+@pytest.mark.parametrize("name", [*CASES, *OTHERS])
+def test_a_shared_run_equals_one_process(raws, shared, tmp_path, name):
+    one = runs.train(raws[name] | {"output": str(tmp_path / "one")})
+
+    assert_same_run(one, shared / name)
+
+
+def test_one_process_goes_on_where_two_that_shared_were_stopped(raws, shared, tmp_path):
+    name = "promptkd, adamw"
+    one = runs.train(raws[name] | {"output": str(tmp_path / "one")})
+    run = shutil.copytree(shared / name, tmp_path / "run")
+    forget_last_step(run)
+    runs.train(raws[name] | {"output": str(run)})
+
+    assert_same_run(one, run)
+    student = AutoModelForCausalLM.from_pretrained(run / "student")
+    assert student.state_dict().keys() == tiny.model("llama").state_dict().keys()
+
+
+def test_one_process_is_refused(pair):
+    raw = recipe(pair, {"name": "promptkd"}, pair / "refused") | {"sharding": "fsdp"}
+    with pytest.raises(UserError, match=r"sharding is fsdp, .* but there is one"):
+        runs.train(raw)
+
+
+@pytest.mark.parametrize(
+    ("other", "key"),
+    [
+        ("teacher.model: student", "teacher.model=student"),
+        ("sampling.engine: vllm", "sampling.engine=vllm"),
+        ("attention: flash", "attention=flash"),
+        ("a measured micro_batch_tokens", "optimization.micro_batch_tokens=null"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(pair, other, key):
+    raw = recipe(pair, {"name": "promptkd"}, pair / "refused") | {"sharding": "fsdp"}
+    with pytest.raises(UserError, match=f"sharding: fsdp and {other} don't go together"):
+        recipe_from_dict(override(raw, [key]))
