@@ -239,11 +239,12 @@ def test_a_defect_is_one_line_and_its_traceback_a_file(command, failing, tmp_pat
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     failing(KeyError("lost"))
     text = command("fail", status=70)
-    (file,) = tmp_path.iterdir()
+    (place,) = tmp_path.iterdir()
+    file = place / "traceback.txt"
     assert text.count("\n") == 1
     assert f"(KeyError: 'lost'). Please report it with {file}" in text
     assert "in fail" in file.read_text()
-    assert file.stat().st_mode & 0o077 == 0
+    assert place.stat().st_mode & 0o077 == 0
 
 
 def test_the_module_can_be_run_as_a_program():
@@ -257,7 +258,10 @@ def test_the_module_can_be_run_as_a_program():
 
 
 def test_a_defect_on_a_full_disk_shows_its_traceback(failing, monkeypatch, capfd):
-    monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
+    def full(**_options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", full)
     failing(KeyError("lost"))
     with pytest.raises(SystemExit) as end:
         main(["fail"])

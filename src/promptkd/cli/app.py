@@ -8,13 +8,14 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 import typer
 
 from promptkd.errors import Stopped, UserError, sentence_of
-from promptkd.files import out_of_space
+from promptkd.files import out_of_space, write_text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -115,12 +116,11 @@ def _end(sentence: str, code: int) -> NoReturn:
 def _defect(error: Exception) -> str:
     """Keep the traceback of an error that no user can have caused, and ask for it."""
     text = "".join(traceback.format_exception(error))
-    try:  # a file of this user alone
-        descriptor, place = tempfile.mkstemp(prefix="promptkd-traceback-", suffix=".txt")
-        with open(descriptor, "w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-        which = f"{place}, which holds the traceback"
-    except OSError:
+    try:
+        place = Path(tempfile.mkdtemp(prefix="promptkd-"))  # this user's alone
+        write_text(place / "traceback.txt", text)
+        which = f"{place / 'traceback.txt'}, which holds the traceback"
+    except (OSError, UserError):  # no space
         with suppress(OSError):
             typer.echo(text, err=True)
         which = "the traceback above"

@@ -238,12 +238,11 @@ def exposure_bias(
     Raises:
         UserError: for a run without teacher or student, two tokenizers, equal models, one request.
     """
-    seeds = distinct(seeds)
     finished = load_run(run, "exposure bias", precision=precision, max_new_tokens=max_new_tokens)
     sources = finished.held_out(data)
     dataset = _requests(finished, sources, num_examples)
     describe = _by_authors_script if authors_script else _by_definition
-    decoding, found = describe(finished, dataset, seeds, num_samples)
+    decoding, found = describe(finished, dataset, distinct(seeds), num_samples)
     result = finished.protocol(decoding) | {
         "data": sources,
         "num_examples": len(dataset),

@@ -73,7 +73,7 @@ class RollCall:
         self._wake.set()
 
     def _talk(self) -> None:
-        store = dist.distributed_c10d._get_default_store().clone()
+        store: Any = dist.distributed_c10d._get_default_store().clone()  # pyright: ignore
         store.set_timeout(timedelta(seconds=self._patience))
         number = 0
         while True:
