@@ -275,7 +275,8 @@ def test_a_curve_that_is_zero_throughout_is_not_drawn(pages):
 def test_the_first_screen_says_how_good_how_large_how_fast_and_what_it_cost(pages):
     text = pages["single"].read_text()
     opening = text[text.index('id="answer"') : text.index('id="scores"')]
-    labels = ("ROUGE-L on reminders", "Size", "Speed of generation", "Memory of the weights")
+    assert "percent on reminders" in opening
+    labels = ("ROUGE-L", "Size", "Speed of generation", "Memory of the weights")
     assert all(f"<dt>{label}</dt>" in opening for label in (*labels, "What training cost"))
     assert "the middle of 60 requests" in opening
     assert opening.count('class="response ') == 3

@@ -172,6 +172,17 @@ def comparison_words(c: Comparison) -> str:
     return f"{abs(c.difference):.1f} points {word}, 95% interval {low:.1f} to {high:.1f}"
 
 
+def power_words(comparisons: Sequence[Comparison], num_requests: int) -> str:
+    """What as many requests would have shown of each; nothing where all differences are shown."""
+    detectable = max((c.detectable for c in comparisons if not c.shown), default=0.0)
+    if detectable < 0.05:
+        return ""
+    return (
+        f"; with {num_requests} requests, a true difference of {plain(detectable)} points or more "
+        "would show four times in five"
+    )
+
+
 def ranking(data: DataSet) -> list[str]:
     """Who is ahead among runs."""
     score = headline(data)
@@ -195,7 +206,8 @@ def ranking(data: DataSet) -> list[str]:
     gaps = "; ".join(f"against {c.second} {comparison_words(c)}" for c in found)
     teachers = [f" (the teacher: {plain(mean(m, score))})" for m in data.of_role("teacher")]
     value = f"{leader.label}'s {in_words(score, mean(leader, score))}"
-    return [f"{head} {where}.", f"{value}{''.join(teachers[:1])}; {gaps}."]
+    known = power_words(found, data.evaluation.num_examples)
+    return [f"{head} {where}.", f"{value}{''.join(teachers[:1])}; {gaps}{known}."]
 
 
 def listed(names: Sequence[str]) -> str:

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from promptkd.report.comparisons import (
-    Comparison,
     between,
     comparison_words,
     describe,
     headline,
     in_words,
     mean,
+    power_words,
     ranking,
     score_name,
 )
@@ -175,7 +175,7 @@ def _score_sentences(run: Run, sets: Sequence[DataSet]) -> list[str]:
         head = f"On {describe(data)}, the student's {in_words(score, mean(own, score))}"
         number = own.evaluation.num_examples
         against = [
-            f"Against its {model.label}: {comparison_words(c)}{_power(c, number)}."
+            f"Against its {model.label}: {comparison_words(c)}{power_words([c], number)}."
             for model in others
             if (c := between(own, model, score))
         ]
@@ -186,16 +186,6 @@ def _score_sentences(run: Run, sets: Sequence[DataSet]) -> list[str]:
     if change is None:
         return []
     return [f"On {VALIDATION} its ROUGE-L went from {change[0]:.1f} to {change[1]:.1f}."]
-
-
-def _power(comparison: Comparison, num_requests: int) -> str:
-    """What as many requests would have shown; nothing where a difference is."""
-    if comparison.shown or comparison.detectable < 0.05:
-        return ""
-    return (
-        f"; with {num_requests} requests, a true difference of {plain(comparison.detectable)} "
-        "points or more would show four times in five"
-    )
 
 
 def _closeness(run: Run, sets: Sequence[DataSet]) -> str:

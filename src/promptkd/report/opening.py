@@ -145,9 +145,9 @@ def _how_good(run: Run, sets: Sequence[DataSet]) -> LargeNumber | None:
         known = [f"{label} {mean:.1f}" for (label, _), mean in others.items()]
         detail = f"95% interval {plain(low)} to {plain(high)}"
         return LargeNumber(
-            label=f"{score_name(score).removesuffix(', %')} on {data.name}",
+            label=score_name(score).removesuffix(", %"),
             value=f"{own.mean:.1f}",
-            unit="percent",
+            unit=f"percent on {data.name}",
             detail="; ".join([detail, *known]),
             fill=0.0,
             band=(100 * low / top, 100 * high / top),

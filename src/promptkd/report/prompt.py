@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from promptkd.report.cells import Cell, Table
+from promptkd.report.comparisons import Comparison, comparison_words
 from promptkd.report.data import Row, Run
-from promptkd.report.findings import Comparison, comparison_words
 from promptkd.report.numbers import digits, signed
 
 SPACE_MARKS = {"Ġ": "␣", "▁": "␣", "Ċ": "↵"}
