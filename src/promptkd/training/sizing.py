@@ -123,7 +123,8 @@ EPYC = Machine(
     network=1e9,
     latency=1e-4,
     per_machine=1,
-    source="two cores of an AMD EPYC in bf16, measured (benchmarks/results/phases.bf16.json)",
+    source="two cores of an AMD EPYC in bf16, measured (benchmarks/results/phases.bf16.json); its "
+    "talk is not",
 )
 H100 = Machine(
     flops=989e12,
