@@ -15,6 +15,7 @@ import tiny
 from promptkd.adapters import LoRA
 from promptkd.config import recipe_from_dict
 from promptkd.errors import UserError
+from promptkd.evaluation.finished_run import load_run
 from promptkd.generation.response_cache import fingerprint
 from promptkd.models.frozen import Int8Linear, NF4Linear, OffloadedLinear, Storage
 from promptkd.models.language_model import LanguageModel, proven
@@ -277,3 +278,5 @@ def test_a_run_with_a_quantised_teacher_says_so_resumes_and_is_no_other_run(save
 
     assert record["identity"]["recipe"]["teacher"]["quantization"] == "8bit"
     assert runs.result(run) == whole
+    teacher = load_run(run, "this test").teacher.module
+    assert any(isinstance(part, Int8Linear) for part in teacher.modules())

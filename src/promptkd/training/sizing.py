@@ -123,7 +123,8 @@ EPYC = Machine(
     network=1e9,
     latency=1e-4,
     per_machine=1,
-    source="two cores of an AMD EPYC in bf16, measured (benchmarks/results/phases.bf16.json)",
+    source="two cores of an AMD EPYC in bf16, measured (benchmarks/results/phases.bf16.json); its "
+    "talk is not",
 )
 H100 = Machine(
     flops=989e12,
@@ -258,10 +259,12 @@ def step_seconds(plan: Plan, machine: Machine) -> dict[str, float]:
 
     A token costs 2 W in a forward pass, W the trunk's weights: the student's three passes' worth
     (forward, to the input, to the weights), the teacher's one, or, where it learns, three, and
-    one more where it moves before the student. Checkpointing makes a graph's forward again.
+    one more where it moves before the student. Then the student's forward is made again, unless
+    both graphs of the whole step fit. Checkpointing makes a graph's forward again.
     """
     own, other = plan.student, plan.teacher
-    again = plan.adapts and not plan.together and plan.tokens > micro_batch_tokens(plan)
+    both_kept = micro_batch_tokens(replace(plan, together=True))
+    again = plan.adapts and not plan.together and plan.tokens > both_kept
     student = 2 * own.trunk * plan.tokens * (3 + plan.checkpointed + again)
     passes = (4 if not plan.together else 3) if plan.adapts else 1
     heads = 3 * own.head + (again + plan.adapts) * own.head * (not plan.together)
