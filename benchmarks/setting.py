@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM
 
 from promptkd import kernels
 from promptkd.data import Encoder, read_examples, training_set
-from promptkd.demo import unpack_teacher
+from promptkd.distillation.demo import unpack_teacher
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.generation.vllm_engine import VLLMEngine

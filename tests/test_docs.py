@@ -22,7 +22,8 @@ from typer.main import get_command
 
 import promptkd as pk
 from promptkd.cli import app
-from promptkd.config import CRITERIA, Recipe, recipe_from_dict
+from promptkd.config import Recipe, recipe_from_dict
+from promptkd.criteria import CRITERIA
 from promptkd.distillation.plan import RATES, STEPS
 from promptkd.evaluation.metrics import METRICS as TEXT_METRICS
 from promptkd.methods import METHODS, build_method

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from promptkd.config import CRITERIA
+from promptkd.criteria import CRITERIA
 from promptkd.errors import UserError
 from promptkd.evaluation.metrics import (
     METRICS,

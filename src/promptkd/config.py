@@ -18,45 +18,22 @@ from pydantic import (
     model_validator,
 )
 
+from promptkd.criteria import CRITERIA
 from promptkd.errors import UserError
-from promptkd.keys import Name, Section, read_keys, read_yaml, shown, suggest, validate
+from promptkd.keys import (
+    Name,
+    Section,
+    read_keys,
+    read_yaml,
+    refuse_reserved,
+    shown,
+    suggest,
+    validate,
+)
 
 Tracker = Literal[
     "aim", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb"
 ]
-
-
-CRITERIA = (
-    "rouge_l",
-    "rouge_l_unicode",
-    "exact_match",
-    "final_answer",
-    "repeated_4_grams",
-    "reverse_kl_to_teacher",
-    "cross_entropy",
-)
-"""What may choose the student that is kept, beside a user's own function."""
-SMALLER_IS_BETTER = frozenset({"repeated_4_grams", "reverse_kl_to_teacher", "cross_entropy"})
-
-
-RESERVED_OPTIONS = {
-    *("add_generation_prompt", "chat_template", "continue_final_message", "conversation"),
-    *("messages", "padding", "return_dict", "return_tensors", "strftime_now", "tokenize"),
-    *("tokenizer_kwargs", "tools", "truncation"),
-}
-"""Arguments of ``apply_chat_template`` that are not a template's own options."""
-
-
-def refuse_reserved(options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a template, if none of them is promptkd's own to set.
-
-    Raises:
-        ValueError: naming those that are.
-    """
-    taken = sorted(RESERVED_OPTIONS & options.keys())
-    if taken:
-        raise ValueError(f"{', '.join(taken)} can't be set here: promptkd sets it itself")
-    return options
 
 
 def known_metric(name: str) -> str:

@@ -215,3 +215,23 @@ def _fault(key: str, item: Any) -> str:
     if isinstance(item["input"], dict) and item["type"] == "value_error":  # of several keys
         return f"'{key}': {reason}." if key else f"{reason}."
     return f"'{key}' is {shown(item['input'])}: {reason}."
+
+
+RESERVED_OPTIONS = {
+    *("add_generation_prompt", "chat_template", "continue_final_message", "conversation"),
+    *("messages", "padding", "return_dict", "return_tensors", "strftime_now", "tokenize"),
+    *("tokenizer_kwargs", "tools", "truncation"),
+}
+"""Arguments of ``apply_chat_template`` that are not a template's own options."""
+
+
+def refuse_reserved(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a template, if none of them is promptkd's own to set.
+
+    Raises:
+        ValueError: naming those that are.
+    """
+    taken = sorted(RESERVED_OPTIONS & options.keys())
+    if taken:
+        raise ValueError(f"{', '.join(taken)} can't be set here: promptkd sets it itself")
+    return options

@@ -221,7 +221,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="of all its stages")] = 0,
 ) -> None:
     """A real teacher, a real student, start to end on this machine, nothing to configure."""
-    from promptkd.demo import demo as run
+    from promptkd.distillation.demo import demo as run
 
     keep_freed_memory()
     typer.echo(f"report: {run(output, seed).report}")

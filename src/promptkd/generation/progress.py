@@ -33,7 +33,7 @@ def responses_bar(
     """
     how = {"unit": "response", "unit_scale": True, "disable": not shown, "leave": stays}
     with progress_bar(total=total, desc=what, **how) as bar:
-        engine.progress = bar.update
+        engine.progress = lambda responses: bar.update(min(responses, total - bar.n))
         try:
             yield
         finally:

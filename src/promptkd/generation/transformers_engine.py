@@ -194,7 +194,7 @@ class TransformersEngine:
         history = first.tokens.masked_fill(~first.mask, PADDING)  # padding is part of no n-gram
         rows = torch.arange(len(requests), device=model.device)  # what each live row answers
         token_ids: list[list[int]] = [[] for _ in requests]
-        share_of_token = len(requests) / decoding.max_new_tokens
+        share_of_token = len(requests) / room
         noted = [*authors, sampler] if co_author else []
         logprobs: list[list[list[float]]] = [[[] for _ in requests] for _ in noted]
         for time in range(decoding.max_new_tokens):

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from promptkd.config import SMALLER_IS_BETTER
+from promptkd.criteria import SMALLER_IS_BETTER
 from promptkd.evaluation.results import Evaluation, Score, totals
 from promptkd.evaluation.statistics import mean_and_deviation
 from promptkd.evaluation.two_levels import LEVEL, Estimate, estimate, holm

@@ -1,6 +1,6 @@
 """What a study shows, in sentences: the same in table.md, in study.json and atop the report."""
 
-from promptkd.config import SMALLER_IS_BETTER
+from promptkd.criteria import SMALLER_IS_BETTER
 from promptkd.evaluation.results import Score
 from promptkd.report.comparisons import NATS, describe, in_words, listed, score_name
 from promptkd.report.numbers import digits, plain

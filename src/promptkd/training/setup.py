@@ -153,28 +153,15 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     weights: dict[str, str] = {}
     if sharded:
         weights, models = models.digests(), models.shared_out(device)
-    engine: Engine = TransformersEngine(models.whole_student, stop)
-    if recipe.sampling.engine == "vllm":
-        limits = requests.encoder.max_request_tokens, requests.encoder.max_response_tokens
-        engine = VLLMEngine(models.student, stop, sum(limits))
-    decoding = GenerationSettings.of_recipe(recipe)
-    authors = Authors(
-        engine, models.whole_student, decoding=decoding, encoder=requests.encoder, seed=recipe.seed
-    )
-    if models.whole_teacher and any(term.rollouts.asks_teacher for term in method.terms):
-        asks = requests.teacher_encoder or requests.encoder
-        with models.gathered(student=False):
-            authors.add_teacher(
-                models.whole_teacher, models.teacher_tokenizer, requests.examples, asks
-            )
+    authors = _bind_authors(recipe, method, requests, models, stop)
     step = _bind_step(recipe, method, models, ranks, budget)
     requests.say(say)
     return Setup(
         requests=requests,
         models=models,
         stop=stop,
-        engine=engine,
-        decoding=decoding,
+        engine=authors.engine,
+        decoding=authors.decoding,
         authors=authors,
         step=step,
         max_steps=_count_steps(recipe, requests.data),
@@ -182,6 +169,26 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
         found=found,
         weights=weights,
     )
+
+
+def _bind_authors(
+    recipe: Recipe, method: Method, requests: Requests, models: Models, stop: tuple[int, ...]
+) -> Authors:
+    """Whoever generates responses in this run, and the student's engine."""
+    encoder, student = requests.encoder, models.whole_student
+    engine: Engine = TransformersEngine(student, stop)
+    if recipe.sampling.engine == "vllm":
+        limit = encoder.max_request_tokens + encoder.max_response_tokens
+        engine = VLLMEngine(models.student, stop, limit)
+    decoding = GenerationSettings.of_recipe(recipe)
+    authors = Authors(engine, student, decoding=decoding, encoder=encoder, seed=recipe.seed)
+    if models.whole_teacher and any(term.rollouts.asks_teacher for term in method.terms):
+        asks = requests.teacher_encoder or encoder
+        with models.gathered(student=False):
+            authors.add_teacher(
+                models.whole_teacher, models.teacher_tokenizer, requests.examples, asks
+            )
+    return authors
 
 
 def _check_pair(

@@ -3,7 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from promptkd.config import SMALLER_IS_BETTER, Recipe
+from promptkd.config import Recipe
+from promptkd.criteria import SMALLER_IS_BETTER
 from promptkd.data import Dataset
 from promptkd.errors import UserError
 from promptkd.evaluation.exposure_bias import curve_in_training, generate_responses
