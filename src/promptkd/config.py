@@ -307,8 +307,7 @@ class Recipe(Section):
         default="auto", description="auto: this project's kernels on the CPU, elsewhere torch's"
     )
     sharding: Literal["none", "fsdp"] = Field(
-        default="none",
-        description="fsdp: every process keeps a part of both models' weights (docs/sharding.md)",
+        default="none", description="fsdp: every process keeps a part of both models' weights"
     )
     evaluation: EvaluationSection = EvaluationSection()
     checkpoints: CheckpointSection = CheckpointSection()

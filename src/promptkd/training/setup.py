@@ -141,19 +141,16 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     say(", ".join(f"{name} {value}" for name, value in about.items()))
     preflight.check_sharding(recipe, ranks.number)
     preflight.check_batch(recipe.optimization.global_batch_size, len(requests.data), ranks.number)
-    sharded = recipe.sharding == "fsdp"  # then loaded and checked on the CPU
-    if sharded and device.type == "cuda" and recipe.attention == "auto":
-        recipe = recipe.model_copy(update={"attention": "sdpa"})  # not the CPU's own
-    models = _load_models(recipe, method, requests, torch.device("cpu") if sharded else device)
+    models = _load_models(*_as_loaded(recipe, device), method=method, requests=requests)
     if recipe.evaluation.exposure_bias_every_steps:
         preflight.check_exposure_bias(requests.validation, models.comparable, ranks.number)
     stop = _stop_set(requests, models, say)
     found = _check_pair(recipe, requests, models, stop, say)
     budget = _budget(recipe, models, requests.longest_row, ranks, say)
     weights: dict[str, str] = {}
-    if sharded:
+    if recipe.sharding == "fsdp":
         weights, models = models.digests(), models.shared_out(device)
-    authors = _bind_authors(recipe, method, requests, models, stop)
+    authors = _authors(recipe, method, models, requests, stop)
     step = _bind_step(recipe, method, models, ranks, budget)
     requests.say(say)
     return Setup(
@@ -171,23 +168,32 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     )
 
 
-def _bind_authors(
-    recipe: Recipe, method: Method, requests: Requests, models: Models, stop: tuple[int, ...]
+def _as_loaded(recipe: Recipe, device: torch.device) -> tuple[Recipe, torch.device]:
+    """How and where models are loaded; those that are shared out: on the CPU, as for ``device``."""
+    if recipe.sharding == "none":
+        return recipe, device
+    mixed = compute_dtype(recipe.precision, device) == torch.bfloat16
+    settings = {"precision": "bf16" if mixed else "fp32"}
+    if device.type == "cuda" and recipe.attention == "auto":
+        settings["attention"] = "sdpa"
+    return recipe.model_copy(update=settings), torch.device("cpu")
+
+
+def _authors(
+    recipe: Recipe, method: Method, models: Models, requests: Requests, stop: tuple[int, ...]
 ) -> Authors:
-    """Whoever generates responses in this run, and the student's engine."""
-    encoder, student = requests.encoder, models.whole_student
+    student, encoder = models.whole_student, requests.encoder
     engine: Engine = TransformersEngine(student, stop)
     if recipe.sampling.engine == "vllm":
-        limit = encoder.max_request_tokens + encoder.max_response_tokens
-        engine = VLLMEngine(models.student, stop, limit)
+        limits = encoder.max_request_tokens, encoder.max_response_tokens
+        engine = VLLMEngine(student, stop, sum(limits))
     decoding = GenerationSettings.of_recipe(recipe)
     authors = Authors(engine, student, decoding=decoding, encoder=encoder, seed=recipe.seed)
-    if models.whole_teacher and any(term.rollouts.asks_teacher for term in method.terms):
+    teacher = models.whole_teacher
+    if teacher and any(term.rollouts.asks_teacher for term in method.terms):
         asks = requests.teacher_encoder or encoder
         with models.gathered(student=False):
-            authors.add_teacher(
-                models.whole_teacher, models.teacher_tokenizer, requests.examples, asks
-            )
+            authors.add_teacher(teacher, models.teacher_tokenizer, requests.examples, asks)
     return authors
 
 
@@ -222,7 +228,7 @@ def _stop_set(requests: Requests, models: Models, say: Say) -> tuple[int, ...]:
 
 
 def _load_models(
-    recipe: Recipe, method: Method, requests: Requests, device: torch.device
+    recipe: Recipe, device: torch.device, method: Method, requests: Requests
 ) -> Models:
     """Student and teacher over the token ids that both have."""
     dtype = compute_dtype(recipe.precision, device)
