@@ -185,10 +185,9 @@ class TransformersEngine:
         prefix: Past | None,
         co_author: CoAuthor | None,
     ) -> list[Response]:
-        sampler = TokenSampler(decoding)
+        sampler, room = TokenSampler(decoding), decoding.max_new_tokens
         uniforms = torch.stack([sampler.uniforms(seed) for seed in seeds]).to(model.device)
         past = prefix.cache(len(requests)) if prefix else None
-        room = decoding.max_new_tokens
         first = _Author(model, products, requests, soft_prompt=soft_prompt, past=past, room=room)
         authors = [first, *self._co_authors(co_author, products, requests, room)]
         history = first.tokens.masked_fill(~first.mask, PADDING)  # padding is part of no n-gram
@@ -197,7 +196,7 @@ class TransformersEngine:
         share_of_token = len(requests) / room
         noted = [*authors, sampler] if co_author else []
         logprobs: list[list[list[float]]] = [[[] for _ in requests] for _ in noted]
-        for time in range(decoding.max_new_tokens):
+        for time in range(room):
             spoken = [author.next_scores() for author in authors]
             mixed = spoken[0]
             if co_author:
