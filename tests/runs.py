@@ -167,7 +167,7 @@ def result(run_directory: Path) -> dict[str, Any]:
         path = run_directory / f"{name}.jsonl"
         if path.exists():
             found[name] = json_lines(path)
-    found["summary"] = json.loads((run_directory / "summary.json").read_text())
+    found["summary"] = timeless(json.loads((run_directory / "summary.json").read_text()))
     return found
 
 

@@ -294,6 +294,7 @@ def test_a_directory_is_no_recipe(tmp_path):
         ("gkd", {"beta": 0.5}, "divergence 'reverse_kl' takes no options, but 'beta' is given"),
         ("distillm", {"skew": 1}, "skew is 1.0: it lies in [0, 1)"),
         ("akl", {"head_mass": 3}, "head_mass is 3.0"),
+        ("abkd", {"alpha": 0, "beta": 0}, "alpha is 0.0 and beta 0.0"),
         ("promptkd", {"teacher": "lora", "teacher_options": {"r": 0}}, "r is 0 and alpha 32"),
         ("gkd", {"divergence": "m:"}, "divergence 'm:' has not the form module:function"),
     ],

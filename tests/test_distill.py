@@ -217,6 +217,14 @@ def test_what_needs_references_is_refused_without_them():
             plan(order, facts)
 
 
+def test_a_context_is_read_by_the_teacher_of_every_student_and_by_no_student(tmp_path):
+    facts = Facts(num_layers=4, width=576, num_rows=100, has_references=False, lengths={})
+    made = plan(Order("t", tmp_path, context="guide.txt"), facts)
+    assert made["warm-up"]["teacher"] == made["promptkd"]["teacher"]
+    assert made["promptkd"]["teacher"] == {"model": "t", "system": "guide.txt"}
+    assert "guide.txt" not in str({**made, "warm-up": None, "promptkd": None})
+
+
 def test_rates_fall_with_the_width_of_the_models():
     facts = Facts(4, width=1152, num_rows=400, has_references=True, lengths={})
     narrow = Facts(4, width=576, num_rows=400, has_references=True, lengths={})

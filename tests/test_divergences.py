@@ -7,6 +7,7 @@ import torch
 
 from promptkd.divergences import (
     DIVERGENCES,
+    alpha_beta,
     forward_kl,
     generalized_jsd,
     kl,
@@ -51,6 +52,14 @@ def naive_jsd(q, p, beta):
     return beta * naive_kl(p, m) + (1 - beta) * naive_kl(q, m)
 
 
+def naive_alpha_beta(q, p, alpha=0.2, beta=0.7):
+    both = alpha + beta
+    return -sum(
+        a**alpha * b**beta - alpha / both * a**both - beta / both * b**both
+        for a, b in zip(p, q, strict=True)
+    ) / (alpha * beta)
+
+
 NAIVE = {
     "forward_kl": lambda q, p: naive_kl(p, q),
     "reverse_kl": lambda q, p: naive_kl(q, p),
@@ -59,6 +68,7 @@ NAIVE = {
     "skew_reverse_kl": lambda q, p, skew=0.1: naive_kl(q, mix(q, p, skew)),
     "total_variation": lambda q, p: sum(abs(a - b) for a, b in zip(q, p, strict=True)) / 2,
     "adaptive_kl": naive_adaptive_kl,
+    "alpha_beta": naive_alpha_beta,
 }
 OPTIONS = [
     ("generalized_jsd", {"beta": 0.1}),
@@ -66,6 +76,8 @@ OPTIONS = [
     ("skew_forward_kl", {"skew": 0.4}),
     ("skew_reverse_kl", {"skew": 0.4}),
     ("adaptive_kl", {"head_mass": 0.8}),
+    ("alpha_beta", {"alpha": 0.9, "beta": 0.2}),
+    ("alpha_beta", {"alpha": 1.0, "beta": 1.0}),
     *((name, {}) for name in DIVERGENCES),
 ]
 
@@ -81,7 +93,7 @@ def test_every_divergence_equals_a_naive_loop(name, options):
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_divergence_of_a_distribution_to_itself_is_zero(name):
     same = logprobs(0)
-    assert DIVERGENCES[name](same, same).abs().max() < 1e-15
+    assert DIVERGENCES[name](same, same).abs().max() < 1e-14
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
@@ -101,6 +113,36 @@ def test_jsd_over_one_minus_beta_tends_to_the_reverse_kl():
     learner, target = logprobs(0), logprobs(1)
     limit = generalized_jsd(learner, target, beta=1 - 1e-7) / 1e-7
     torch.testing.assert_close(limit, reverse_kl(learner, target), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [({"alpha": 1.0, "beta": 0.0}, forward_kl), ({"alpha": 0.0, "beta": 1.0}, reverse_kl)],
+)
+def test_alpha_beta_at_its_corners_is_a_kl_with_its_gradient(options, limit):
+    target = logprobs(1)
+    gradients = []
+    for divergence in (lambda q, p: alpha_beta(q, p, **options), limit):
+        logits = logprobs(0).requires_grad_()
+        values = divergence(logits.log_softmax(-1), target)
+        gradients.append(torch.autograd.grad(values.sum(), logits)[0])
+        torch.testing.assert_close(values, limit(logprobs(0), target), rtol=1e-12, atol=0)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-15)
+
+
+@pytest.mark.parametrize("small", ["alpha", "beta"])
+def test_alpha_beta_is_continuous_at_its_edges(small):
+    learner, target = logprobs(0), logprobs(1)
+    other = {"alpha": "beta", "beta": "alpha"}[small]
+    near = alpha_beta(learner, target, **{small: 1e-6, other: 0.6})
+    at = alpha_beta(learner, target, **{small: 0.0, other: 0.6})
+    torch.testing.assert_close(near, at, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("alpha", "beta"), [(-0.1, 0.5), (0.5, -0.1), (0.0, 0.0)])
+def test_alpha_beta_refuses_what_has_no_bound(alpha, beta):
+    with pytest.raises(ValueError, match=f"alpha is {alpha} and beta {beta}"):
+        alpha_beta(logprobs(0), logprobs(1), alpha=alpha, beta=beta)
 
 
 @pytest.mark.parametrize("beta", [0.0, 1.0, -0.5, 2.0])

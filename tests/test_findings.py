@@ -1,5 +1,6 @@
 """What goes wrong while training is found in the metrics, said once, and has a documented code."""
 
+import json
 import re
 import time
 from pathlib import Path
@@ -135,6 +136,9 @@ def test_the_forecast_of_a_rehearsal_is_of_the_order_of_what_the_run_takes(tmp_p
     started = time.perf_counter()
     trainer.run()
     took = time.perf_counter() - started
+    said = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert took / 5 < said["seconds_forecast"] < 5 * took
+    assert said["seconds_taken"] <= took
     written = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.pt"))
 
     assert took / 5 < expected["seconds"] < 5 * took

@@ -119,6 +119,7 @@ RUNS = {
     "distillm2": {"name": "distillm2"},
     "imitkd": {"name": "imitkd"},
     "akl": {"name": "akl"},
+    "abkd": {"name": "abkd", "rollouts": "student"},
     "opd": {"name": "opd"},
     "taid": {"name": "taid", "rollouts": "student", "step_size": 0.1},
     "lora": {"name": "promptkd", "teacher": "lora"},

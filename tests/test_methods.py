@@ -66,6 +66,14 @@ def akl(p, q, head_mass):
     return weight * fkl(p, q) + (1 - weight) * fkl(q, p)
 
 
+def alpha_beta(p, q, alpha, beta):
+    both = alpha + beta
+    return -sum(
+        a**alpha * b**beta - alpha / both * a**both - beta / both * b**both
+        for a, b in zip(p, q, strict=True)
+    ) / (alpha * beta)
+
+
 def clipped_policy_gradient(q_y, sampling_probability, advantage, clip):
     ratio = q_y / sampling_probability
     bounded = min(max(ratio, 1 - clip), 1 + clip)
@@ -118,6 +126,12 @@ CASES = {
     "distillm2 of the student": ({}, 1, lambda q, p, y, t: fkl(q, mixture(q, p, 0.1))),
     "akl": ({}, 0, lambda q, p, y, t: akl(p, q, 0.5)),
     "akl head": ({"head_mass": 0.8}, 0, lambda q, p, y, t: akl(p, q, 0.8)),
+    "abkd": ({}, 0, lambda q, p, y, t: alpha_beta(p, q, 0.2, 0.7)),
+    "abkd others": (
+        {"alpha": 0.5, "beta": 1.0, "rollouts": "student"},
+        0,
+        lambda q, p, y, t: alpha_beta(p, q, 0.5, 1.0),
+    ),
     "opd": ({}, 0, opd_token),
     "promptkd": ({}, 0, lambda q, p, y, t: fkl(q, p)),
     "promptkd srkl": (

@@ -12,6 +12,7 @@ from torch.testing import assert_close
 
 import runs
 import tiny
+from promptkd.files import write_json_lines
 
 MAX_STEPS = 3
 METHODS = {
@@ -72,9 +73,10 @@ def assert_same_run(first: Path, second: Path) -> None:
             assert row[key] == pytest.approx(same[key], rel=1e-5), (row["step"], key)
         assert row.get("evaluation", {}) == pytest.approx(same.get("evaluation", {}), rel=1e-5)
     samples = [runs.json_lines(run / "samples.jsonl") for run in (first, second)]
-    kls = [[row.pop("reverse_kl_to_teacher", 0.0) for row in rows] for rows in samples]
+    for name in ("reverse_kl_to_teacher", "reverse_kl_without_context"):
+        kls = [[row.pop(name, 0.0) for row in rows] for rows in samples]
+        assert kls[0] == pytest.approx(kls[1], rel=1e-5)
     assert samples[0] == samples[1]
-    assert kls[0] == pytest.approx(kls[1], rel=1e-5)
 
 
 def launched(pair: Path, place: Path, *launcher: str) -> subprocess.CompletedProcess[str]:
@@ -119,6 +121,35 @@ def test_the_student_writes_the_same_on_two_ranks_as_on_one(pair, tmp_path):
     method = {"name": "promptkd"}
     runs.train(recipe(pair, method, tmp_path / "one", max_steps=1))
     on_ranks(recipe(pair, method, tmp_path / "two", max_steps=1), tmp_path / "processes")
+
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+
+
+KNOWING = {
+    "promptkd": ({"name": "promptkd"}, {"model": "TEACHER"}),
+    "sdft": ({"name": "sdft"}, {"model": "student", "follow": "ema", "ema_decay": 0.5}),
+}
+
+
+@pytest.mark.parametrize("name", KNOWING)
+def test_a_teacher_that_reads_more_is_the_same_on_two_ranks(tmp_path, name):
+    """Contexts of different lengths; for sdft also the moving average that follows the student."""
+    tiny.save_pair(tmp_path)
+    rows = [
+        {"instruction": f"say {i}", "hint": "so " * (i % 4 + 1), "output": f"it is {i}"}
+        for i in range(12)
+    ]
+    write_json_lines(tmp_path / "train.jsonl", rows)
+    write_json_lines(tmp_path / "valid.jsonl", rows[:3])
+    method, teacher = KNOWING[name]
+    teacher = teacher | {"context": "hint", "context_template": "{{ context }} ~ {{ request }}"}
+    teacher["model"] = teacher["model"].replace("TEACHER", str(tmp_path / "teacher"))
+    for output in ("one", "two"):
+        raw = recipe(tmp_path, method, tmp_path / output, max_steps=2) | {"teacher": teacher}
+        if output == "one":
+            runs.train(raw)
+        else:
+            on_ranks(raw, tmp_path / "processes")
 
     assert_same_run(tmp_path / "one", tmp_path / "two")
 

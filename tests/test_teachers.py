@@ -179,6 +179,7 @@ def test_annealed_coefficient_starts_at_1_minus_1_over_K_and_ends_at_0():
     assert coefficients[-1] == 0.0
     assert Adaptation(regularizer=0.5).coefficient(0, 5) == pytest.approx(0.4)
     assert Adaptation(regularizer=0.0).coefficient(0, 5) == 0.0
+    assert Adaptation(regularizer=0.5, anneal=False).coefficient(4, 5) == 0.5
 
 
 def test_a_teacher_with_nothing_to_train_is_refused_by_promptkd():

@@ -9,6 +9,7 @@ import runs
 import tiny
 from promptkd.errors import UserError
 from promptkd.evaluation.evaluate import evaluate
+from promptkd.files import write_json_lines
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.generation.vllm_engine import VLLMEngine
@@ -118,3 +119,23 @@ def test_an_evaluation_writes_with_it_what_it_writes_without(tmp_path):
         (tmp_path / e / "test.predictions.jsonl").read_text() for e in ("vllm", "transformers")
     ]
     assert texts[0] == texts[1]
+
+
+@runs.needs_vllm
+def test_a_run_whose_teacher_reads_more_is_the_same_with_either_engine(tmp_path):
+    wide = {"width": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "rows": 98}
+    tiny.save_pair(tmp_path, student_options=wide)
+    rows = [{"instruction": f"say {i}", "hint": "so " * (i % 3 + 1)} for i in range(8)]
+    write_json_lines(tmp_path / "train.jsonl", rows)
+    losses = []
+    for engine in ("vllm", "transformers"):
+        raw = tiny.recipe(
+            tmp_path,
+            teacher={"context": "hint", "context_template": "{{ context }} ~ {{ request }}"},
+            sampling={"engine": engine},
+            optimization={"max_steps": 1, "optimizer": "sgd"},
+            output=str(tmp_path / engine),
+        )
+        rows = runs.json_lines(runs.train(raw) / "metrics.jsonl")
+        losses.append([row["loss"] for row in rows if "loss" in row])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)

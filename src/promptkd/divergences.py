@@ -11,6 +11,7 @@ With p = target and q = learner:
     skew_reverse_kl     KL(q || (1 - skew) p + skew q)
     total_variation     1/2 sum |p - q|                          (a probability, not nats)
     adaptive_kl         w KL(p || q) + (1 - w) KL(q || p),  w from the head's share of the gap
+    alpha_beta          between KL(p || q) (alpha 1, beta 0) and KL(q || p) (alpha 0, beta 1)
 """
 
 import math
@@ -144,6 +145,43 @@ def adaptive_kl(learner: LogProbs, target: LogProbs, head_mass: float = 0.5) -> 
     return weight * kl(target, learner) + (1 - weight) * kl(learner, target)
 
 
+def alpha_beta(
+    learner: LogProbs, target: LogProbs, alpha: float = 0.2, beta: float = 0.7
+) -> PerToken:
+    """-1/(alpha beta) sum_v p^alpha q^beta - a p^(alpha+beta) - b q^(alpha+beta), p the target.
+
+    a = alpha/(alpha+beta), b = beta/(alpha+beta). As alpha -> 0 it tends to
+    1/beta^2 sum_v q^beta log(q^beta/p^beta) - q^beta + p^beta, which at beta = 1 is KL(q || p); as
+    beta -> 0 to the same with p and q exchanged, which at alpha = 1 is KL(p || q); at alpha = beta
+    = 1 it is half the squared distance. The defaults are those of the authors' code.
+
+    Raises:
+        ValueError: if alpha or beta is negative, or both are 0: a probability of 0 would count
+            without bound.
+
+    Source: ABKD, arXiv:2505.04560; Cichocki, Cruces and Amari 2011.
+    """
+    if alpha < 0 or beta < 0 or alpha == beta == 0:
+        raise ValueError(
+            f"alpha is {alpha} and beta {beta}: neither may be negative, nor both 0. "
+            "Use the authors' 0.2 and 0.7; 1 and 0 are forward_kl, 0 and 1 reverse_kl."
+        )
+    if alpha == 0:
+        return _power_kl(learner, target, beta)
+    if beta == 0:
+        return _power_kl(target, learner, alpha)
+    both = alpha + beta
+    product = (alpha * target + beta * learner).exp()
+    own = alpha / both * (both * target).exp() + beta / both * (both * learner).exp()
+    return (own - product).sum(-1) / (alpha * beta)  # token by token: no term is negative
+
+
+def _power_kl(first: LogProbs, second: LogProbs, power: float) -> PerToken:
+    """1/power^2 sum_v f log(f / s) - f + s, of f = first^power and s = second^power."""
+    first, second = power * first, power * second
+    return (kl(first, second) - first.exp().sum(-1) + second.exp().sum(-1)) / power**2
+
+
 def _check_skew(skew: float) -> None:
     if not 0 <= skew < 1:
         raise ValueError(f"skew is {skew}: it lies in [0, 1); at 1 the divergence is always zero.")
@@ -168,5 +206,6 @@ DIVERGENCES: dict[str, DivergenceFunction] = {
         skew_reverse_kl,
         total_variation,
         adaptive_kl,
+        alpha_beta,
     )
 }

@@ -14,6 +14,7 @@ and its code disagree, the docstring says which one is followed.
     distillm   the data or q, from a buffer    skewed KL                      frozen
     distillm2  p and q, one response each      skewed KL, one direction each  frozen
     akl        the data                        KL(p || q) and KL(q || p)      frozen
+    abkd       the data (or q)                 alpha-beta divergence          frozen
     taid       the data (or q)                 KL(p_t || q)                   walks from q to p
     opd        q                               log q - log p, sampled token   frozen
     opsd       q                               JSD of p(.|c, x) and q         frozen, knows c
@@ -203,6 +204,19 @@ def akl(head_mass: float = 0.5, rollouts: str = "reference") -> Method:
 
 
 @_method
+def abkd(alpha: float = 0.2, beta: float = 0.7, rollouts: str = "reference") -> Method:
+    """Alpha-beta divergence: alpha says how much the teacher's mass counts, beta the student's.
+
+    alpha 1, beta 0 is kd without cross-entropy (KL(p || q)); alpha 0, beta 1 is KL(q || p), which
+    with rollouts="student" is gkd. The paper also combines it with the other sources of text.
+
+    Source: Wang et al. 2025, arXiv:2505.04560; see ``divergences.alpha_beta``.
+    """
+    objective = Divergence("alpha_beta", options_of(alpha=alpha, beta=beta))
+    return Method("abkd", (Term(source(rollouts), objective),), Frozen())
+
+
+@_method
 def taid(
     start: float = 0.4,
     end: float = 1.0,
@@ -288,6 +302,7 @@ def promptkd(
     init: str = "text",
     init_text: str = "Suppose you are a student.",
     regularizer: float = 1.0,
+    anneal: bool = True,
     rollouts: str = "student",
     student_share: float | None = None,
     divergence: str = "reverse_kl",
@@ -303,6 +318,7 @@ def promptkd(
         L_prompt  = KL(p_P || q) + regularizer (K - k)/K KL(p_P || p)     moves P
         L_student = KL(q || p_P)                                          moves q
 
+    anneal=False keeps the regulariser's weight to the end, without (K - k)/K, unlike the paper.
     teacher="lora" or "prefix" adapts the teacher by other means (Table 9); length and init belong
     to the soft prompt and the prefix. Where the recipe gives the teacher a context (teacher.context
     or teacher.system), p_P and p have both read it: the method over a teacher that knows more.
@@ -317,7 +333,10 @@ def promptkd(
         (Term(source(rollouts, student_share), objective),),
         teacher=teacher_specification(teacher, {**given, **(teacher_options or {})}),
         adaptation=Adaptation(
-            Divergence(adaptation_divergence), Divergence(regularizer_divergence), regularizer
+            Divergence(adaptation_divergence),
+            Divergence(regularizer_divergence),
+            regularizer=regularizer,
+            anneal=anneal,
         ),
     )
 

@@ -31,7 +31,8 @@ from promptkd.objectives import Divergence
 class Adaptation:
     """What moves the teacher: KL(p_P || q) + c_k KL(p_P || p), c_k = regularizer (K - k) / K.
 
-    Both are reverse with respect to the adapted teacher, which learns.
+    Both are reverse with respect to the adapted teacher, which learns. Without ``anneal`` c_k is
+    the regularizer in every step.
 
     Source: PromptKD, arXiv:2402.12842, Eq. 1-3.
     """
@@ -39,6 +40,7 @@ class Adaptation:
     towards_student: Divergence = Divergence("reverse_kl")
     towards_itself: Divergence = Divergence("reverse_kl")
     regularizer: float = 1.0
+    anneal: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.regularizer < math.inf:
@@ -48,7 +50,9 @@ class Adaptation:
             )
 
     def coefficient(self, step: int, max_steps: int) -> float:
-        """c_k of ``step`` counted from 0: 1 - 1/K in the first, exactly 0 in the last."""
+        """c_k of ``step`` counted from 0; annealed, 1 - 1/K in the first, exactly 0 in the last."""
+        if not self.anneal:
+            return self.regularizer
         return self.regularizer * (max_steps - (step + 1)) / max_steps
 
 

@@ -1,7 +1,7 @@
 """Commands that make runs: a student, a check, training, a study, the demonstration."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -92,6 +92,18 @@ def train(
     leave()
 
 
+def _tuning(asked: str | None) -> Literal["whole", "lora"] | None:
+    if asked not in (None, "whole", "lora"):
+        raise UserError(f"--tune-teacher is '{asked}'; known: whole, lora.")
+    return asked
+
+
+def _text_file(path: Path | None) -> str | None:
+    if path is not None and not path.is_file():
+        raise UserError(f"--context {path} is no file. Name a text that only the teacher reads.")
+    return path and str(path)
+
+
 @app.command()
 def distill(
     teacher: Annotated[str, typer.Option(help="hub id, directory, .gguf file or finished run")],
@@ -108,6 +120,9 @@ def distill(
         str | None, typer.Option(help="whole | lora: it learns from the references first")
     ] = None,
     method: Annotated[str, typer.Option(help="a method's name, or module:function")] = "promptkd",
+    context: Annotated[
+        Path | None, typer.Option(help="a text file that only the teacher reads")
+    ] = None,
     budget: Annotated[
         str | None, typer.Option(help="such as 90m or 2h: chooses the numbers of steps")
     ] = None,
@@ -119,8 +134,6 @@ def distill(
     """The whole path: teacher and requests to a student, scores and a report. Resumable."""
     if student is not None and layers is not None:
         raise UserError("--student and --layers are both given. Name a student, or prune one.")
-    if tune_teacher not in (None, "whole", "lora"):
-        raise UserError(f"--tune-teacher is '{tune_teacher}'; known: whole, lora.")
     from promptkd.config import override
     from promptkd.distillation.distill import distill as run
 
@@ -132,8 +145,9 @@ def distill(
         student=student,
         layers=layers,
         held_out=held_out,
-        tune_teacher=tune_teacher,  # pyright: ignore[reportArgumentType]
+        tune_teacher=_tuning(tune_teacher),
         method=method,
+        context=_text_file(context),
         budget_seconds=None if budget is None else _seconds(budget),
         settings=override({}, set or []),
         say=typer.echo,

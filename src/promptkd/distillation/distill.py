@@ -40,6 +40,7 @@ class Choices(TypedDict, total=False):
         layers: how many of the teacher's layers a pruned student keeps; two thirds if not given.
         tune_teacher: ``whole`` or ``lora``: the teacher learns the task from the references first.
         method: a name of ``METHODS``, or ``module:function``.
+        context: a file (or a text) that only the teacher reads, as its system message.
         budget_seconds: of the whole path; it chooses the numbers of steps.
         settings: keys of recipes, for all stages, or below a stage's name for that one.
     """
@@ -48,6 +49,7 @@ class Choices(TypedDict, total=False):
     layers: int | None
     tune_teacher: Literal["whole", "lora"] | None
     method: str
+    context: str | None
     budget_seconds: float | None
     settings: dict[str, Any]
 
@@ -223,7 +225,10 @@ def _run(file: Path, before: str, order: Order, say: Say) -> str:
         seconds = time.monotonic() - started
         done = {"digest": _digest(content, before), "seconds": seconds, "outcome": outcome}
         write_json(mark, done)
-        say(f"    {outcome} ({seconds:.0f} s)".replace("\n", "\n    "))
+        forecast = read_json(output / "summary.json", []) or {}
+        expected = forecast.get("seconds_forecast")
+        took = f"{seconds:.0f} s" + (f", forecast {expected:.0f}" if expected else "")
+        say(f"    {outcome} ({took})".replace("\n", "\n    "))
     elif done["digest"] != _digest(content, before):
         raise UserError(
             f"{file}, or a stage before it, was changed after it had run. Remove {output} to run "

@@ -31,6 +31,7 @@ class Order:
     layers: int | None = None
     tune_teacher: Literal["whole", "lora"] | None = None
     method: str = "promptkd"
+    context: str | None = None
     budget_seconds: float | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
@@ -166,7 +167,7 @@ class _Builder:
             "warm-up",
             {
                 "student": {"model": self.student},
-                "teacher": {"model": self.teacher},
+                "teacher": self._teacher_section(),
                 "method": method,
             },
             self._optimization("warm-up"),
@@ -175,7 +176,7 @@ class _Builder:
     def distill(self, name: str, has_teacher: bool) -> None:
         recipe: dict[str, Any] = {"student": {"model": self.place("warm-up")}}
         if has_teacher:
-            recipe["teacher"] = {"model": self.teacher}
+            recipe["teacher"] = self._teacher_section()
         recipe["method"] = {"name": self.order.method}
         rates = {"teacher_learning_rate": PROMPT_RATE, "teacher_step": "with_student"}
         self._train(name, recipe, self._optimization("method") | rates)
@@ -196,6 +197,11 @@ class _Builder:
                 "output": str(self.order.output),
             },
         )
+
+    def _teacher_section(self) -> dict[str, Any]:
+        """The teacher as students learn from it, with what only it reads."""
+        system = {"system": self.order.context} if self.order.context else {}
+        return {"model": self.teacher, **system}
 
     def place(self, stage: str) -> str:
         return str(self.order.output / stage)

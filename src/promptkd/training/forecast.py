@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from promptkd.config import Recipe
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -32,6 +34,16 @@ class Schedule:
     evaluation_every: int
     checkpoint_every: int
     checkpoints_kept: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, max_steps: int) -> "Schedule":
+        """A recipe's, with the number of its steps (it may name epochs)."""
+        return cls(
+            max_steps=max_steps,
+            evaluation_every=recipe.evaluation.every_steps,
+            checkpoint_every=recipe.checkpoints.every_steps,
+            checkpoints_kept=recipe.checkpoints.keep,
+        )
 
     def num_times(self, every: int) -> int:
         """After every so many steps, and after the last one.

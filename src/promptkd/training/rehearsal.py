@@ -92,12 +92,6 @@ def rehearse(
         bytes_checkpoint=bytes_checkpoint,
         bytes_student=num_parameters(student) * dtype_of(recipe.student.model).itemsize,
     )
-    schedule = Schedule(
-        max_steps=setup.max_steps,
-        evaluation_every=recipe.evaluation.every_steps,
-        checkpoint_every=recipe.checkpoints.every_steps,
-        checkpoints_kept=recipe.checkpoints.keep,
-    )
     return Rehearsal(
         steps=setup.max_steps,
         epochs=setup.max_steps * batch / len(setup.data),
@@ -107,7 +101,7 @@ def rehearse(
         preflight=setup.found,
         example=_example(setup),
         measured=asdict(measured),
-        forecast=asdict(forecast(measured, schedule)),
+        forecast=asdict(forecast(measured, Schedule.of(recipe, setup.max_steps))),
         peak_memory=peak_memory(setup.student.device),
         bytes_free=shutil.disk_usage(_existing(Path(recipe.output))).free,
     )

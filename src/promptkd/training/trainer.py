@@ -14,11 +14,12 @@ from tqdm.auto import tqdm
 from promptkd.composition import Method
 from promptkd.config import Recipe
 from promptkd.errors import NotFinite, Stopped, UserError
-from promptkd.progress import progress_bar
 from promptkd.ranks import Ranks
+from promptkd.training.forecast import Schedule
 from promptkd.training.identity import AS_IT_WAS, Resuming
 from promptkd.training.launch import refuse_unknown_launch
 from promptkd.training.lock import locked
+from promptkd.training.progress import Progress
 from promptkd.training.rehearsal import Rehearsal, rehearse
 from promptkd.training.run_directory import RunDirectory
 from promptkd.training.setup import set_up
@@ -63,6 +64,7 @@ class Trainer:
         self.watch = Watch()
         self.stop = StopRequest()
         self.step_number = 0
+        self.took: dict[str, float] = {}
         if self.directory.finished:
             return
         self.parts = set_up(recipe, method, self.accelerator.device, self.ranks, self.say)
@@ -105,16 +107,14 @@ class Trainer:
         max_steps, recipe = self.parts.max_steps, self.recipe
         if self.recipe.tracking:
             self.accelerator.init_trackers("promptkd")
-        if self.step_number == 0:
-            self._validate()
-        shown = {"unit": "step", "desc": self.method.name, "disable": not self.is_main}
-        with progress_bar(total=max_steps, initial=self.step_number, **shown) as progress:
+        schedule, say = Schedule.of(recipe, max_steps), self.say if self.is_main else None
+        with Progress(self.method.name, schedule, done=self.step_number, say=say) as progress:
+            if self.step_number == 0:
+                self._validate()
+                progress.evaluated()
             while self.step_number < max_steps:
                 self._stop_if_asked()
-                row = self._step()
-                progress.update()
-                length = f"{row['response_length']:.0f}"
-                progress.set_postfix(loss=f"{row['loss']:.3f}", length=length)
+                progress.stepped(self._step())
                 last = self.step_number == max_steps
                 if last or self._due(recipe.evaluation.every_steps):
                     self._validate()
@@ -122,6 +122,7 @@ class Trainer:
                     self._measure_exposure_bias()
                 if last or self._due(recipe.checkpoints.every_steps):
                     self._save_checkpoint()
+            self.took = progress.took()
 
     def _due(self, every: int) -> bool:
         return every > 0 and self.step_number > 0 and self.step_number % every == 0
@@ -214,7 +215,8 @@ class Trainer:
         if not self.best.found:
             self._save_student({})
         if self.is_main:
-            self.directory.finish(self.parts.summary() | {"best": self.best.found or None})
+            summary = self.parts.summary() | self.took | {"best": self.best.found or None}
+            self.directory.finish(summary)
         self.accelerator.wait_for_everyone()
         if self.recipe.tracking:
             self.accelerator.end_training()
