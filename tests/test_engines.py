@@ -5,7 +5,7 @@ import torch
 
 import tiny
 from promptkd.generation.sampling import GenerationSettings
-from promptkd.generation.transformers_engine import CoAuthor, TransformersEngine
+from promptkd.generation.transformers_engine import CoGenerator, TransformersEngine
 from promptkd.teachers import prompt_vectors
 
 STOP = (0, 17, 33, 50, 71)
@@ -137,7 +137,7 @@ def test_responses_end_with_the_first_stop_token_or_at_the_limit(temperature):
 def test_co_author_with_the_whole_share_writes_alone(architecture, share):
     student, teacher = language_model(architecture), language_model(architecture, 2, num_layers=3)
     decoding = GenerationSettings(12, temperature=0)
-    actual = written(student, decoding, co_author=CoAuthor(teacher, share))
+    actual = written(student, decoding, co_generator=CoGenerator(teacher, share))
     assert actual == written(teacher if share else student, decoding)
     assert actual != written(student if share else teacher, decoding)
 
@@ -147,11 +147,11 @@ def test_a_co_author_reads_its_own_requests():
     student, teacher = language_model("llama"), language_model("llama", 2, num_layers=3)
     decoding = GenerationSettings(12, temperature=0)
     told = tuple((44, 22, 90)[: 1 + i % 3] + request for i, request in enumerate(REQUESTS))
-    actual = written(student, decoding, co_author=CoAuthor(teacher, 1.0, told))
+    actual = written(student, decoding, co_generator=CoGenerator(teacher, 1.0, told))
     assert actual == written(teacher, decoding, list(told)) != written(teacher, decoding)
     engine = TransformersEngine(student, STOP)
     written_by_both = engine.generate(
-        REQUESTS, SEEDS, GenerationSettings(8), co_author=CoAuthor(teacher, 0.4, told)
+        REQUESTS, SEEDS, GenerationSettings(8), co_generator=CoGenerator(teacher, 0.4, told)
     )
     for own, other, response in zip(REQUESTS, told, written_by_both, strict=True):
         ids = response.token_ids
@@ -166,8 +166,8 @@ def test_a_co_author_reads_its_own_requests():
 def test_co_authored_tokens_carry_the_logprobs_of_both_models():
     student, teacher = language_model("llama"), language_model("llama", 2, num_layers=3)
     engine = TransformersEngine(student, STOP)
-    co_author = CoAuthor(teacher, 0.4)
-    responses = engine.generate(REQUESTS, SEEDS, GenerationSettings(8), co_author=co_author)
+    co_generator = CoGenerator(teacher, 0.4)
+    responses = engine.generate(REQUESTS, SEEDS, GenerationSettings(8), co_generator=co_generator)
     for request, response in zip(REQUESTS, responses, strict=True):
         ids = response.token_ids
         for model, own in (
@@ -186,10 +186,10 @@ def test_co_authored_tokens_carry_the_logprobs_of_both_models():
 )
 def test_sampling_logprobs_are_those_of_the_law_that_tokens_were_drawn_from(settings):
     student, teacher = language_model("llama"), language_model("llama", 2, num_layers=3)
-    decoding, co_author = GenerationSettings(8, **settings), CoAuthor(teacher, 0.4)
+    decoding, co_generator = GenerationSettings(8, **settings), CoGenerator(teacher, 0.4)
     engine = TransformersEngine(student, STOP)
     for request, response in zip(
-        REQUESTS, engine.generate(REQUESTS, SEEDS, decoding, co_author=co_author), strict=True
+        REQUESTS, engine.generate(REQUESTS, SEEDS, decoding, co_generator=co_generator), strict=True
     ):
         ids = list(response.token_ids)
         q, p = (
@@ -213,9 +213,9 @@ def test_sampling_logprobs_are_those_of_the_law_that_tokens_were_drawn_from(sett
 
 def test_a_greedy_token_is_certain():
     student, teacher = language_model("llama"), language_model("llama", 2, num_layers=3)
-    decoding, co_author = GenerationSettings(8, temperature=0), CoAuthor(teacher, 0.4)
+    decoding, co_generator = GenerationSettings(8, temperature=0), CoGenerator(teacher, 0.4)
     engine = TransformersEngine(student, STOP)
-    for response in engine.generate(REQUESTS, SEEDS, decoding, co_author=co_author):
+    for response in engine.generate(REQUESTS, SEEDS, decoding, co_generator=co_generator):
         assert set(response.sampling_logprobs) == {0.0}
 
 
@@ -230,9 +230,9 @@ def chi_square(counts, probabilities):
     return statistic.item(), int(common.sum()) - int(rest[1] == 0)
 
 
-def frequencies(model, decoding, co_author=None, number=3000):
+def frequencies(model, decoding, co_generator=None, number=3000):
     requests, seeds = [REQUESTS[2]] * number, [(5, index) for index in range(number)]
-    tokens = written(model, decoding, requests, seeds, co_author=co_author)
+    tokens = written(model, decoding, requests, seeds, co_generator=co_generator)
     return torch.bincount(torch.tensor(tokens)[:, 0], minlength=tiny.ROWS).double()
 
 
@@ -255,7 +255,7 @@ def test_frequencies_of_sampled_tokens_match_the_distribution(temperature):
 def test_frequencies_of_co_authored_tokens_match_the_mixture():
     student, teacher = language_model("llama"), language_model("llama", 2, num_layers=3)
     mixture = 0.3 * next_token(teacher).exp() + 0.7 * next_token(student).exp()
-    counts = frequencies(student, GenerationSettings(1), CoAuthor(teacher, 0.3))
+    counts = frequencies(student, GenerationSettings(1), CoGenerator(teacher, 0.3))
     statistic, degrees = chi_square(counts, mixture)
     assert statistic < degrees + 4 * (2 * degrees) ** 0.5
     wrong, degrees = chi_square(counts, next_token(student).exp())

@@ -28,7 +28,7 @@ class FirstHalf(Stateless):
 
     needs_references = True
 
-    def write(self, batch, writers, state):
+    def generate(self, batch, generators, state):
         return reference_rollouts(batch.examples[: len(batch.examples) // 2])
 
 

@@ -12,7 +12,7 @@ from promptkd.divergences import reverse_kl
 from promptkd.methods import build_method
 from promptkd.models.language_model import LanguageModel
 from promptkd.objectives import Divergence, PolicyGradient, SampledToken, TokenView
-from promptkd.rollouts import Rollout, TeacherMixed, Writers
+from promptkd.rollouts import Generators, Rollout, TeacherMixed
 from promptkd.teachers import Interpolated
 
 TOKENS, VOCABULARY = 5, 7
@@ -300,11 +300,11 @@ def test_policy_gradient_stops_where_the_ratio_left_the_clip_in_the_advantages_d
         assert (z.grad.abs().sum() > 0) == moves, (advantage, log_ratio)
 
 
-def writers(write=None, mixed=None, step=0, max_steps=10, seed=0):
+def generators(write=None, mixed=None, step=0, max_steps=10, seed=0):
     def nobody(*arguments):
         raise AssertionError("this writer was not expected to be asked")
 
-    return Writers(
+    return Generators(
         write or nobody,
         nobody,
         mixed or nobody,
@@ -347,7 +347,7 @@ def test_minillm_is_unbiased_for_the_reverse_kl_of_responses_of_two_tokens():
             return [Rollout(0, (0,), y, "mixed", notes)]
 
         example = EncodedExample(0, (0,), None, ())
-        (rollout,) = TeacherMixed(0.0).write(Batch((example,)), writers(mixed=mixed), {})
+        (rollout,) = TeacherMixed(0.0).generate(Batch((example,)), generators(mixed=mixed), {})
         notes = {
             name: torch.tensor(values, dtype=torch.float64)
             for name, values in rollout.annotations.items()

@@ -264,8 +264,8 @@ def test_the_packaged_gguf_teacher_loads_and_saves_as_an_ordinary_model(tmp_path
         assert proven(LanguageModel(module, module.config.vocab_size, dtype), file.name).packing
     tokens = torch.tensor([tokenizer("The capital of France is").input_ids])
     with torch.no_grad():
-        spoken = logprobs(model, model.hidden_states(tokens)[0])[-1]
-    assert tokenizer.decode([spoken.argmax()]) == " Paris"
+        told = logprobs(model, model.hidden_states(tokens)[0])[-1]
+    assert tokenizer.decode([told.argmax()]) == " Paris"
     module.save_pretrained(tmp_path)
     again = load_model(str(tmp_path), torch.float32)
     assert not hasattr(again.config, "quantization_config")

@@ -38,11 +38,11 @@ def batch():
 
 
 def losses(logprobs, piece):
-    q, spoken = logprobs["student"], logprobs["teacher"]
+    q, told = logprobs["student"], logprobs["teacher"]
     return {
-        "student": reverse_kl(q, spoken.detach()),
-        "towards_student": reverse_kl(spoken, q.detach()),
-        "towards_itself": reverse_kl(spoken, logprobs["plain"]),
+        "student": reverse_kl(q, told.detach()),
+        "towards_student": reverse_kl(told, q.detach()),
+        "towards_itself": reverse_kl(told, logprobs["plain"]),
     }
 
 

@@ -68,7 +68,7 @@ def write_run(directory: Path, method: str, score: float, seed: int = 0) -> Path
     for step in range(21):
         if step:
             row = {"loss": (1 + seed) / step, "response_length": 20.0, "share_ended": 0.9}
-            times = dict.fromkeys(("writing", "learning", "teacher", "student", "losses"), 0.5)
+            times = dict.fromkeys(("generation", "learning", "teacher", "student", "losses"), 0.5)
             row |= {f"seconds_{part}": seconds for part, seconds in times.items()}
             rows.append({"step": step, "num_tokens": 300, "kl_teacher_student": 1 / step, **row})
         if step % 5 == 0:

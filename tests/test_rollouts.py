@@ -14,13 +14,13 @@ from promptkd.models.language_model import PADDING
 from promptkd.replay import AdaptiveReplay, Repeated, from_json, to_json
 from promptkd.rollouts import (
     Corpus,
+    Generators,
     Mixture,
     OfflineTeacher,
     Reference,
     Rollout,
     Student,
     TeacherMixed,
-    Writers,
     length_normalized_returns,
 )
 
@@ -36,7 +36,7 @@ def batch(start=0, size=4, rank=0, num_ranks=1):
     return Batch(tuple(chosen[rank::num_ranks]))
 
 
-def writers(step=0, max_steps=100, seed=0):
+def generators(step=0, max_steps=100, seed=0):
     """The author and the step can be read off what each of these writes."""
 
     def by(author):
@@ -62,7 +62,7 @@ def writers(step=0, max_steps=100, seed=0):
     def encode(text):
         return tuple(map(ord, text))
 
-    return Writers(by("student"), by("teacher"), mixed, step / max_steps, seed, step, encode)
+    return Generators(by("student"), by("teacher"), mixed, step / max_steps, seed, step, encode)
 
 
 def authors(rollouts):
@@ -78,9 +78,9 @@ def test_the_data_the_student_and_the_teacher_answer_every_request_in_order():
         (Student(), "student"),
         (OfflineTeacher(), "teacher"),
     ):
-        rollouts = source.write(batch(), writers(), {})
+        rollouts = source.generate(batch(), generators(), {})
         assert [(r.index, r.author) for r in rollouts] == [(i, author) for i in range(4)]
-    assert Reference().write(batch(), writers(), {})[2].response_ids == (202, 0)
+    assert Reference().generate(batch(), generators(), {})[2].response_ids == (202, 0)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
@@ -88,14 +88,14 @@ def test_a_mixture_lets_the_student_write_its_share(share):
     written = [
         rollout
         for step in range(100)
-        for rollout in Mixture(share).write(batch(4 * step), writers(step), {})
+        for rollout in Mixture(share).generate(batch(4 * step), generators(step), {})
     ]
     measured = authors(written).count("student") / len(written)
     assert measured == pytest.approx(share, abs=3 * math.sqrt(share * (1 - share) / 400) + 1e-9)
 
 
 def test_a_mixture_answers_each_request_once_and_draws_per_request():
-    written = Mixture(0.5).write(batch(0, 40), writers(), {})
+    written = Mixture(0.5).generate(batch(0, 40), generators(), {})
     assert sorted(rollout.index for rollout in written) == list(range(40))
     assert 0 < authors(written).count("student") < 40
 
@@ -107,8 +107,8 @@ def test_the_mixtures_share_grows_linearly_and_reaches_its_end():
 
 def test_imitation_starts_with_the_data_and_ends_with_the_student():
     growing = Mixture(0.0, 1.0)
-    first = growing.write(batch(0, 40), writers(0, 10), {})
-    late = growing.write(batch(0, 40), writers(9, 10), {})
+    first = growing.generate(batch(0, 40), generators(0, 10), {})
+    late = growing.generate(batch(0, 40), generators(9, 10), {})
     assert authors(first).count("student") == 0
     assert authors(late).count("student") >= 30
 
@@ -119,12 +119,12 @@ def test_two_ranks_together_write_what_one_does(source):
     states = [{}, {}, {}]
     kept = 0
     for step in range(30):
-        whole = source.write(batch(8 * step, 8), writers(step), states[0])
+        whole = source.generate(batch(8 * step, 8), generators(step), states[0])
         shared = [
             rollout
             for rank in (0, 1)
-            for rollout in source.write(
-                batch(8 * step, 8, rank, 2), writers(step), states[1 + rank]
+            for rollout in source.generate(
+                batch(8 * step, 8, rank, 2), generators(step), states[1 + rank]
             )
         ]
         assert sorted(map(repr, shared)) == sorted(map(repr, whole))
@@ -133,7 +133,7 @@ def test_two_ranks_together_write_what_one_does(source):
 
 
 def test_advantages_are_the_mean_log_ratio_of_what_follows():
-    (rollout,) = TeacherMixed(0.2).write(batch(size=1), writers(), {})
+    (rollout,) = TeacherMixed(0.2).generate(batch(size=1), generators(), {})
     assert rollout.annotations["advantages"] == pytest.approx((0.0, 1.0, 0.0))
 
 
@@ -153,7 +153,7 @@ def test_a_passage_of_the_corpus_is_its_first_token_and_the_rest(tmp_path):
     path.write_text("one two\n\nx\n  three four  \n")
     source, found = Corpus(str(path), max_tokens=6), set()
     for step in range(20):
-        for rollout in source.write(batch(), writers(step), {}):
+        for rollout in source.generate(batch(), generators(step), {}):
             assert len(rollout.request_ids) == 1
             found.add("".join(map(chr, rollout.request_ids + rollout.response_ids)))
     assert found == {"one tw", "three "}
@@ -163,7 +163,7 @@ def test_a_corpus_without_passages_is_refused(tmp_path):
     path = tmp_path / "corpus.txt"
     path.write_text("\nx\n")
     with pytest.raises(UserError, match="no line of two words"):
-        Corpus(str(path)).write(batch(), writers(), {})
+        Corpus(str(path)).generate(batch(), generators(), {})
 
 
 # -- sources with memory
@@ -177,7 +177,7 @@ def test_a_rollout_survives_json():
 
 def test_repeated_rollouts_serve_their_steps_and_are_then_written_anew():
     source, state = Repeated(Student(), 3), {}
-    written = [source.write(batch(4 * step), writers(step), state) for step in range(7)]
+    written = [source.generate(batch(4 * step), generators(step), state) for step in range(7)]
     steps = [rollouts[0].response_ids[0] - 1000 for rollouts in written]
     assert steps == [0, 0, 0, 3, 3, 3, 6]
     assert [rollouts[0].index for rollouts in written] == [0, 0, 0, 12, 12, 12, 24]
@@ -185,16 +185,16 @@ def test_repeated_rollouts_serve_their_steps_and_are_then_written_anew():
 
 def test_repeated_rollouts_keep_their_annotations():
     source, state = Repeated(TeacherMixed(0.2), 2), {}
-    first, second = (source.write(batch(), writers(step), state) for step in range(2))
+    first, second = (source.generate(batch(), generators(step), state) for step in range(2))
     assert first == second
-    assert first == TeacherMixed(0.2).write(batch(), writers(0), {})
+    assert first == TeacherMixed(0.2).generate(batch(), generators(0), {})
 
 
 def test_what_is_used_up_is_not_kept_for_checkpoints():
     source, state = Repeated(Student(), 2), {}
-    source.write(batch(), writers(0), state)
+    source.generate(batch(), generators(0), state)
     assert "rollouts" in state
-    source.write(batch(), writers(1), state)
+    source.generate(batch(), generators(1), state)
     assert "rollouts" not in state
 
 
@@ -207,9 +207,9 @@ def test_a_state_that_went_through_json_writes_the_same(source):
         if step % 3 == 1:
             for state in (straight, saved):
                 source.observe(step / 10, state)
-        expected = source.write(batch(4 * step), writers(step), straight)
+        expected = source.generate(batch(4 * step), generators(step), straight)
         saved = json.loads(json.dumps(saved))
-        assert source.write(batch(4 * step), writers(step), saved) == expected
+        assert source.generate(batch(4 * step), generators(step), saved) == expected
     assert json.loads(json.dumps(straight)) == json.loads(json.dumps(saved))
 
 
@@ -243,7 +243,7 @@ def test_adaptive_replay_decides_as_the_three_rules_say():
             expected = "kept"
         else:
             expected = "data"
-        rollouts = source.write(batch(4 * step), writers(step), state)
+        rollouts = source.generate(batch(4 * step), generators(step), state)
         if authors(rollouts) == ["reference"] * 4:
             decided = "data"
         else:
@@ -258,7 +258,7 @@ def test_adaptive_replay_decides_as_the_three_rules_say():
 def test_the_buffer_holds_the_newest_steps_and_no_more():
     source, state, fresh = AdaptiveReplay(1.0, capacity=5), {}, []
     for step in range(60):
-        rollouts = source.write(batch(4 * step), writers(step, 60), state)
+        rollouts = source.generate(batch(4 * step), generators(step, 60), state)
         if rollouts[0].response_ids[0] == 1000 + step:
             fresh.append(1000 + step)
         kept = [from_json(items[0]).response_ids[0] for items in state["kept"]]
@@ -268,9 +268,9 @@ def test_the_buffer_holds_the_newest_steps_and_no_more():
 def test_replay_draws_from_the_whole_buffer():
     source, state, drawn = AdaptiveReplay(1.0, capacity=4), {}, set()
     for step in range(4):
-        source.write(batch(), writers(step), state)
+        source.generate(batch(), generators(step), state)
     for step in range(1000, 1100):  # at the end of training nothing is written any more
-        for rollout in source.write(batch(), writers(step, step), state):
+        for rollout in source.generate(batch(), generators(step, step), state):
             drawn.add(rollout.response_ids)
     assert drawn == {(1000 + step, index) for step in range(4) for index in range(4)}
 
@@ -278,7 +278,7 @@ def test_replay_draws_from_the_whole_buffer():
 def test_the_fresh_share_falls_to_nothing_at_the_end():
     source, state = AdaptiveReplay(1.0, capacity=1), {}
     fresh = [
-        source.write(batch(), writers(step, 400), state)[0].response_ids[0] == 1000 + step
+        source.generate(batch(), generators(step, 400), state)[0].response_ids[0] == 1000 + step
         for step in range(400)
     ]
     assert sum(fresh[:100]) > 75 > 25 > sum(fresh[-100:])

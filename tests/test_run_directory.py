@@ -87,7 +87,7 @@ def test_the_environment_says_what_ran_where(finished):
     assert record["identity"]["recipe"]["seed"] == 0
     environment = record["environment"]
     assert {"promptkd", "torch", "transformers"} <= environment["packages"].keys()
-    assert {"python", "platform", "processor", "threads", "device", "commit"} <= environment.keys()
+    assert {"python", "platform", "cpu", "threads", "device", "commit"} <= environment.keys()
 
 
 def test_there_is_one_line_per_step_and_one_per_evaluation(finished):

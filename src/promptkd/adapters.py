@@ -141,7 +141,7 @@ def merged(module: PreTrainedModel) -> PreTrainedModel:
 
 
 class LoRATeacher(PlainTeacher):
-    """The adapters are switched on for the adapted voice only; they stay fp32."""
+    """The adapters are switched on for the adapted teacher only; they stay fp32."""
 
     has_adapter = True
 

@@ -13,7 +13,7 @@ from typing import Any
 from promptkd.errors import NO_SPACE, UserError
 
 WORDS_FOR_NO_SPACE = ("No space left", "Disk quota", "File too large", "PytorchStreamWriter")
-"""How torch's and safetensors' writers hand on what the system said, in errors of their own."""
+"""How torch and safetensors hand on what the system said, in errors of their own."""
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from promptkd.data import Batch
-from promptkd.rollouts import Rollout, Source, Writers, reference_rollouts
+from promptkd.rollouts import Generators, Rollout, Source, State, reference_rollouts
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,9 @@ class Repeated:
     def needs_validation(self) -> bool:
         return self.source.needs_validation
 
-    def write(self, batch: Batch, writers: Writers, state: dict[str, Any]) -> list[Rollout]:
+    def generate(self, batch: Batch, generators: Generators, state: State) -> list[Rollout]:
         if "rollouts" not in state:
-            written = self.source.write(batch, writers, state.setdefault("source", {}))
+            written = self.source.generate(batch, generators, state.setdefault("source", {}))
             state |= {"rollouts": [to_json(r) for r in written], "steps_left": self.num_steps}
         rollouts = [from_json(item) for item in state["rollouts"]]
         state["steps_left"] -= 1
@@ -87,18 +87,18 @@ class AdaptiveReplay:
         if self.capacity < 1:
             raise ValueError(f"capacity is {self.capacity}: the buffer keeps at least one step.")
 
-    def write(self, batch: Batch, writers: Writers, state: dict[str, Any]) -> list[Rollout]:
+    def generate(self, batch: Batch, generators: Generators, state: State) -> list[Rollout]:
         phi = state.setdefault("student_share", self.start_share)
         kept = state.setdefault("kept", [])
         full = len(kept) == self.capacity
-        if writers.chance("replay", phi * (1 - writers.progress) if full else phi):
-            written = writers.student(batch.examples)
+        if generators.chance("replay", phi * (1 - generators.progress) if full else phi):
+            written = generators.student(batch.examples)
             kept.append([to_json(rollout) for rollout in written])
             del kept[: -self.capacity]
             return written
-        if writers.chance("replay", phi):
+        if generators.chance("replay", phi):
             return [
-                from_json(kept[writers.pick("kept", len(kept), example.index)][place])
+                from_json(kept[generators.pick("kept", len(kept), example.index)][place])
                 for place, example in enumerate(batch.examples)
             ]
         return reference_rollouts(batch.examples)

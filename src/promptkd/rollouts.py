@@ -71,11 +71,13 @@ class Rollout:
         return max(self.num_tokens, self.for_teacher.num_tokens)
 
 
-Write = Callable[[Sequence[EncodedExample]], list[Rollout]]
+State = dict[str, Any]
+"""What a source remembers, saved with every checkpoint."""
+Generate = Callable[[Sequence[EncodedExample]], list[Rollout]]
 
 
 @dataclass(frozen=True)
-class Writers:
+class Generators:
     """What a source may ask for during one optimizer step.
 
     Attributes:
@@ -88,8 +90,8 @@ class Writers:
         encode: text as the student's tokens, with its tokenizer's own start token.
     """
 
-    student: Write
-    teacher: Write
+    student: Generate
+    teacher: Generate
     mixed: Callable[[Sequence[EncodedExample], float], list[Rollout]]
     progress: float
     seed: int
@@ -127,7 +129,7 @@ class Source(Protocol):
     @property
     def needs_validation(self) -> bool: ...
 
-    def write(self, batch: Batch, writers: Writers, state: dict[str, Any]) -> list[Rollout]: ...
+    def generate(self, batch: Batch, generators: Generators, state: State) -> list[Rollout]: ...
 
     def observe(self, validation_loss: float, state: dict[str, Any]) -> None:
         """Told after each evaluation: cross-entropy on references, nats per token."""
@@ -151,7 +153,7 @@ class Reference(Stateless):
 
     needs_references = True
 
-    def write(self, batch: Batch, writers: Writers, state: dict[str, Any]) -> list[Rollout]:
+    def generate(self, batch: Batch, generators: Generators, state: State) -> list[Rollout]:
         return reference_rollouts(batch.examples)
 
 
@@ -159,8 +161,8 @@ class Reference(Stateless):
 class Student(Stateless):
     """The current student: on-policy."""
 
-    def write(self, batch: Batch, writers: Writers, state: dict[str, Any]) -> list[Rollout]:
-        return writers.student(batch.examples)
+    def generate(self, batch: Batch, generators: Generators, state: State) -> list[Rollout]:
+        return generators.student(batch.examples)
 
 
 @dataclass(frozen=True)
@@ -169,8 +171,8 @@ class OfflineTeacher(Stateless):
 
     asks_teacher = True
 
-    def write(self, batch: Batch, writers: Writers, state: dict[str, Any]) -> list[Rollout]:
-        return writers.teacher(batch.examples)
+    def generate(self, batch: Batch, generators: Generators, state: State) -> list[Rollout]:
+        return generators.teacher(batch.examples)
 
 
 @dataclass(frozen=True)
@@ -194,13 +196,13 @@ class Mixture(Stateless):
         final = self.student_share if self.final_share is None else self.final_share
         return self.student_share + (final - self.student_share) * progress
 
-    def write(self, batch: Batch, writers: Writers, state: dict[str, Any]) -> list[Rollout]:
-        share = self.share(writers.progress)
-        by_student = [e for e in batch.examples if writers.chance("mixture", share, e.index)]
+    def generate(self, batch: Batch, generators: Generators, state: State) -> list[Rollout]:
+        share = self.share(generators.progress)
+        by_student = [e for e in batch.examples if generators.chance("mixture", share, e.index)]
         chosen = {example.index for example in by_student}
         by_data = [example for example in batch.examples if example.index not in chosen]
         return [
-            *(writers.student(by_student) if by_student else []),
+            *(generators.student(by_student) if by_student else []),
             *reference_rollouts(by_data),
         ]
 
@@ -226,8 +228,8 @@ class TeacherMixed(Stateless):
         if not 0 <= self.share < 1:
             raise ValueError(f"teacher_share is {self.share}: it lies in [0, 1).")
 
-    def write(self, batch: Batch, writers: Writers, state: dict[str, Any]) -> list[Rollout]:
-        return [self._annotate(r) for r in writers.mixed(batch.examples, self.share)]
+    def generate(self, batch: Batch, generators: Generators, state: State) -> list[Rollout]:
+        return [self._annotate(r) for r in generators.mixed(batch.examples, self.share)]
 
     def _annotate(self, rollout: Rollout) -> Rollout:
         student = rollout.annotations["student_logprobs"]
@@ -271,11 +273,11 @@ class Corpus(Stateless):
         if self.max_tokens < 2:
             raise ValueError(f"max_tokens is {self.max_tokens}: a passage has at least two tokens.")
 
-    def write(self, batch: Batch, writers: Writers, state: dict[str, Any]) -> list[Rollout]:
+    def generate(self, batch: Batch, generators: Generators, state: State) -> list[Rollout]:
         passages, rollouts = _passages(self.path), []
         for example in batch.examples:
-            text = passages[writers.pick("corpus", len(passages), example.index)]
-            tokens = writers.encode(text)[: self.max_tokens]
+            text = passages[generators.pick("corpus", len(passages), example.index)]
+            tokens = generators.encode(text)[: self.max_tokens]
             rollouts.append(Rollout(example.index, tokens[:1], tokens[1:], author="corpus"))
         return rollouts
 

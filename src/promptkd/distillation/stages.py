@@ -49,7 +49,7 @@ def measure_step(content: Mapping[str, Any]) -> tuple[float, int]:
     """Seconds of the first step of a recipe that hasn't begun, and how many steps it would take."""
     found = check(content)
     first = found["first"]
-    return first["seconds_writing"] + first["seconds_learning"], found["steps"]
+    return first["seconds_generation"] + first["seconds_learning"], found["steps"]
 
 
 def _known(command: str) -> str:

@@ -104,14 +104,14 @@ def evaluate_with(
 
 def answer(model: str, questions: Questions, output: Path, *, ranks: Ranks = ALONE) -> ScoresByData:
     """Load a model, let it answer, and save what came of it."""
-    voices = _load(model, questions)
+    loaded = _load(model, questions)
     results, measured = ScoresByData(), {}
     for name, rows in questions.rows.items():
-        asked = voices
-        if voices.briefed and not reads(rows, questions.protocol.context):
+        asked = loaded
+        if loaded.briefed and not reads(rows, questions.protocol.context):
             column = questions.protocol.context
             tqdm.write(f"{name} has no '{column}': no KL to the teacher, which reads it")
-            asked = replace(voices, teacher=None, teacher_name=None, briefed=None)
+            asked = replace(loaded, teacher=None, teacher_name=None, briefed=None)
         scorer = asked.scorer(rows, questions, ranks)
         with scorer.bar(asked.engine, f"responses to {name}", len(questions.seeds)):
             scores, predictions = scorer.score(
@@ -140,7 +140,7 @@ def answer(model: str, questions: Questions, output: Path, *, ranks: Ranks = ALO
 
 
 @dataclass(frozen=True)
-class Voices:
+class Loaded:
     """The model that answers, and the teacher that it is compared with.
 
     Attributes:
@@ -180,7 +180,7 @@ class Voices:
         }
 
 
-def _load(model: str, questions: Questions) -> Voices:
+def _load(model: str, questions: Questions) -> Loaded:
     tokenizer, protocol = load_tokenizer(model), questions.protocol
     teacher_name = _teacher(model, questions, tokenizer)
     encoder = protocol.encoder(tokenizer)
@@ -188,7 +188,7 @@ def _load(model: str, questions: Questions) -> Voices:
     limits = encoder.max_request_tokens, encoder.max_response_tokens
     check_context(student.module.config, *limits, model)
     stop = sorted({*stop_ids(tokenizer, student.module), encoder.eos_token_id})
-    return Voices(
+    return Loaded(
         student=student,
         tokenizer=tokenizer,
         encoder=encoder,

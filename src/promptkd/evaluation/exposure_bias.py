@@ -84,8 +84,8 @@ def generate_responses(
 
     ``by_teacher``: the engine is the teacher's, which reads its own requests.
 
-    Two authors asked with the same seeds draw the same uniform numbers, so what they share of
-    their distributions they write alike, and R - E is measured with less noise.
+    Two models asked with the same seeds draw the same uniform numbers, so what they share of
+    their distributions they generate alike, and R - E is measured with less noise.
     """
     draws = [(seed, sample) for seed in seeds for sample in range(num_samples)]
     asked = [(example, draw) for example in data.examples for draw in draws]
@@ -132,8 +132,8 @@ def measure_gaps(
         rollouts,
         {"student": Reader(student), "teacher": Reader(teacher, is_teacher=True)},
         # A divergence is never negative; rounding leaves a trace below zero.
-        lambda spoken, _: {
-            "gap": forward_kl(learner=spoken["student"], target=spoken["teacher"]).clamp_min(0)
+        lambda logprobs, _: {
+            "gap": forward_kl(learner=logprobs["student"], target=logprobs["teacher"]).clamp_min(0)
         },
         micro_batch_tokens,
         (lambda hidden, mask: hidden[mask]) if authors_script else select_responses,

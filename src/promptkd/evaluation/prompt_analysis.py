@@ -48,7 +48,7 @@ MICRO_BATCH_TOKENS = 4096
 TOKENS_AT_ONCE = 16384
 """Embeddings compared in one piece; bounds the memory, not the result."""
 WORK_PER_SET = 4
-"""What the progress bar counts: three authors respond, then their KLs are taken."""
+"""What the progress bar counts: three models respond, then their KLs are taken."""
 
 DEFINITION = {
     "kl_teacher_first_student": "KL(teacher || student before training), nats per response token",
@@ -87,25 +87,25 @@ class Cast:
 
         The key of KL(a || b) is ``a|b``, with a and b out of first, final, plain and prompted.
         """
-        teacher, final, first = self.run.teacher, self.run.student, self.first_student
+        plain, final, first = self.run.teacher, self.run.student, self.first_student
 
-        def losses(spoken: Mapping[str, LogProbs], tokens: Tensor) -> Mapping[str, PerToken]:
+        def losses(logprobs: Mapping[str, LogProbs], tokens: Tensor) -> Mapping[str, PerToken]:
             pairs = [
                 pair
                 for student in ("first", "final")
-                for voice in ("plain", "prompted")
-                for pair in ((voice, student), (student, voice))
+                for teacher in ("plain", "prompted")
+                for pair in ((teacher, student), (student, teacher))
             ]
             pairs.append(("prompted", "plain"))
-            return {f"{a}|{b}": kl(spoken[a], spoken[b]) for a, b in pairs}
+            return {f"{a}|{b}": kl(logprobs[a], logprobs[b]) for a, b in pairs}
 
         return token_losses(
             rollouts,
             {
                 "first": Reader(first),
                 "final": Reader(final),
-                "plain": Reader(teacher, is_teacher=True),
-                "prompted": Reader(teacher, self.soft_prompt, is_teacher=True),
+                "plain": Reader(plain, is_teacher=True),
+                "prompted": Reader(plain, self.soft_prompt, is_teacher=True),
             },
             losses,
             MICRO_BATCH_TOKENS,
@@ -286,10 +286,10 @@ def _analyse_set(
         counts = [len(rollout.response_ids) for rollout in rollouts]
         where = {"data": name, "responses": whose}
         for prompted in (False, True):
-            voice = "prompted" if prompted else "plain"
-            means = {key: sum(sums[_key(key, voice)]) / sum(counts) for key in TABLE_4_KLS}
-            spoken = summarise(predictions[voice])
-            row = {key: value.mean for key, value in spoken.items() if key != "exact_match"}
+            teacher = "prompted" if prompted else "plain"
+            means = {key: sum(sums[_key(key, teacher)]) / sum(counts) for key in TABLE_4_KLS}
+            scores = summarise(predictions[teacher])
+            row = {key: value.mean for key, value in scores.items() if key != "exact_match"}
             table.append({**where, "prompt": prompted, **means, **row})
         differences.append({**where, **_kl_differences(sums, counts)})
         drift.append(
@@ -306,7 +306,7 @@ def _shown(
     name: str, predictions: Mapping[str, Sequence[Prediction]], num_shown: int
 ) -> list[dict[str, Any]]:
     """The first requests with what everybody responds."""
-    authors = (predictions[author][:num_shown] for author in ("plain", "prompted", "student"))
+    shown = (predictions[who][:num_shown] for who in ("plain", "prompted", "student"))
     return [
         {
             "data": name,
@@ -317,12 +317,12 @@ def _shown(
             "prompted_teacher": prompted.response,
             "student": student.response,
         }
-        for plain, prompted, student in zip(*authors, strict=True)
+        for plain, prompted, student in zip(*shown, strict=True)
     ]
 
 
-def _key(name: str, voice: str) -> str:
-    return "|".join(TABLE_4_KLS[name]).format(teacher=voice)
+def _key(name: str, teacher: str) -> str:
+    return "|".join(TABLE_4_KLS[name]).format(teacher=teacher)
 
 
 def _kl_differences(

@@ -1,4 +1,4 @@
-"""Who can write in a run: the student, the teacher (its responses kept on disk), or both."""
+"""Who can generate in a run: the student, the teacher (its responses kept on disk), or both."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -8,20 +8,25 @@ from typing import Any
 from promptkd.data import EncodedExample, Encoder, Example
 from promptkd.generation.response_cache import ResponseCache, fingerprint
 from promptkd.generation.sampling import GenerationSettings
-from promptkd.generation.transformers_engine import CoAuthor, Engine, Response, TransformersEngine
+from promptkd.generation.transformers_engine import (
+    CoGenerator,
+    Engine,
+    Response,
+    TransformersEngine,
+)
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import stop_ids
 from promptkd.models.vocabularies import same_tokenizer
-from promptkd.rollouts import Rollout, Writers
+from promptkd.rollouts import Generators, Rollout
 
 
-class Authors:
-    """The student and, if a method asks for it, the plain teacher, ready to write.
+class Generation:
+    """The student and, if a method asks for it, the plain teacher, ready to generate.
 
     Args:
         engine: the student's.
-        student: the same student, for what is written token by token together with the teacher.
-        decoding: how responses are written.
+        student: the same student, for what is generated token by token together with the teacher.
+        decoding: how tokens are chosen.
         seed: of the run; every response's own seed derives from it.
     """
 
@@ -38,25 +43,25 @@ class Authors:
         self.decoding = decoding
         self.encoder = encoder
         self.seed = seed
-        self._co_author: LanguageModel | None = None
-        self._teacher: TeacherAuthor | None = None
+        self._co_generator: LanguageModel | None = None
+        self._teacher: OfflineGeneration | None = None
 
     def add_teacher(
         self, model: LanguageModel, tokenizer: Any, examples: Sequence[Example], encoder: Encoder
     ) -> None:
-        """Let a teacher write that is asked as ``encoder`` asks, by its own tokenizer."""
-        self._co_author = model
+        """Let a teacher generate that is asked as ``encoder`` asks, by its own tokenizer."""
+        self._co_generator = model
         own = encoder.with_tokenizer(tokenizer)
-        self._teacher = TeacherAuthor(model, own, examples, authors=self)
+        self._teacher = OfflineGeneration(model, own, examples, generation=self)
 
     @cached_property
     def _together(self) -> TransformersEngine:
-        """The engine in which two models can write one response."""
+        """The engine in which two models can generate one response."""
         if isinstance(self.engine, TransformersEngine):
             return self.engine
         return TransformersEngine(self.student, self.engine.stop_ids.tolist())
 
-    def writers(self, step: int, max_steps: int, limit: int) -> Writers:
+    def of_step(self, step: int, max_steps: int, limit: int) -> Generators:
         """What the sources of one step (counted from 0) may ask for.
 
         Responses have at most ``limit`` tokens; the teacher's, which are kept, are cut there.
@@ -81,16 +86,16 @@ class Authors:
 
         def by_teacher(examples: Sequence[EncodedExample]) -> list[Rollout]:
             assert self._teacher is not None, "the method's source says asks_teacher"
-            return [cut(rollout, limit) for rollout in self._teacher.write(examples)]
+            return [cut(rollout, limit) for rollout in self._teacher.generate(examples)]
 
         def by_both(examples: Sequence[EncodedExample], share: float) -> list[Rollout]:
-            assert self._co_author is not None, "the method's source says asks_teacher"
+            assert self._co_generator is not None, "the method's source says asks_teacher"
             reads = tuple(e.request_of(teacher=True) for e in examples)
-            co_author = CoAuthor(self._co_author, share, reads)
-            written = self._together.generate(*asked(examples), co_author=co_author)
+            co_generator = CoGenerator(self._co_generator, share, reads)
+            written = self._together.generate(*asked(examples), co_generator=co_generator)
             return rollouts(examples, written, "mixed")
 
-        return Writers(
+        return Generators(
             student=by_student,
             teacher=by_teacher,
             mixed=by_both,
@@ -108,14 +113,18 @@ def cut(rollout: Rollout, limit: int) -> Rollout:
     return replace(rollout, response_ids=rollout.response_ids[:limit])
 
 
-class TeacherAuthor:
+class OfflineGeneration:
     """Answers each request once, off-line; its tokens are kept on disk. Tokenizers may differ.
 
     What is kept is found by all that the teacher read: its context and system message too.
     """
 
     def __init__(
-        self, model: LanguageModel, encoder: Encoder, examples: Sequence[Example], authors: Authors
+        self,
+        model: LanguageModel,
+        encoder: Encoder,
+        examples: Sequence[Example],
+        generation: Generation,
     ):
         tokenizer = encoder.tokenizer
         self.engine = TransformersEngine(model, stop_ids(tokenizer, model.module))
@@ -123,13 +132,13 @@ class TeacherAuthor:
         self.examples = examples
         stop = self.engine.stop_ids.tolist()
         self.cache = ResponseCache(f"{fingerprint(model.module)} {model.dtype} {stop}")
-        self.authors = authors
-        self._shares_tokens = same_tokenizer(authors.encoder.tokenizer, tokenizer)
+        self.generation = generation
+        self._shares_tokens = same_tokenizer(generation.encoder.tokenizer, tokenizer)
         self.encoder = encoder
 
-    def write(self, examples: Sequence[EncodedExample]) -> list[Rollout]:
-        """From the cache, or written now and kept."""
-        decoding, seed = self.authors.decoding, self.authors.seed
+    def generate(self, examples: Sequence[EncodedExample]) -> list[Rollout]:
+        """From the cache, or generated now and kept."""
+        decoding, seed = self.generation.decoding, self.generation.seed
         requests = [self.encoder.request_ids(self.examples[e.index]) for e in examples]
         keys = [self.cache.key(request, decoding.to_dict(), seed) for request in requests]
         missing = [i for i, key in enumerate(keys) if key not in self.cache]
@@ -157,7 +166,7 @@ class TeacherAuthor:
         text = self.tokenizer.decode(ids, skip_special_tokens=True)
         if not ended:
             text = text.rstrip("\ufffd")
-        ids = self.authors.encoder.response_ids(text)
-        if not ended and ids[-1] == self.authors.encoder.eos_token_id and len(ids) > 1:
+        ids = self.generation.encoder.response_ids(text)
+        if not ended and ids[-1] == self.generation.encoder.eos_token_id and len(ids) > 1:
             return ids[:-1]  # the teacher was cut: nobody said that the text ends here
         return ids

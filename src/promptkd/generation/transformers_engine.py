@@ -1,4 +1,4 @@
-"""Writing responses, token by token, with key-value caches.
+"""Generating responses, token by token, with key-value caches.
 
 Sampling is a function of (model, request, seed) alone: every request draws its own uniform numbers,
 so batch size, batch order and number of ranks don't change what is written (beyond float noise).
@@ -46,7 +46,7 @@ class Response:
 
 
 @dataclass(frozen=True)
-class CoAuthor:
+class CoGenerator:
     """A second model whose next-token probabilities are mixed in with weight ``share``.
 
     Attributes:
@@ -57,7 +57,7 @@ class CoAuthor:
     share: float
     requests: tuple[Tokens, ...] | None = None
 
-    def of(self, rows: Sequence[int]) -> "CoAuthor":
+    def of(self, rows: Sequence[int]) -> "CoGenerator":
         """For some of the requests."""
         if self.requests is None:
             return self
@@ -109,7 +109,7 @@ class TransformersEngine:
         *,
         soft_prompt: Tensor | None = None,
         prefix: Past | None = None,
-        co_author: CoAuthor | None = None,
+        co_generator: CoGenerator | None = None,
         max_batch_tokens: int = 32768,
     ) -> list[Response]:
         """One response per request, in the order of the requests.
@@ -120,14 +120,14 @@ class TransformersEngine:
             decoding: how tokens are chosen.
             soft_prompt: vectors in front of every request.
             prefix: keys and values in front of every request.
-            co_author: a second model that writes along.
+            co_generator: a second model whose probabilities are mixed in.
             max_batch_tokens: rows x (request + response) written at once; bounds the caches.
         """
-        others_read = (co_author and co_author.requests) or requests
+        others_read = (co_generator and co_generator.requests) or requests
         lengths = [max(map(len, pair)) for pair in zip(requests, others_read, strict=True)]
         order = sorted(range(len(requests)), key=lambda i: lengths[i], reverse=True)
         responses: dict[int, Response] = {}
-        others = [co_author.model.module] if co_author else []
+        others = [co_generator.model.module] if co_generator else []
         products = GenerationMatmuls()
         with self._current() as model, products.within(model.module, *others):
             while order:
@@ -142,14 +142,14 @@ class TransformersEngine:
                     decoding,
                     soft_prompt,
                     prefix,
-                    co_author.of(group) if co_author else None,
+                    co_generator.of(group) if co_generator else None,
                 )
                 responses.update(zip(group, written, strict=True))
         return [responses[i] for i in range(len(requests))]
 
     @contextmanager
     def _current(self) -> Iterator[LanguageModel]:
-        """The model as it writes; in mixed precision a copy, which has weights only meanwhile."""
+        """The model as it is now; in mixed precision a copy, which has weights only meanwhile."""
         model = self._working_copy or self._model
         learning = model.module.training
         model.module.eval()  # in training mode, gradient checkpointing drops the cache silently
@@ -162,17 +162,17 @@ class TransformersEngine:
             _forget_weights(model.module)
         model.module.train(learning)
 
-    def _co_authors(
+    def _co_decoders(
         self,
-        co_author: CoAuthor | None,
+        co_generator: CoGenerator | None,
         products: GenerationMatmuls,
         requests: list[Tokens],
         room: int,
-    ) -> "list[_Author]":
-        if co_author is None:
+    ) -> "list[_Decoder]":
+        if co_generator is None:
             return []
-        read = co_author.requests or requests
-        return [_Author(co_author.model, products, read, room=room)]
+        read = co_generator.requests or requests
+        return [_Decoder(co_generator.model, products, read, room=room)]
 
     def _generate_group(
         self,
@@ -183,44 +183,44 @@ class TransformersEngine:
         decoding: GenerationSettings,
         soft_prompt: Tensor | None,
         prefix: Past | None,
-        co_author: CoAuthor | None,
+        co_generator: CoGenerator | None,
     ) -> list[Response]:
         sampler, room = TokenSampler(decoding), decoding.max_new_tokens
         uniforms = torch.stack([sampler.uniforms(seed) for seed in seeds]).to(model.device)
         past = prefix.cache(len(requests)) if prefix else None
-        first = _Author(model, products, requests, soft_prompt=soft_prompt, past=past, room=room)
-        authors = [first, *self._co_authors(co_author, products, requests, room)]
+        first = _Decoder(model, products, requests, soft_prompt=soft_prompt, past=past, room=room)
+        decoders = [first, *self._co_decoders(co_generator, products, requests, room)]
         history = first.tokens.masked_fill(~first.mask, PADDING)  # padding is part of no n-gram
         rows = torch.arange(len(requests), device=model.device)  # what each live row answers
         token_ids: list[list[int]] = [[] for _ in requests]
         share_of_token = len(requests) / room
-        noted = [*authors, sampler] if co_author else []
+        noted = [*decoders, sampler] if co_generator else []
         logprobs: list[list[list[float]]] = [[[] for _ in requests] for _ in noted]
         for time in range(room):
-            spoken = [author.next_scores() for author in authors]
-            mixed = spoken[0]
-            if co_author:
-                spoken = [scores.log_softmax(-1) for scores in spoken]
-                mixed = _mixture(spoken[0], spoken[1], co_author.share)
+            laws = [decoder.next_scores() for decoder in decoders]
+            mixed = laws[0]
+            if co_generator:
+                laws = [scores.log_softmax(-1) for scores in laws]
+                mixed = _mixture(laws[0], laws[1], co_generator.share)
             law = sampler.warp(mixed, history)
             chosen = sampler.choose(law, uniforms[rows, time])
             for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
                 token_ids[row].append(token)
-            if co_author:
-                own = [scores.gather(-1, chosen[:, None])[:, 0] for scores in spoken]
+            if co_generator:
+                own = [scores.gather(-1, chosen[:, None])[:, 0] for scores in laws]
                 _note(logprobs, rows, [*own, sampler.logprobs_of(chosen, law)])
             going_on = ~torch.isin(chosen, self.stop_ids)
             self.progress(share_of_token)
             if not going_on.any():
                 break
             history = torch.cat([history, chosen[:, None]], dim=1)
-            for author in authors:
-                author.read(chosen)
+            for decoder in decoders:
+                decoder.read(chosen)
             if going_on.sum() <= 0.75 * len(rows):  # finished rows leave; moving caches costs
                 keep = going_on.nonzero()[:, 0]
                 rows, history = rows[keep], history[keep]
-                for author in authors:
-                    author.keep(keep)
+                for decoder in decoders:
+                    decoder.keep(keep)
         self.progress(len(requests) - share_of_token * max(map(len, token_ids)))
         return _responses(token_ids, logprobs, self.stop_ids.tolist())
 
@@ -253,7 +253,7 @@ def _responses(
     ]
 
 
-class _Author:
+class _Decoder:
     """One model, its requests and its cache, while a group of responses is written.
 
     Attributes:

@@ -24,7 +24,7 @@ from promptkd.generation.transformers_engine import Response, Tokens, left_pad
 from promptkd.models.language_model import PADDING, LanguageModel
 
 GPU_SHARE = 0.3
-"""Of the card's memory, for vLLM's weights and cache; training needs the rest."""
+"""Of the GPU's memory, for vLLM's weights and cache; training needs the rest."""
 CPU_CACHE_GIB = 2
 COMPARED = 4
 """Tokens that are written to compare vLLM with the student, once."""
@@ -58,7 +58,7 @@ class VLLMEngine:
         except ImportError:
             raise UserError(
                 "sampling.engine is vllm, which is not installed. "
-                "Run: pip install 'promptkd[vllm]' (on a processor as docs/quickstart.md says), "
+                "Run: pip install 'promptkd[vllm]' (on a CPU as docs/quickstart.md says), "
                 "or use sampling.engine=transformers."
             ) from None
         self._parameters = vllm.SamplingParams
@@ -227,7 +227,7 @@ def _row(parameters: Any, request: list[int] | None, response: list[int]) -> _Ro
 def _own_threads_back() -> Iterator[None]:
     """Undo what vLLM does to the process: its thread count and the cores it may use.
 
-    On processors it also replaces ``torch.set_num_threads`` by a function that does nothing.
+    On CPUs it also replaces ``torch.set_num_threads`` by a function that does nothing.
     """
     set_threads, threads = torch.set_num_threads, torch.get_num_threads()
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None

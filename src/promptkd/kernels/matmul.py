@@ -28,7 +28,7 @@ def linear(
     weight: Float[Tensor, "rows width"],
     bias: Float[Tensor, " rows"] | None = None,
 ) -> Float[Tensor, "*tokens rows"]:
-    """``torch.nn.functional.linear``; by blocks where that is faster (fp32 on a processor)."""
+    """``torch.nn.functional.linear``; by blocks where that is faster (fp32 on a CPU)."""
     num_blocks = len(weight) // BLOCK
     if weight.device.type != "cpu" or weight.dtype != torch.float32 or num_blocks < FEWEST_BLOCKS:
         return F.linear(tokens, weight, bias)

@@ -12,7 +12,7 @@ class TrainingCost:
 
     steps: int
     tokens: int
-    seconds_writing: float
+    seconds_generation: float
     seconds_learning: float
     seconds_teacher: float
     seconds_student: float
@@ -22,7 +22,7 @@ class TrainingCost:
 
     @property
     def tokens_per_second(self) -> float:
-        seconds = self.seconds_writing + self.seconds_learning
+        seconds = self.seconds_generation + self.seconds_learning
         return self.tokens / seconds if seconds else 0.0
 
     @property
@@ -46,7 +46,7 @@ def cost_of_steps(steps: Sequence[Row]) -> TrainingCost | None:
     """The same of the lines of metrics.jsonl that are about steps."""
     if not steps:
         return None
-    summed = ("writing", "learning", "teacher", "student", "losses")
+    summed = ("generation", "learning", "teacher", "student", "losses")
     seconds = {
         f"seconds_{part}": sum(row.get(f"seconds_{part}", 0.0) for row in steps) for part in summed
     }

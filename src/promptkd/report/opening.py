@@ -206,10 +206,10 @@ def _size(parameters: int, share: float | None, teacher: Any) -> LargeNumber:
 
 def _took(run: Run) -> list[LargeNumber]:
     took = cost(run)
-    seconds = took.seconds_writing + took.seconds_learning if took else 0.0
+    seconds = took.seconds_generation + took.seconds_learning if took else 0.0
     if not took or not seconds:
         return []
-    share = 100 * took.seconds_writing / seconds
+    share = 100 * took.seconds_generation / seconds
     value, unit = _time(seconds)
     detail = f"{took.steps:,} steps, {share:.0f}% of their time generating responses"
     return [LargeNumber("What training cost", value, unit, detail=detail)]
@@ -226,7 +226,7 @@ def _took_study(subject: Subject) -> list[LargeNumber]:
     found = [c for run in subject.runs if (c := cost(run))]
     if not found:
         return []
-    value, unit = _time(sum(c.seconds_writing + c.seconds_learning for c in found))
+    value, unit = _time(sum(c.seconds_generation + c.seconds_learning for c in found))
     number = len(found)
     return [LargeNumber("What training cost", value, unit, detail=f"the steps of {number} runs")]
 

@@ -63,7 +63,7 @@ PROMPT_CURVES = (
     ),
 )
 COST_PARTS = {
-    "writing": "generating responses",
+    "generation": "generating responses",
     "teacher": "teacher",
     "student": "student",
     "losses": "output layers and losses",

@@ -109,7 +109,7 @@ def overview_table(runs: Sequence[Run], sets: Sequence[DataSet]) -> Table:
             *([_headline_cell(data, data.of_run(run))] if data else []),
             *_distance_and_size(run, sets),
             *_speed_and_memory(savings(run, sets)),
-            Cell(duration(took.seconds_writing + took.seconds_learning))
+            Cell(duration(took.seconds_generation + took.seconds_learning))
             if (took := cost(run))
             else NONE,
         )
@@ -189,7 +189,7 @@ def cost_table(runs: Sequence[Run]) -> Table | None:
         took = cost(run)
         if took is None:
             continue
-        seconds = took.seconds_writing + took.seconds_learning
+        seconds = took.seconds_generation + took.seconds_learning
         padding = [r["padding_share"] for r in run.steps if r.get("padding_share") is not None]
         written = sum(r.get("student_share", 0.0) for r in run.steps) / len(run.steps)
         rows.append(
@@ -198,7 +198,7 @@ def cost_table(runs: Sequence[Run]) -> Table | None:
                 Cell(f"{took.steps:,}"),
                 Cell(count(took.tokens)),
                 Cell(duration(seconds)),
-                Cell(f"{digits(took.seconds_writing / took.steps)} s"),
+                Cell(f"{digits(took.seconds_generation / took.steps)} s"),
                 Cell(f"{digits(took.seconds_teacher / took.steps)} s"),
                 Cell(f"{digits(took.seconds_student / took.steps)} s"),
                 Cell(f"{digits(took.seconds_losses / took.steps)} s"),

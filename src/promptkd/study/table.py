@@ -176,6 +176,6 @@ def _cost(line: Line) -> Cell:
     """The mean over training seeds of the steps' time and of the response tokens learnt from."""
     if not line.costs:
         return Cell("–")
-    seconds = fmean(own.seconds_writing + own.seconds_learning for own in line.costs)
+    seconds = fmean(own.seconds_generation + own.seconds_learning for own in line.costs)
     tokens = fmean(own.tokens for own in line.costs)
     return Cell(duration(seconds), f"{count(tokens)} tokens")

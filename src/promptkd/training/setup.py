@@ -15,7 +15,7 @@ from promptkd.config import THE_STUDENT, Recipe
 from promptkd.data import Dataset, steps_of_epochs
 from promptkd.errors import UserError
 from promptkd.findings import Finding
-from promptkd.generation.generators import Authors
+from promptkd.generation.generators import Generation
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.generation.vllm_engine import VLLMEngine
@@ -63,7 +63,7 @@ class Setup:
     stop: tuple[int, ...]
     engine: Engine
     decoding: GenerationSettings
-    authors: Authors
+    generation: Generation
     step: Step
     max_steps: int
     about: dict[str, Any]
@@ -150,16 +150,16 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     weights: dict[str, str] = {}
     if recipe.sharding == "fsdp":
         weights, models = models.digests(), models.shared_out(device)
-    authors = _authors(recipe, method, models, requests, stop)
+    generation = _bind_generation(recipe, method, models, requests, stop)
     step = _bind_step(recipe, method, models, ranks, budget)
     requests.say(say)
     return Setup(
         requests=requests,
         models=models,
         stop=stop,
-        engine=authors.engine,
-        decoding=authors.decoding,
-        authors=authors,
+        engine=generation.engine,
+        decoding=generation.decoding,
+        generation=generation,
         step=step,
         max_steps=_count_steps(recipe, requests.data),
         about=about,
@@ -179,22 +179,22 @@ def _as_loaded(recipe: Recipe, device: torch.device) -> tuple[Recipe, torch.devi
     return recipe.model_copy(update=settings), torch.device("cpu")
 
 
-def _authors(
+def _bind_generation(
     recipe: Recipe, method: Method, models: Models, requests: Requests, stop: tuple[int, ...]
-) -> Authors:
+) -> Generation:
     student, encoder = models.whole_student, requests.encoder
     engine: Engine = TransformersEngine(student, stop)
     if recipe.sampling.engine == "vllm":
         limits = encoder.max_request_tokens, encoder.max_response_tokens
         engine = VLLMEngine(student, stop, sum(limits))
     decoding = GenerationSettings.of_recipe(recipe)
-    authors = Authors(engine, student, decoding=decoding, encoder=encoder, seed=recipe.seed)
+    generation = Generation(engine, student, decoding=decoding, encoder=encoder, seed=recipe.seed)
     teacher = models.whole_teacher
     if teacher and any(term.rollouts.asks_teacher for term in method.terms):
         asks = requests.teacher_encoder or encoder
         with models.gathered(student=False):
-            authors.add_teacher(teacher, models.teacher_tokenizer, requests.examples, asks)
-    return authors
+            generation.add_teacher(teacher, models.teacher_tokenizer, requests.examples, asks)
+    return generation
 
 
 def _check_pair(

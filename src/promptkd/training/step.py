@@ -389,12 +389,9 @@ class Step:
 
 
 def _not_finite(name: str, step: int, batch: MicroBatch, nats: Tensor) -> str:
-    guilty, start = [], 0
-    for rollout in batch.rollouts:
-        end = start + len(rollout.response_ids)
-        if not torch.isfinite(nats[start:end]).all():
-            guilty.append(rollout.index)
-        start = end
+    parts = nats.split([len(rollout.response_ids) for rollout in batch.rollouts])
+    rows = zip(batch.rollouts, parts, strict=True)
+    guilty = [rollout.index for rollout, own in rows if not torch.isfinite(own).all()]
     return (
         f"The loss '{name}' is not finite at step {step + 1}, on the training examples {guilty} "
         "(rows counted from 0). Nothing was updated with it."

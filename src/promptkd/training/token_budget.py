@@ -33,7 +33,7 @@ class Budget:
 SHARE = 0.5
 """Of free memory; activations that aren't kept, fragments and other processes need the rest."""
 
-Speak = Callable[[Int[Tensor, "batch time"]], Tensor]
+Trunk = Callable[[Int[Tensor, "batch time"]], Tensor]
 """A model's hidden states, with a graph if anything in it learns."""
 
 
@@ -44,7 +44,7 @@ def free_memory(device: torch.device) -> int:
     return psutil.virtual_memory().available
 
 
-def bytes_per_token(speak: Speak, parameters: Sequence[nn.Parameter], device: torch.device) -> int:
+def bytes_per_token(trunk: Trunk, parameters: Sequence[nn.Parameter], device: torch.device) -> int:
     """What every token of a forward pass keeps until the backward pass.
 
     Counted in two passes of different length, so that what doesn't grow drops out.
@@ -66,7 +66,7 @@ def bytes_per_token(speak: Speak, parameters: Sequence[nn.Parameter], device: to
 
         tokens = torch.ones(1, length, dtype=torch.long, device=device)
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            hidden = speak(tokens)
+            hidden = trunk(tokens)
         kept.append(sum(storages.values()))
         del hidden
     return (kept[1] - kept[0]) // (lengths[1] - lengths[0])
@@ -122,11 +122,11 @@ def measured_budget(
         say: is told the result.
     """
     device = student.device
-    learners: list[tuple[Speak, LanguageModel]] = [(student.hidden_states, student)]
+    learners: list[tuple[Trunk, LanguageModel]] = [(student.hidden_states, student)]
     if teacher and teacher.parameters():
         learners.append((teacher.hidden_states, teacher.model))
     kept = [
-        bytes_per_token(speak, list(model.module.parameters()), device) for speak, model in learners
+        bytes_per_token(trunk, list(model.module.parameters()), device) for trunk, model in learners
     ]
     per_token = [sum(kept)] if together else kept
     trained = sum(p.nbytes for p in student.module.parameters() if p.requires_grad)

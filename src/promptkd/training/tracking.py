@@ -124,14 +124,14 @@ def environment() -> dict[str, Any]:
         "python": sys.version.split()[0],
         "packages": {name: metadata.version(name) for name in packages},
         "platform": platform.platform(),
-        "processor": _processor(),
+        "cpu": _cpu(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "commit": _commit(),
     }
 
 
-def _processor() -> str:
+def _cpu() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

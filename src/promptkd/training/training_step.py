@@ -53,12 +53,12 @@ class TrainingStep:
             ranks.number,
         )
         batch = batch.within(limit)
-        writers = setup.authors.writers(step, max_steps, limit)
+        generators = setup.generation.of_step(step, max_steps, limit)
         sources = [term.rollouts for term in self._method.terms]
         student = not all(isinstance(source, Reference) for source in sources)
         with setup.models.gathered(student, any(source.asks_teacher for source in sources)):
             rollouts = [
-                term.rollouts.write(batch, writers, state)
+                term.rollouts.generate(batch, generators, state)
                 for term, state in zip(self._method.terms, self._sources.own, strict=True)
             ]
         generated = time.perf_counter()
@@ -69,6 +69,6 @@ class TrainingStep:
             setup.teacher.observe(metrics.loss, (step + 1) / max_steps)
         row = describe_step(step, rollouts, metrics, setup.stop, ranks)
         row["learning_rate"] = setup.step.student_learner.rate
-        row["seconds_writing"] = generated - started
+        row["seconds_generation"] = generated - started
         row["seconds_learning"] = time.perf_counter() - generated
         return row
