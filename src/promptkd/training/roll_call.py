@@ -73,7 +73,8 @@ class RollCall:
         self._wake.set()
 
     def _talk(self) -> None:
-        store = dist.distributed_c10d._get_default_store().clone()
+        shared: Any = dist.distributed_c10d._get_default_store()  # its stubs know no clone
+        store = shared.clone()  # a connection of this thread's own
         store.set_timeout(timedelta(seconds=self._patience))
         number = 0
         while True:
