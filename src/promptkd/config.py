@@ -333,12 +333,12 @@ class Recipe(Section):
             "sampling.engine: vllm": self.sampling.engine == "vllm",
             "attention: flash": self.attention == "flash",
             "a measured micro_batch_tokens": self.optimization.micro_batch_tokens is None,
+            "teacher.quantization": self.teacher and self.teacher.quantization,
+            "teacher.offload": self.teacher and self.teacher.offload,
         }
         for other, chosen in others.items():
             if self.sharding == "fsdp" and chosen:
-                raise ValueError(
-                    f"sharding: fsdp and {other} don't go together yet: change one of them"
-                )
+                raise ValueError(f"sharding: fsdp and {other} don't go together: change one")
         return self
 
     def teacher_model(self, run: str | Path | None = None) -> str:

@@ -73,7 +73,8 @@ class RollCall:
         self._wake.set()
 
     def _talk(self) -> None:
-        store: Any = dist.distributed_c10d._get_default_store().clone()  # pyright: ignore
+        shared: Any = dist.distributed_c10d._get_default_store()  # its stubs know no clone
+        store = shared.clone()  # a connection of this thread's own
         store.set_timeout(timedelta(seconds=self._patience))
         number = 0
         while True:
