@@ -225,6 +225,15 @@ def test_a_context_is_read_by_the_teacher_of_every_student_and_by_no_student(tmp
     assert "guide.txt" not in str({**made, "warm-up": None, "promptkd": None})
 
 
+def test_where_there_are_references_half_of_the_requests_learn_from_them(tmp_path):
+    found = {}
+    for has_references in (True, False):
+        facts = Facts(4, width=576, num_rows=100, has_references=has_references, lengths={})
+        found[has_references] = plan(Order("t", tmp_path), facts)["promptkd"]["method"]
+    assert found[True] == {"name": "promptkd", "rollouts": "mixture", "student_share": 0.5}
+    assert found[False] == {"name": "promptkd"}
+
+
 def test_rates_fall_with_the_width_of_the_models():
     facts = Facts(4, width=1152, num_rows=400, has_references=True, lengths={})
     narrow = Facts(4, width=576, num_rows=400, has_references=True, lengths={})

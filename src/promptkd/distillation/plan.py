@@ -18,6 +18,12 @@ RATES = {"teacher": 2e-4, "warm-up": 3e-4, "method": 1e-4}
 PROMPT_RATE = 1e-3
 STEPS = {"teacher": (20, 200), "warm-up": (30, 150), "method": (20, 60)}
 """Between these, one epoch."""
+MIXED = {
+    "promptkd": {"rollouts": "mixture", "student_share": 0.5},
+    "gkd": {"student_share": 0.5},
+}
+"""Where there are references, half of the requests learn from their text: students that learnt from
+their own alone became longer and worse (docs/evidence.md)."""
 BATCH = 16
 CALIBRATION_ROWS = 32
 
@@ -180,7 +186,8 @@ class _Builder:
         recipe: dict[str, Any] = {"student": {"model": self.place("warm-up")}}
         if has_teacher:
             recipe["teacher"] = self._teacher_section()
-        recipe["method"] = {"name": self.order.method}
+        mixed = MIXED.get(self.order.method, {}) if self.facts.has_references else {}
+        recipe["method"] = {"name": self.order.method, **mixed}
         rates = {"teacher_learning_rate": PROMPT_RATE, "teacher_step": "with_student"}
         self._train(name, recipe, self._optimization("method") | rates)
 
