@@ -412,7 +412,7 @@ def test_a_run_that_fails_leaves_the_others_and_only_changed_rows_are_scored_aga
     assert "not finite" in failure["reason"] or "gradient" in failure["reason"]
     table = (output / "table.md").read_text()
     assert f"Failed: explodes, seed 3: {failure['reason']}" in table.replace("\\", "")
-    assert "| explodes | failed | – | – | – | – | – |" in table
+    assert "| explodes | 0 of 1 | – | – | – | – | – |" in table
     assert "| gkd | 1 |" in table
     assert "± " not in table.partition("held out (")[0].replace("±0.0 [", "")
     assert (output / "report.html").is_file()
