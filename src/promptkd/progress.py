@@ -25,6 +25,7 @@ def progress_bar(iterable: Any = None, **options: Any) -> Any:
     in_notebook = issubclass(tqdm.auto.tqdm, tqdm.notebook.tqdm_notebook)
     if in_notebook or sys.stderr.isatty():
         return tqdm.auto.tqdm(iterable, **options)
+    options["position"] = 0  # a bar below another would move a cursor that a file hasn't
     return tqdm.std.tqdm(iterable, file=Log(sys.stderr), **options)
 
 
