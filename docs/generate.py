@@ -27,6 +27,7 @@ from promptkd.divergences import DIVERGENCES
 from promptkd.findings import CHECKS
 from promptkd.methods import METHODS, build_method
 from promptkd.objectives import Divergence, Weighted
+from promptkd.report.comparisons import NATS
 from promptkd.training.planned import Cluster, plan_for, plan_lines
 from promptkd.training.sizing import H100, Plan, Shape, weak_scaling
 
@@ -343,7 +344,7 @@ def quote(asked: str, results: Path = ROOT / "results" / "study") -> str:
         (model,) = (model for model in found["models"] if model["label"] == first)
         own = model["scores"][score]
         number, (low, high) = own["mean"], own["interval_95"]
-    places = 3 if score in ("reverse_kl_to_teacher", "cross_entropy") else 1
+    places = 3 if score in NATS else 1
     shown = [f"{value:{sign}.{places}f}" for value, sign in ((number, "+" if minus else "-"),)]
     shown += [f"{value:.{places}f}" for value in (low, high)]
     return "{} [{}, {}]".format(*shown).replace("-", "−")

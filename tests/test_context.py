@@ -27,6 +27,7 @@ from promptkd.data.encoding import EncodedExample
 from promptkd.data.sets import Dataset
 from promptkd.divergences import kl
 from promptkd.errors import UserError
+from promptkd.evaluation.evaluate import evaluate, evaluate_with
 from promptkd.evaluation.exposure_bias import exposure_bias
 from promptkd.evaluation.prompt_analysis import prompt_analysis
 from promptkd.evaluation.side_by_side import generate
@@ -301,6 +302,27 @@ def test_a_run_with_a_context_goes_through_every_measurement(llamas, tmp_path):
     told, alone = (generate(output, "say 1", context=c, temperature=0) for c in ("hint " * 9, ""))
     assert told["student"] == alone["student"]
     assert told["teacher"] != alone["teacher"]
+
+
+def test_a_teacher_is_scored_as_it_taught(llamas, tmp_path):
+    """Its responses and its reference's cross-entropy are those to the request with its context."""
+    output, rows = tmp_path / "run", llamas / "train.jsonl"
+    api.train(recipe(llamas, output, {"name": "gkd"}))
+    asked = {"seeds": (1,), "num_examples": 4, "temperature": 0}
+    found = evaluate_with(output, ["teacher"], str(rows), **asked)["teacher"]["train"]
+    told = json.loads(
+        (output / "evaluation/teacher/train.predictions.jsonl").read_text().splitlines()[0]
+    )
+    assert (told["request"], told["teacher_request"]) == ("say 0", "hint 0  ~ say 0")
+    assert (
+        told["response"] == generate(output, "say 0", context="hint 0 ", temperature=0)["teacher"]
+    )
+    teacher = evaluate(str(llamas / "teacher"), str(rows), like=output, output=tmp_path / "plain")
+    assert teacher["scores"]["cross_entropy"] != found["scores"]["cross_entropy"]
+    bare = tmp_path / "bare.jsonl"
+    bare.write_text(json.dumps({"instruction": "say 1", "output": "it is 1!"}) + "\n")
+    with pytest.raises(UserError, match="bare has no 'hint', which the teacher reads"):
+        evaluate_with(output, ["teacher"], str(bare), **asked)
 
 
 def test_a_system_message_reaches_the_teacher_alone(llamas, tmp_path):

@@ -82,8 +82,8 @@ def evaluate_with(
 
     Args:
         run: itself, its directory, or that of ``distill``.
-        others: ``start``, ``teacher``, or, where ``distill`` made the run, any model that it
-            scores (``warm-up``).
+        others: ``start``, ``teacher`` (which reads what it taught with), or, where ``distill``
+            made the run, any model that it scores (``warm-up``).
         data: see ``evaluate``, as is the rest. The others' scores go to ``RUN/evaluation/OTHER``.
 
     Returns:
@@ -98,18 +98,38 @@ def evaluate_with(
     place = Path(output) if output is not None else own.path / "evaluation"
     results = ScoresByModel(student=answer(str(own.path), questions, place, ranks=ranks))
     for label, model in models.items():
-        results[label] = answer(model, questions, place / label, ranks=ranks)
+        by_teacher = label == "teacher"
+        results[label] = answer(model, questions, place / label, by_teacher=by_teacher, ranks=ranks)
     return results
 
 
-def answer(model: str, questions: Questions, output: Path, *, ranks: Ranks = ALONE) -> ScoresByData:
-    """Load a model, let it answer, and save what came of it."""
-    loaded = _load(model, questions)
+def answer(
+    model: str,
+    questions: Questions,
+    output: Path,
+    *,
+    by_teacher: bool = False,
+    ranks: Ranks = ALONE,
+) -> ScoresByData:
+    """Load a model, let it answer, and save what came of it.
+
+    Args:
+        by_teacher: the model is the run's teacher, and reads what it taught with.
+
+    Raises:
+        UserError: if that is a column which the data lack.
+    """
+    loaded = _load(model, questions, by_teacher)
     results, measured = ScoresByData(), {}
     for name, rows in questions.rows.items():
         asked = loaded
         if loaded.briefed and not reads(rows, questions.protocol.context):
             column = questions.protocol.context
+            if by_teacher:
+                raise UserError(
+                    f"{name} has no '{column}', which the teacher reads. Score the teacher on "
+                    "data that have it, or without it as a model: evaluate MODEL --like RUN."
+                )
             tqdm.write(f"{name} has no '{column}': no KL to the teacher, which reads it")
             asked = replace(loaded, teacher=None, teacher_name=None, briefed=None)
         scorer = asked.scorer(rows, questions, ranks)
@@ -117,7 +137,7 @@ def answer(model: str, questions: Questions, output: Path, *, ranks: Ranks = ALO
             scores, predictions = scorer.score(
                 asked.engine, asked.student, asked.teacher, questions.seeds
             )
-        requests = [example.request_ids for example in scorer.data.examples]
+        requests = [e.request_of(asked.is_briefed) for e in scorer.data.examples]
         measured = measured or size_and_speed(
             model, asked.student, requests, questions.protocol.decoding
         )
@@ -145,6 +165,7 @@ class Loaded:
 
     Attributes:
         briefed: how the teacher is asked, if it reads other requests than the student.
+        by_teacher: the model that answers is that teacher.
     """
 
     student: LanguageModel
@@ -155,6 +176,12 @@ class Loaded:
     teacher: LanguageModel | None
     teacher_name: str | None
     briefed: Encoder | None
+    by_teacher: bool
+
+    @property
+    def is_briefed(self) -> bool:
+        """Whether the model that answers reads other requests than the student."""
+        return self.by_teacher and self.briefed is not None
 
     def scorer(self, rows: Sequence[Example], questions: Questions, ranks: Ranks) -> Scorer:
         return Scorer(
@@ -164,6 +191,7 @@ class Loaded:
             decoding=questions.protocol.decoding,
             ranks=ranks,
             metrics=questions.metrics,
+            by_teacher=self.is_briefed,
         )
 
     def settings(self, scorer: Scorer) -> dict[str, Any]:
@@ -180,7 +208,7 @@ class Loaded:
         }
 
 
-def _load(model: str, questions: Questions) -> Loaded:
+def _load(model: str, questions: Questions, by_teacher: bool) -> Loaded:
     tokenizer, protocol = load_tokenizer(model), questions.protocol
     teacher_name = _teacher(model, questions, tokenizer)
     encoder = protocol.encoder(tokenizer)
@@ -196,7 +224,8 @@ def _load(model: str, questions: Questions) -> Loaded:
         stop=stop,
         teacher=teacher,
         teacher_name=teacher_name,
-        briefed=_teacher_encoder(protocol, teacher_name, encoder),
+        briefed=_teacher_encoder(protocol, model if by_teacher else teacher_name, encoder),
+        by_teacher=by_teacher,
     )
 
 

@@ -92,6 +92,7 @@ class Scorer:
     Attributes:
         stop: the tokens that end a response.
         metrics: what is computed beside what always is.
+        by_teacher: the model is a teacher that reads its own requests.
     """
 
     data: Dataset
@@ -101,6 +102,7 @@ class Scorer:
     micro_batch_tokens: int = MICRO_BATCH_TOKENS
     ranks: Ranks = ALONE
     metrics: tuple[str, ...] = ()
+    by_teacher: bool = False
 
     def bar(
         self, engine: Engine, what: str, num_seeds: int, *, stays: bool = True
@@ -130,7 +132,7 @@ class Scorer:
         share = replace(self.data, examples=self.ranks.share(self.data.examples))
         predictions: list[Prediction] = []
         for seed in seeds:
-            rollouts = predict(engine, share, self.decoding, seed)
+            rollouts = predict(engine, share, self.decoding, seed, by_teacher=self.by_teacher)
             found = score(rollouts, self.data, self.tokenizer, self.stop, seed, self.metrics)
             if teacher:
                 found = _with_distances(found, rollouts, student, teacher, self.micro_batch_tokens)
@@ -141,7 +143,9 @@ class Scorer:
         scores = summarise(predictions, self.metrics)
         if any(example.response_ids is not None for example in self.data.examples):
             known = [e for e in share.examples if e.response_ids is not None]
-            nats = cross_entropies(reference_rollouts(known), student, self.micro_batch_tokens)
+            texts = reference_rollouts(known)
+            read = [text.for_teacher for text in texts] if self.by_teacher else texts
+            nats = cross_entropies(read, student, self.micro_batch_tokens)
             sums = [sum(n.sum().item() for n in nats), float(sum(map(len, nats)))]
             total, count = self.ranks.sums(sums, student.device)
             scores["cross_entropy"] = Score(mean=total / count)

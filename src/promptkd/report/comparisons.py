@@ -19,13 +19,19 @@ SCORE_NAMES = {
     "exact_match": "Exact match, %",
     "final_answer": "Final answer, %",
     "reverse_kl_to_teacher": "KL to teacher, nats/token",
+    "reverse_kl_without_context": "KL to teacher without its context, nats/token",
     "cross_entropy": "Cross-entropy, nats/token",
     "teacher_cross_entropy": "Cross-entropy under the teacher, nats/token",
     "response_length": "Length, tokens",
     "ended": "Ended by itself, %",
     "repeated_4_grams": "Repeated 4-grams, %",
 }
-NATS = ("reverse_kl_to_teacher", "cross_entropy", "teacher_cross_entropy")
+NATS = (
+    "reverse_kl_to_teacher",
+    "reverse_kl_without_context",
+    "cross_entropy",
+    "teacher_cross_entropy",
+)
 """Scores in nats per token: less is better, and the first decimal says nothing."""
 STANDARD_ERRORS = 2 * 1.96
 """Widths of a 95% interval."""
