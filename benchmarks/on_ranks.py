@@ -61,7 +61,9 @@ class Pair:
         return directory
 
 
-def recipe(pair: Pair, output: Path, **optimization: Any) -> dict[str, Any]:
+def recipe(
+    pair: Pair, output: Path, response_tokens: int = 64, **optimization: Any
+) -> dict[str, Any]:
     """PromptKD on the student's own responses; they end by themselves hardly ever."""
     student, teacher = pair.written()
     return {
@@ -72,7 +74,7 @@ def recipe(pair: Pair, output: Path, **optimization: Any) -> dict[str, Any]:
             "train": str(STARTER),
             "template": "chat",
             "max_request_tokens": 64,
-            "max_response_tokens": 64,
+            "max_response_tokens": response_tokens,
         },
         "optimization": {"max_steps": 1000, "learning_rate": 0.0} | optimization,
         "output": str(output),

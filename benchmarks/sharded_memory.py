@@ -18,7 +18,7 @@ from setting import record
 PAIR = Pair(student=8, teacher=24, width=1152)
 SMALL = Pair(student=1, teacher=2, width=192)
 RANKS = 2
-STEP = {"global_batch_size": 4, "micro_batch_tokens": 256}
+STEP = {"global_batch_size": 2, "micro_batch_tokens": 128}
 
 
 def of_rank(path: Path) -> None:
@@ -64,7 +64,7 @@ def forecast(path: Path) -> dict[str, float]:
 def main(pair: Pair) -> None:
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
-        given = recipe(pair, place / "run", **STEP) | {"sharding": "fsdp"}
+        given = recipe(pair, place / "run", 16, **STEP) | {"sharding": "fsdp"}
         processes = OnRanks(__file__, given, RANKS, place)
         ranks = processes.ask("begin")
         processes.end()

@@ -212,13 +212,13 @@ def standing_bytes(plan: Plan) -> dict[str, float]:
     Of a student of N weights that learns whole: 4 N of fp32 weights, 4 N of gradient, 8 N of
     AdamW; of LoRA's 2 N in bf16 (its adapters, about a hundredth, count 16 bytes a weight). Of a
     frozen teacher 2 N, or what its linear layers are held in. Sharded, each is divided by the
-    ranks; see ``_gathered``.
+    ranks, adapters aside; see ``_gathered``.
     """
     own, parts = plan.student, plan.ranks if plan.sharded else 1
     trained = own.weights * (0.01 if plan.lora else 1)
     held = {
-        "student": (2 * own.weights + 4 * trained if plan.lora else 4 * own.weights) / parts,
-        "gradients and optimizer": 12 * trained / parts,
+        "student": 2 * own.weights / parts + 4 * trained if plan.lora else 4 * own.weights / parts,
+        "gradients and optimizer": 12 * trained / (1 if plan.lora else parts),
     }
     if plan.teacher:
         bits = 0.0 if plan.offload else BITS[plan.quantization]
@@ -255,7 +255,8 @@ def writing_bytes(plan: Plan, batch_tokens: int = 32768) -> float:
         return 0.0
     own = plan.student
     tokens = min(batch_tokens, plan.rows * plan.longest)
-    return 2 * own.weights * (not plan.lora) + 4 * own.layers * own.keys * tokens
+    copied = plan.sharded or not plan.lora
+    return 2 * own.weights * copied + 4 * own.layers * own.keys * tokens
 
 
 def kept_per_token(plan: Plan) -> float:
