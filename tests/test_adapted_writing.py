@@ -68,17 +68,26 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(architecture, tm
     tiny.save_pair(tmp_path, architecture)
     tiny.write_data(tmp_path / "train.jsonl")
     losses = []
-    for checkpointing in (False, True):
-        output = tmp_path / f"run{checkpointing}"
-        recipe = tiny.recipe(
-            tmp_path,
-            output=str(output),
-            optimization={"gradient_checkpointing": checkpointing},
-        )
+    for checkpointing in ((), ("optimization",), ("optimization", "teacher")):
+        output = tmp_path / f"run{len(checkpointing)}"
+        recipe = tiny.recipe(tmp_path, output=str(output))
+        for section in checkpointing:
+            recipe[section]["gradient_checkpointing"] = True
         Trainer(recipe_from_dict(recipe), build_method("promptkd")).run()
         rows = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
         losses.append([row["loss"] for row in rows])
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    assert losses[1] == pytest.approx(losses[0], abs=1e-5)
+    assert losses[2] == pytest.approx(losses[0], abs=1e-5)
+
+
+def test_a_checkpointed_teacher_that_reads_a_prefix_is_refused(tmp_path):
+    tiny.save_pair(tmp_path)
+    tiny.write_data(tmp_path / "train.jsonl")
+    recipe = recipe_from_dict(
+        tiny.recipe(tmp_path, teacher={"gradient_checkpointing": True}, method={"name": "promptkd"})
+    )
+    with pytest.raises(UserError, match=r"teacher.gradient_checkpointing is true, .* a prefix"):
+        Trainer(recipe, build_method("promptkd", teacher="prefix"))
 
 
 def test_a_method_steered_by_validation_is_refused_without_it(tmp_path):

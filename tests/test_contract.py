@@ -169,6 +169,9 @@ class KilledOnce:
     def needs_validation(self):
         return self.source.needs_validation
 
+    def asks_student(self, batch, generators, state):
+        return self.source.asks_student(batch, generators, state)
+
     def generate(self, batch, generators, state):
         if generators.step == 3 and not Path(self.mark).exists():
             Path(self.mark).touch()

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -353,3 +354,33 @@ def test_padding_puts_requests_and_responses_where_the_mask_says():
 def test_annotations_stay_with_their_tokens():
     piece = pad(rollouts_of([(2, 3), (1, 1), (1, 2)]), CPU)
     assert piece.annotation("advantages").tolist() == [0.0, 1.0, 2.0, 1.0, 2.0, 3.0]
+
+
+SOURCES = {
+    "data": Reference(),
+    "student": Student(),
+    "teacher": OfflineTeacher(),
+    "mixture": Mixture(0.1),
+    "repeated": Repeated(Mixture(0.1), 3),
+    "replay": AdaptiveReplay(0.6, capacity=3),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_a_source_says_beforehand_whether_the_student_will_write(name):
+    source, state, answers, plain = SOURCES[name], {}, set(), generators()
+    asked = []
+
+    def student(examples):
+        asked.append(examples)
+        return plain.student(examples)
+
+    for step in range(40):
+        asked.clear()
+        given = replace(generators(step, max_steps=40), student=student)
+        said = source.asks_student(batch(4 * step), given, state)
+        source.generate(batch(4 * step), given, state)
+        assert said == bool(asked), step
+        answers.add(said)
+    expected = {"data": {False}, "teacher": {False}, "student": {True}}
+    assert answers == expected.get(name, {False, True})

@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import runs
 import tiny
-from promptkd.config import override, recipe_from_dict
+from promptkd.config import recipe_from_dict
 from promptkd.errors import UserError
+from promptkd.keys import override
 from test_ranks import assert_same_run, recipe
 
 LORA = {"lora": {"r": 2, "alpha": 4}}
@@ -29,10 +32,12 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "distillm": ({"name": "distillm", "student_share": 1.0, "capacity": 2}, {}),
     "distillm2": ({"name": "distillm2"}, {}),
     "written by the student": ({"name": "promptkd"}, {}),
+    "written at times": ({"name": "gkd", "student_share": 0.2}, {}),
 }
 
 
 OTHERS = ("lora student", "tied heads", "of one process")
+BF16 = ("promptkd", "lora student")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +57,8 @@ def raws(pair: Path) -> dict[str, dict[str, Any]]:
     made = {}
     for name, (method, optimization) in CASES.items():
         made[name] = recipe(pair, method, Path("unset"), max_steps=2, **optimization)
+    checkpointed = made["promptkd, checkpointed"]
+    checkpointed["teacher"] = checkpointed["teacher"] | {"gradient_checkpointing": True}
     made["lora student"] = made["gkd"] | {"student": made["gkd"]["student"] | LORA}
     tied = {who: {"model": str(pair / "tied" / who)} for who in ("student", "teacher")}
     made["tied heads"] = made["promptkd"] | tied
@@ -66,7 +73,8 @@ def shared(raws: dict[str, dict[str, Any]], tmp_path_factory) -> Path:
     begun = raws["of one process"] | {"output": str(place / "of one process")}
     runs.train_on_ranks([begun], place / "begun", 1)
     forget_last_step(place / "of one process")
-    own = [raw | {"sharding": "fsdp", "output": str(place / name)} for name, raw in raws.items()]
+    sides = raws | {f"{name}, bf16": raws[name] | {"precision": "bf16"} for name in BF16}
+    own = [raw | {"sharding": "fsdp", "output": str(place / name)} for name, raw in sides.items()]
     outcomes = runs.train_on_ranks(own, place / "processes", 2)
     assert [outcome.status for outcome in outcomes] == [0, 0], outcomes[0].stderr
     return place
@@ -96,6 +104,50 @@ def test_one_process_goes_on_where_two_that_shared_were_stopped(raws, shared, tm
     assert_same_run(one, run)
     student = AutoModelForCausalLM.from_pretrained(run / "student")
     assert student.state_dict().keys() == tiny.model("llama").state_dict().keys()
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_in_bf16_a_shared_run_is_no_further_from_fp32_than_one_process_is(
+    raws, shared, tmp_path, name
+):
+    """What training changed in the student, up to twice the rounding of one process."""
+    weights = {}
+    for precision in ("fp32", "bf16"):
+        raw = raws[name] | {"precision": precision, "output": str(tmp_path / precision)}
+        weights[precision] = trained(runs.train(raw))
+    weights["shared"] = trained(shared / f"{name}, bf16")
+    alone, together = (distance(weights[side], weights["fp32"]) for side in ("bf16", "shared"))
+
+    assert alone > 0
+    assert 0 < together < 2 * alone
+    places = tmp_path / "bf16", shared / f"{name}, bf16"
+    rows = [runs.json_lines(run / "metrics.jsonl") for run in places]
+    losses = [[row["loss"] for row in own if "loss" in row] for own in rows]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+def trained(run: Path) -> dict[str, torch.Tensor]:
+    (path,) = (run / "student").glob("*.safetensors")
+    return load_file(path)
+
+
+def distance(mine: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    assert mine.keys() == other.keys()
+    return sum((mine[key].float() - other[key].float()).square().sum() for key in mine) ** 0.5
+
+
+def test_one_process_finishes_what_two_that_shared_began_when_one_was_killed(pair, tmp_path):
+    raw = recipe(pair, {"name": "promptkd"}, tmp_path / "run", max_steps=6)
+    one = runs.train(raw | {"output": str(tmp_path / "one")})
+    path = runs.write_recipe(tmp_path, raw | {"sharding": "fsdp"})
+    moment = runs.Moment("open", ".writing-step-000004")
+    outcomes = runs.run_on_ranks(["train", path], tmp_path / "killed", 2, dies_at=moment)
+    assert [outcome.status for outcome in outcomes] == [-9, 1]
+    assert "Rank 0 of 2 was lost in the checkpoint of step 4" in outcomes[1].stderr
+    assert not (tmp_path / "run" / "summary.json").exists()
+    runs.train(raw)
+
+    assert_same_run(one, tmp_path / "run")
 
 
 def test_one_process_is_refused(pair):

@@ -1,5 +1,6 @@
 """What a run will take elsewhere: equations that give back what was counted and measured."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -8,8 +9,12 @@ import torch
 
 import runs
 import tiny
+from promptkd.config import recipe_from_dict
+from promptkd.keys import override
+from promptkd.methods import build_method
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.sizes import num_parameters
+from promptkd.training.planned import Cluster, plan_for
 from promptkd.training.sizing import (
     EPYC,
     H100,
@@ -17,6 +22,7 @@ from promptkd.training.sizing import (
     Shape,
     fits,
     kept_per_token,
+    peak_bytes,
     remedies,
     replace,
     standing_bytes,
@@ -84,12 +90,13 @@ def test_the_seconds_of_measured_steps_come_out_within_a_tenth(kind):
 
 def test_the_pair_of_a_whole_card_takes_what_was_computed_by_hand():
     """16 bytes a student's weight and 2 a teacher's: 24.7 + 15.2 GB (1.54 and 7.62 billion)."""
-    held = standing_bytes(replace(PAIR, vllm=True))
+    with_vllm = replace(PAIR, vllm_share=0.3)
+    held = standing_bytes(with_vllm)
 
     both = held["student"] + held["gradients and optimizer"] + held["teacher"]
     assert both == pytest.approx(39.9e9, rel=0.005)
     assert held["vLLM"] == 0.3 * 80e9
-    assert writing_bytes(replace(PAIR, vllm=True)) == 0
+    assert writing_bytes(with_vllm) == 0
     assert writing_bytes(PAIR) > 2 * SMALL.weights
 
 
@@ -113,10 +120,48 @@ def test_graphs_count_singly_where_the_teacher_moves_first_and_together_where_wi
     assert kept_per_token(replace(PAIR, adapts=False)) == alone[0]
 
 
-def test_long_responses_fit_once_both_graphs_are_checkpointed():
-    long = replace(PAIR, request=256, response=8192, longest=8455, vllm=True)
-    assert not fits(long)
-    assert fits(replace(long, checkpointed=True, teacher_checkpointed=True))
+def test_a_vllm_that_sleeps_takes_its_share_while_it_writes_alone():
+    awake = replace(PAIR, vllm_share=0.35)
+    asleep = replace(awake, vllm_sleeps=True)
+
+    assert "vLLM" not in standing_bytes(asleep)
+    assert writing_bytes(asleep) == standing_bytes(awake)["vLLM"] == 0.35 * 80e9
+    assert not fits(awake)
+    assert "sampling.vllm.enable_sleep_mode=true" in remedies(awake)
+    assert fits(asleep)
+
+
+LONG = {
+    "student": {"model": "small"},
+    "teacher": {"model": "large"},
+    "data": {"train": "a.jsonl", "max_request_tokens": 256, "max_response_tokens": 8192},
+    "sampling": {"engine": "vllm"},
+    "optimization": {"max_steps": 1, "global_batch_size": 64, "micro_batch_tokens": 8455},
+    "output": "run",
+}
+CHECKPOINTED = ("optimization.gradient_checkpointing=true", "teacher.gradient_checkpointing=true")
+
+
+def plan(*overrides: str) -> Plan:
+    recipe = recipe_from_dict(override(copy.deepcopy(LONG), overrides))
+    return plan_for(recipe, build_method("promptkd"), (SMALL, LARGE), Cluster(8, 80.0))
+
+
+def test_responses_of_8k_tokens_fit_80_gb_once_the_recipe_checkpoints_both_graphs():
+    """1.5B from 7B; the longest row is 256 + 8192 + 7."""
+    assert plan().longest == 8455
+    assert not fits(plan())
+    assert not fits(plan(CHECKPOINTED[0]))
+    assert fits(plan(*CHECKPOINTED))
+    assert sum(peak_bytes(plan(*CHECKPOINTED), 8455).values()) < 0.9 * 80e9
+
+
+def test_a_plan_is_sharded_and_sleeps_as_its_recipe_says():
+    ours = plan("sharding=fsdp", *CHECKPOINTED[1:], "sampling={engine: transformers}")
+    assert (ours.sharded, ours.checkpointed, ours.teacher_checkpointed) == (True, False, True)
+    assert standing_bytes(ours)["teacher"] == standing_bytes(plan())["teacher"] / 8
+    ours = plan("sampling.vllm={gpu_memory_utilization: 0.4, enable_sleep_mode: true}")
+    assert (ours.vllm_share, ours.vllm_sleeps, ours.sharded) == (0.4, True, False)
 
 
 def test_what_does_not_fit_names_keys_that_make_it_fit():

@@ -1,6 +1,8 @@
 """vLLM writes what the transformers engine writes, with the weights of now."""
 
 import sys
+import types
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,9 +11,11 @@ from torch.testing import assert_close
 import runs
 import tiny
 from promptkd.adapters import add_lora, merged
+from promptkd.config import recipe_from_dict
 from promptkd.errors import UserError
 from promptkd.evaluation.evaluate import evaluate
 from promptkd.files import write_json_lines
+from promptkd.generation import vllm_engine
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.generation.vllm_engine import VLLMEngine, whole_weights
@@ -188,3 +192,105 @@ def test_a_lora_student_writes_as_with_the_transformers_engine():
     plain = TransformersEngine(student, (tiny.EOS,))
 
     assert ours.generate(REQUESTS, SEEDS, decoding) == plain.generate(REQUESTS, SEEDS, decoding)
+
+
+class StandIn:
+    """In place of the package: an engine that writes what it is told, and remembers its calls."""
+
+    def __init__(self, text):
+        self.text, self.calls, self.options = text, [], {}
+
+    def module(self):
+        module = types.ModuleType("vllm")
+        module.SamplingParams = lambda **options: SimpleNamespace(**options)
+        module.LLM = self.started
+        return module
+
+    def started(self, directory, *, seed=0, **options):
+        if unknown := options.keys() & {"unheard_of"}:
+            raise TypeError(f"unexpected keyword argument {unknown}")
+        self.options = options
+        return self
+
+    def generate(self, requests, parameters, use_tqdm):
+        self.calls.append("write")
+        length = parameters[0].max_tokens
+        output = SimpleNamespace(outputs=[SimpleNamespace(token_ids=self.text[:length])])
+        return [output] * len(requests)
+
+    def collective_rpc(self, name, kwargs):
+        self.calls.append(name)
+
+    def reset_prefix_cache(self):
+        pass
+
+    def sleep(self, level):
+        self.calls.append(f"sleep {level}")
+
+    def wake_up(self):
+        self.calls.append("wake")
+
+
+@pytest.fixture
+def started(monkeypatch):
+    student = LanguageModel(tiny.model("llama", seed=3), 98)
+
+    def start(text, **options):
+        engine = StandIn(text)
+        monkeypatch.setitem(sys.modules, "vllm", engine.module())
+        monkeypatch.setattr(vllm_engine, "_chosen_tokens", lambda: None)
+        return engine, VLLMEngine(student, (tiny.EOS,), 64, options)
+
+    return student, start
+
+
+def likeliest(student, request, number):
+    """Written greedily, by another engine."""
+    plain = TransformersEngine(student, ())
+    return plain.generate([request], [(0, 0)], GenerationSettings(number, 0.0))[0].token_ids
+
+
+def test_the_first_request_is_scored_by_both_engines_once(started):
+    student, start = started
+    engine, ours = start(likeliest(student, REQUESTS[0], 4))
+    ours.generate(REQUESTS[:1], SEEDS[:1], GenerationSettings(4))
+    ours.generate(REQUESTS[:1], SEEDS[:1], GenerationSettings(4))
+    assert engine.calls == ["reload_weights", "write", "write", "reload_weights", "write"]
+
+    _, ours = start((50, 51, 52, 53))
+    with pytest.raises(UserError, match="vLLM writes something else than the student"):
+        ours.generate(REQUESTS[:1], SEEDS[:1], GenerationSettings(4))
+
+
+def test_an_engine_that_sleeps_is_woken_before_weights_are_pushed(started):
+    student, start = started
+    text = likeliest(student, REQUESTS[0], 4)
+    engine, ours = start(text, enable_sleep_mode=True, gpu_memory_utilization=0.5)
+    for _ in range(2):
+        ours.generate(REQUESTS[:1], SEEDS[:1], GenerationSettings(4))
+    first = ["reload_weights", "write", "write", "sleep 2"]
+    assert engine.calls == [*first, "wake", "reload_weights", "write", "sleep 2"]
+    assert engine.options["gpu_memory_utilization"] == 0.5
+    assert engine.options["enforce_eager"]
+
+
+def test_options_replace_ours_and_unknown_ones_are_refused(started):
+    _, start = started
+    engine, _ = start((), enforce_eager=False)
+    assert engine.options["enforce_eager"] is False
+    with pytest.raises(UserError, match=r"unheard_of.* which vLLM doesn't take"):
+        start((), unheard_of=1)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "reason"),
+    [
+        ({"vllm": {"seed": 1}}, "the engine is transformers: set engine: vllm"),
+        ({"engine": "vllm", "vllm": {"dtype": "half"}}, "vllm.dtype is set by the run itself"),
+        ({"engine": "vllm", "vllm": {"tensor_parallel_size": 2}}, "start one process per GPU"),
+        ({"engine": "vllm", "vllm": {"gpu_memory_utilization": 1.5}}, "it lies between 0 and 1"),
+    ],
+)
+def test_options_that_vllm_cannot_be_given_are_refused_when_read(tmp_path, sampling, reason):
+    with pytest.raises(UserError, match=reason):
+        recipe_from_dict(tiny.recipe(tmp_path, sampling=sampling))

@@ -6,7 +6,7 @@ Keys follow Hugging Face's names where one exists. Defaults are those of PromptK
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
@@ -18,15 +18,14 @@ from pydantic import (
     model_validator,
 )
 
+from promptkd import vllm_options
 from promptkd.criteria import CRITERIA
-from promptkd.errors import UserError
 from promptkd.keys import (
     Name,
     Section,
+    override,
     read_keys,
-    read_yaml,
     refuse_reserved,
-    shown,
     suggest,
     validate,
 )
@@ -100,6 +99,9 @@ class TeacherSection(Section):
     offload: bool = Field(
         default=False, description="its linear layers stay off the GPU until they are multiplied"
     )
+    gradient_checkpointing: bool = Field(
+        default=False, description="its activations are made again in the backward pass"
+    )
 
     @field_validator("template_options")
     @classmethod
@@ -114,8 +116,11 @@ class TeacherSection(Section):
             )
         if self.quantization and self.offload:
             raise ValueError("quantization and offload are both given: choose one")
-        if (self.quantization or self.offload) and self.model == THE_STUDENT:
-            key = "quantization" if self.quantization else "offload"
+        keys = [
+            k for k in ("quantization", "offload", "gradient_checkpointing") if getattr(self, k)
+        ]
+        if keys and self.model == THE_STUDENT:
+            key = keys[0]
             raise ValueError(f"{key} is for a model of its own, and the model is the student's")
         return self
 
@@ -229,9 +234,18 @@ SMALLEST_TEMPERATURE = 1e-6
 
 class SamplingSection(Section):
     engine: Literal["transformers", "vllm"] = "transformers"
+    vllm: dict[str, Any] = Field(
+        default={},
+        description="options of vllm.LLM (gpu_memory_utilization, enable_sleep_mode, ...)",
+    )
     temperature: float = Field(default=1.0, ge=0, le=100, description="0 is greedy decoding")
     top_p: float = Field(default=1.0, gt=0, le=1)
     top_k: int = Field(default=0, ge=0, description="0 keeps every token")
+
+    @model_validator(mode="after")
+    def _options_that_vllm_may_be_given(self) -> "SamplingSection":
+        vllm_options.check(self.engine, self.vllm)
+        return self
 
     @field_validator("temperature")
     @classmethod
@@ -365,17 +379,6 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     return recipe_from_dict(override(read_keys(path, "Recipe"), overrides))
 
 
-def override(keys: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
-    """The keys with every ``key=value`` applied, in order.
-
-    Raises:
-        UserError: for one without ``=``, or a key below a value.
-    """
-    for given in overrides:
-        _apply_override(keys, given)
-    return keys
-
-
 def recipe_from_dict(raw: dict[str, Any]) -> Recipe:
     """Validate a recipe given as nested dictionaries.
 
@@ -383,17 +386,3 @@ def recipe_from_dict(raw: dict[str, Any]) -> Recipe:
         UserError: for an unknown key (with the nearest known one) or a value out of range.
     """
     return validate(Recipe, raw)
-
-
-def _apply_override(raw: dict[str, Any], override: str) -> None:
-    key, equals, value = override.partition("=")
-    if not equals:
-        raise UserError(f"Override '{override}' has no '='. Write key=value, as in seed=1.")
-    parts = key.split(".")
-    node: Any = raw
-    for part in parts[:-1]:
-        child: Any = node.setdefault(part, {})
-        if not isinstance(child, dict):
-            raise UserError(f"Override '{override}': '{part}' is a value, not a section.")
-        node = cast(Any, child)
-    node[parts[-1]] = read_yaml(value, f"Override {shown(override)}")

@@ -76,6 +76,17 @@ def read_keys(path: str | Path, what: str) -> dict[str, Any]:
     return cast(dict[str, Any], raw)
 
 
+def override(keys: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:
+    """The keys with every ``key=value`` applied, in order.
+
+    Raises:
+        UserError: for one without ``=``, or a key below a value.
+    """
+    for given in overrides:
+        _apply_override(keys, given)
+    return keys
+
+
 def validate(
     model: type[Keys], raw: dict[str, Any], what: str = "recipe", prefix: str = ""
 ) -> Keys:
@@ -186,6 +197,20 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(  # pyright: ignore[reportUnknownMemberType]
     "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise UserError(f"Override '{override}' has no '='. Write key=value, as in seed=1.")
+    parts = key.split(".")
+    node: Any = raw
+    for part in parts[:-1]:
+        child: Any = node.setdefault(part, {})
+        if not isinstance(child, dict):
+            raise UserError(f"Override '{override}': '{part}' is a value, not a section.")
+        node = cast(Any, child)
+    node[parts[-1]] = read_yaml(value, f"Override {shown(override)}")
 
 
 def _explain(item: Any, model: Any, what: str, prefix: str) -> str:

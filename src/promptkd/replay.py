@@ -38,6 +38,10 @@ class Repeated:
     def needs_validation(self) -> bool:
         return self.source.needs_validation
 
+    def asks_student(self, batch: Batch, generators: Generators, state: State) -> bool:
+        own = state.get("source", {})
+        return "rollouts" not in state and self.source.asks_student(batch, generators, own)
+
     def generate(self, batch: Batch, generators: Generators, state: State) -> list[Rollout]:
         if "rollouts" not in state:
             written = self.source.generate(batch, generators, state.setdefault("source", {}))
@@ -87,11 +91,15 @@ class AdaptiveReplay:
         if self.capacity < 1:
             raise ValueError(f"capacity is {self.capacity}: the buffer keeps at least one step.")
 
+    def asks_student(self, batch: Batch, generators: Generators, state: State) -> bool:
+        phi = state.get("student_share", self.start_share)
+        full = len(state.get("kept", [])) == self.capacity
+        return generators.chance("replay", phi * (1 - generators.progress) if full else phi)
+
     def generate(self, batch: Batch, generators: Generators, state: State) -> list[Rollout]:
         phi = state.setdefault("student_share", self.start_share)
         kept = state.setdefault("kept", [])
-        full = len(kept) == self.capacity
-        if generators.chance("replay", phi * (1 - generators.progress) if full else phi):
+        if self.asks_student(batch, generators, state):
             written = generators.student(batch.examples)
             kept.append([to_json(rollout) for rollout in written])
             del kept[: -self.capacity]

@@ -129,6 +129,10 @@ class Source(Protocol):
     @property
     def needs_validation(self) -> bool: ...
 
+    def asks_student(self, batch: Batch, generators: Generators, state: State) -> bool:
+        """Whether ``generate``, given the same, will let the student write: then it is gathered."""
+        ...
+
     def generate(self, batch: Batch, generators: Generators, state: State) -> list[Rollout]: ...
 
     def observe(self, validation_loss: float, state: dict[str, Any]) -> None:
@@ -143,6 +147,9 @@ class Stateless:
     asks_teacher = False
     needs_validation = False
 
+    def asks_student(self, batch: Batch, generators: Generators, state: State) -> bool:
+        return True
+
     def observe(self, validation_loss: float, state: dict[str, Any]) -> None:
         pass
 
@@ -152,6 +159,9 @@ class Reference(Stateless):
     """The data's own responses."""
 
     needs_references = True
+
+    def asks_student(self, batch: Batch, generators: Generators, state: State) -> bool:
+        return False
 
     def generate(self, batch: Batch, generators: Generators, state: State) -> list[Rollout]:
         return reference_rollouts(batch.examples)
@@ -170,6 +180,9 @@ class OfflineTeacher(Stateless):
     """The plain teacher, off-line: each request is answered once and the answer is kept."""
 
     asks_teacher = True
+
+    def asks_student(self, batch: Batch, generators: Generators, state: State) -> bool:
+        return False
 
     def generate(self, batch: Batch, generators: Generators, state: State) -> list[Rollout]:
         return generators.teacher(batch.examples)
@@ -196,15 +209,21 @@ class Mixture(Stateless):
         final = self.student_share if self.final_share is None else self.final_share
         return self.student_share + (final - self.student_share) * progress
 
+    def asks_student(self, batch: Batch, generators: Generators, state: State) -> bool:
+        return bool(self._by_student(batch, generators))
+
     def generate(self, batch: Batch, generators: Generators, state: State) -> list[Rollout]:
-        share = self.share(generators.progress)
-        by_student = [e for e in batch.examples if generators.chance("mixture", share, e.index)]
+        by_student = self._by_student(batch, generators)
         chosen = {example.index for example in by_student}
         by_data = [example for example in batch.examples if example.index not in chosen]
         return [
             *(generators.student(by_student) if by_student else []),
             *reference_rollouts(by_data),
         ]
+
+    def _by_student(self, batch: Batch, generators: Generators) -> list[EncodedExample]:
+        share = self.share(generators.progress)
+        return [e for e in batch.examples if generators.chance("mixture", share, e.index)]
 
 
 @dataclass(frozen=True)
@@ -272,6 +291,9 @@ class Corpus(Stateless):
             raise ValueError(f"corpus {self.path} does not exist. Name a text file.")
         if self.max_tokens < 2:
             raise ValueError(f"max_tokens is {self.max_tokens}: a passage has at least two tokens.")
+
+    def asks_student(self, batch: Batch, generators: Generators, state: State) -> bool:
+        return False
 
     def generate(self, batch: Batch, generators: Generators, state: State) -> list[Rollout]:
         passages, rollouts = _passages(self.path), []

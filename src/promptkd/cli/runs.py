@@ -28,7 +28,7 @@ def init_student(
     """Make a student out of the teacher by dropping the layers that matter least."""
     if search not in ("single", "greedy"):
         raise UserError(f"--search is '{search}'; known: single, greedy.")
-    from promptkd.config import override
+    from promptkd.keys import override
     from promptkd.pruning import init_student as run
 
     asked = override({}, set or [])
@@ -58,9 +58,6 @@ def check(
         int | None, typer.Option(min=1, help="compute for so many, from shapes alone; nothing runs")
     ] = None,
     memory: Annotated[float, typer.Option(min=1, help="GB of each, with --gpus")] = 80.0,
-    sharded: Annotated[
-        bool, typer.Option("--sharded", help="with --gpus: both models divided among them")
-    ] = False,
 ) -> None:
     """Prove that a recipe works before it runs: models, data, first steps; time and memory."""
     from promptkd.config import load_recipe
@@ -71,7 +68,7 @@ def check(
         from promptkd.training.planned import Cluster, plan_lines, plan_of
 
         method = build_method(loaded.method.name, **loaded.method.options)
-        plan = plan_of(loaded, method, Cluster(gpus, memory, sharded))
+        plan = plan_of(loaded, method, Cluster(gpus, memory))
         for line in plan_lines(plan, loaded.optimization.max_steps):
             typer.echo(line)
         return
@@ -150,8 +147,8 @@ def distill(
     """The whole path: teacher and requests to a student, scores and a report. Resumable."""
     if student is not None and layers is not None:
         raise UserError("--student and --layers are both given. Name a student, or prune one.")
-    from promptkd.config import override
     from promptkd.distillation.distill import distill as run
+    from promptkd.keys import override
 
     keep_freed_memory()
     done = run(

@@ -8,23 +8,23 @@ import copy
 import importlib
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.distributed
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from promptkd import vllm_options
 from promptkd.errors import UserError
 from promptkd.generation.progress import Progress, unseen
 from promptkd.generation.sampling import GenerationSettings, TokenSampler
 from promptkd.generation.transformers_engine import Response, Tokens, left_pad
 from promptkd.models.language_model import PADDING, LanguageModel
 
-GPU_SHARE = 0.3
-"""Of the GPU's memory, for vLLM's weights and cache; training needs the rest."""
 CPU_CACHE_GIB = 2
 COMPARED = 4
 """Tokens that are written to compare vLLM with the student, once."""
@@ -39,16 +39,24 @@ class VLLMEngine:
         model: the student, which goes on learning.
         stop_ids: the tokens that end a response.
         max_tokens: of a request and its response together.
+        options: of ``vllm.LLM``, from the recipe's ``sampling.vllm``.
 
     Raises:
-        UserError: if vLLM isn't installed.
+        UserError: if vLLM isn't installed, or doesn't know an option.
     """
 
-    def __init__(self, model: LanguageModel, stop_ids: Sequence[int], max_tokens: int):
+    def __init__(
+        self,
+        model: LanguageModel,
+        stop_ids: Sequence[int],
+        max_tokens: int,
+        options: Mapping[str, Any] = MappingProxyType({}),
+    ):
         self.stop_ids = torch.tensor(stop_ids, device=model.device)
         self.progress: Progress = unseen
         self._model = model
         self._proven = False
+        self._sleeps, self._is_asleep = vllm_options.sleeps(dict(options)), False
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are pushed within the process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_CACHE_GIB))
@@ -66,24 +74,29 @@ class VLLMEngine:
             config = copy.deepcopy(model.module.config)
             config.get_text_config().vocab_size = model.vocabulary  # the shared rows alone
             config.save_pretrained(directory)
-            options: dict[str, Any] = {}
+            given: dict[str, Any] = {"enforce_eager": True}
             if model.device.type == "cuda":
-                options["gpu_memory_utilization"] = GPU_SHARE
+                given["gpu_memory_utilization"] = vllm_options.SHARE
                 if torch.distributed.is_initialized():  # else every rank's engine takes card 0
-                    options["distributed_executor_backend"] = "external_launcher"
-            self._engine = vllm.LLM(
-                directory,
-                skip_tokenizer_init=True,
-                load_format="dummy",
-                dtype=str(model.dtype).removeprefix("torch."),
-                max_model_len=max_tokens,
-                generation_config="vllm",
-                enforce_eager=True,
-                disable_log_stats=True,
-                async_scheduling=False,  # a token is chosen by all that came before it
-                logits_processors=[_chosen_tokens()],
+                    given["distributed_executor_backend"] = "external_launcher"
+            given |= {
+                "skip_tokenizer_init": True,
+                "load_format": "dummy",
+                "dtype": str(model.dtype).removeprefix("torch."),
+                "max_model_len": max_tokens,
+                "generation_config": "vllm",
+                "disable_log_stats": True,
+                "async_scheduling": False,  # a token is chosen by all that came before it
+                "logits_processors": [_chosen_tokens()],
                 **options,
-            )
+            }
+            try:
+                self._engine = vllm.LLM(directory, **given)
+            except TypeError as error:
+                raise UserError(
+                    f"sampling.vllm is {dict(options)}, which vLLM doesn't take: {error}. "
+                    "Leave out what it doesn't know."
+                ) from None
 
     def generate(
         self,
@@ -92,12 +105,24 @@ class VLLMEngine:
         decoding: GenerationSettings,
     ) -> list[Response]:
         """One response per request, in the order of the requests; see ``TransformersEngine``."""
-        with _own_threads_back():
+        with _own_threads_back(), self._awake():
             self._push_weights()
             if not self._proven and requests:
                 self._compare(requests[0])
                 self._proven = True
             return self._written(requests, seeds, decoding)
+
+    @contextmanager
+    def _awake(self) -> Iterator[None]:
+        """With vLLM's memory, if it sleeps between: weights and cache are forgotten, and pushed."""
+        if not self._sleeps:
+            yield
+            return
+        if self._is_asleep:
+            self._engine.wake_up()
+        yield
+        self._engine.sleep(level=2)
+        self._is_asleep = True
 
     def _written(
         self,

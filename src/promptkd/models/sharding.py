@@ -24,16 +24,19 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from promptkd.errors import UserError
+from promptkd.models.loaded_once import is_adapter
 
 
 def shard(module: PreTrainedModel, device: torch.device) -> None:
     """Leave this process its part of every weight, in place; all processes have the same model.
 
     Each layer is a group that is gathered at once, and the rest of the model is one. Layer by
-    layer, what is on the CPU goes to ``device``: no more than one whole layer is there at a time.
+    layer, the first process sends its weights to all, and each keeps its part: no more than one
+    whole layer is on ``device`` at a time.
 
     Args:
-        module: whole, on the CPU or on ``device``.
+        module: whole on the first process, with weights of any content on the others
+            (``loaded_once``); adapters are everywhere.
         device: of this process.
 
     Raises:
@@ -47,12 +50,15 @@ def shard(module: PreTrainedModel, device: torch.device) -> None:
             "layers (_no_split_modules), so its weights can't be shared. Set sharding: none."
         )
     adapters: set[nn.Parameter] = {
-        value for name, value in module.named_parameters() if "lora_" in name
+        value for name, value in module.named_parameters() if is_adapter(name)
     }
     for adapter in adapters:
         adapter.data = adapter.data.to(device)
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for part in (*layers, module):
+        for own in part.parameters():
+            if own not in adapters and not isinstance(own, DTensor):
+                _receive(own, device)
         fully_shard(part, mesh=mesh, ignored_params=adapters)
         sharded: Any = part
         sharded.set_gradient_divide_factor(1.0)
@@ -60,6 +66,15 @@ def shard(module: PreTrainedModel, device: torch.device) -> None:
     entered: Any = module
     entered.promptkd_enter = MethodType(lambda self, function, *given: function(*given), module)
     register_fsdp_forward_method(module, "promptkd_enter")
+
+
+def _receive(own: nn.Parameter, device: torch.device) -> None:
+    """Let a weight be the first process's, on ``device``."""
+    if torch.distributed.get_rank() == 0:
+        own.data = own.data.to(device)
+    else:
+        own.data = torch.empty(own.shape, dtype=own.dtype, device=device)
+    torch.distributed.broadcast(own.data, 0)
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -49,6 +49,12 @@ class Models:
         teacher, copied = self.plain_teacher, self.teacher_copy
         return replace(teacher, module=copied.module) if teacher and copied else teacher
 
+    def agree(self, here: bool) -> bool:
+        """Whether it is so on any process, if the models are sharded; all of them must ask."""
+        if self.student_copy is None:
+            return here
+        return bool(sharding.most([here], self.student.device)[0])
+
     @contextmanager
     def gathered(self, student: bool = True, teacher: bool = True) -> Iterator[None]:
         """Where these are whole; of sharded ones all processes must ask."""

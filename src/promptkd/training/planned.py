@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from promptkd import vllm_options
 from promptkd.composition import Method
 from promptkd.config import Recipe
 from promptkd.errors import UserError
@@ -28,11 +29,11 @@ from promptkd.training.sizing import (
 
 @dataclass(frozen=True)
 class Cluster:
-    """Cards, and whether both models are divided among them."""
+    """Cards or, for the ``device`` cpu, processes; models are divided as the recipe says."""
 
     gpus: int
     memory_gb: float
-    sharded: bool = False
+    device: str = "cuda"
 
 
 def plan_of(recipe: Recipe, method: Method, cluster: Cluster) -> Plan:
@@ -58,7 +59,7 @@ def plan_for(
 ) -> Plan:
     """The same for given shapes of student and teacher."""
     student, teacher = pair
-    section = recipe.teacher if teacher else None
+    section, options = recipe.teacher if teacher else None, recipe.sampling.vllm
     request, response = recipe.data.max_request_tokens, recipe.data.longest_response
     adapts = method.adaptation is not None
     front = method.teacher.length if isinstance(method.teacher, FromTokens) else 0
@@ -73,14 +74,17 @@ def plan_for(
         adapts=adapts,
         together=recipe.optimization.teacher_step == "with_student",
         on_policy=any(not isinstance(term.rollouts, given) for term in method.terms),
-        vllm=recipe.sampling.engine == "vllm",
+        vllm_share=vllm_options.share(options) if recipe.sampling.engine == "vllm" else None,
+        vllm_sleeps=vllm_options.sleeps(options),
         lora=recipe.student.lora is not None,
         quantization=section.quantization if section else None,
         offload=section.offload if section else False,
         checkpointed=recipe.optimization.gradient_checkpointing,
-        sharded=cluster.sharded,
+        teacher_checkpointed=section.gradient_checkpointing if section else False,
+        sharded=recipe.sharding == "fsdp",
         ranks=cluster.gpus,
         memory=cluster.memory_gb * 1e9,
+        device=cluster.device,
     )
 
 
@@ -95,7 +99,8 @@ def plan_lines(plan: Plan, max_steps: int | None) -> Iterator[str]:
     )
     yield f"memory per card, GB: {parts}; together {sum(held.values()) / 1e9:.1f}"
     if written := writing_bytes(plan):
-        yield f"while writing, GB more: {written / 1e9:.1f} (a copy of the student, its cache)"
+        what = "vLLM, which sleeps meanwhile" if plan.vllm else "a copy of the student, its cache"
+        yield f"while writing, GB more: {written / 1e9:.1f} ({what})"
     tokens = micro_batch_tokens(plan)
     yield (
         f"a token keeps {kept_per_token(plan) / 1e6:.2f} MB, so a micro-batch has at most {tokens} "
@@ -104,7 +109,8 @@ def plan_lines(plan: Plan, max_steps: int | None) -> Iterator[str]:
     if not fits(plan):
         ways = remedies(plan)
         said = f" What helps: {', '.join(ways)}." if ways else " No key of the recipe helps."
-        yield f"this does not fit.{said} More cards help only by sharding."
+        more = "More cards help." if plan.sharded else "More cards help only by sharding: fsdp."
+        yield f"this does not fit.{said} {more}"
         return
     seconds = step_seconds(plan, H100)
     step = sum(seconds.values())

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from promptkd.adapters import Prefix
 from promptkd.composition import Method
 from promptkd.config import THE_STUDENT, Recipe, SamplingSection, TeacherSection
 from promptkd.data import Dataset, Encoder
@@ -203,6 +204,19 @@ def check_sharding(recipe: Recipe, num_ranks: int) -> None:
         raise UserError(
             f"sharding is {recipe.sharding}, which shares the models among processes, but there is "
             "one. Start several: torchrun --nproc_per_node N -m promptkd ..., or set sharding=none."
+        )
+
+
+def check_checkpointed(teacher: Any) -> None:
+    """Refuse a checkpointed teacher that is adapted by keys and values: they would be dropped.
+
+    Raises:
+        UserError: with the key to leave out.
+    """
+    if isinstance(teacher, Prefix):
+        raise UserError(
+            "teacher.gradient_checkpointing is true, but this method's teacher reads a prefix of "
+            "keys and values, which transformers drops from checkpointed layers. Leave it out."
         )
 
 

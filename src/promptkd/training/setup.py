@@ -22,6 +22,7 @@ from promptkd.generation.vllm_engine import VLLMEngine
 from promptkd.given import GivenModel
 from promptkd.models.frozen import Storage
 from promptkd.models.language_model import LanguageModel, proven
+from promptkd.models.loaded_once import by_first
 from promptkd.models.loading import (
     compute_dtype,
     embedding_rows,
@@ -125,6 +126,16 @@ class Setup:
         }
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """What is known once the models are read and checked; see ``Setup``."""
+
+    models: Models
+    stop: tuple[int, ...]
+    found: dict[str, Any]
+    weights: dict[str, str]
+
+
 def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, say: Say) -> Setup:
     """Load, check and bind what ``recipe`` and ``method`` ask for.
 
@@ -141,15 +152,21 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     say(", ".join(f"{name} {value}" for name, value in about.items()))
     preflight.check_sharding(recipe, ranks.number)
     preflight.check_batch(recipe.optimization.global_batch_size, len(requests.data), ranks.number)
-    models = _load_models(*_as_loaded(recipe, device), method=method, requests=requests)
-    if recipe.evaluation.exposure_bias_every_steps:
-        preflight.check_exposure_bias(requests.validation, models.comparable, ranks.number)
-    stop = _stop_set(requests, models, say)
-    found = _check_pair(recipe, requests, models, stop, say)
+    sharded = recipe.sharding == "fsdp"
+
+    def load() -> Loaded:
+        models = _load_models(*_as_loaded(recipe, device), method=method, requests=requests)
+        if recipe.evaluation.exposure_bias_every_steps:
+            preflight.check_exposure_bias(requests.validation, models.comparable, ranks.number)
+        stop = _stop_set(requests, models, say)
+        found = _check_pair(recipe, requests, models, stop, say)
+        return Loaded(models, stop, found, weights=models.digests() if sharded else {})
+
+    loaded = by_first(load) if sharded else load()
+    models, stop = loaded.models, loaded.stop
     budget = _budget(recipe, models, requests.longest_row, ranks, say)
-    weights: dict[str, str] = {}
-    if recipe.sharding == "fsdp":
-        weights, models = models.digests(), models.shared_out(device)
+    if sharded:
+        models = models.shared_out(device)
     generation = _bind_generation(recipe, method, models, requests, stop)
     step = _bind_step(recipe, method, models, ranks, budget)
     requests.say(say)
@@ -163,8 +180,8 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
         step=step,
         max_steps=_count_steps(recipe, requests.data),
         about=about,
-        found=found,
-        weights=weights,
+        found=loaded.found,
+        weights=loaded.weights,
     )
 
 
@@ -186,7 +203,7 @@ def _bind_generation(
     engine: Engine = TransformersEngine(student, stop)
     if recipe.sampling.engine == "vllm":
         limits = encoder.max_request_tokens, encoder.max_response_tokens
-        engine = VLLMEngine(student, stop, sum(limits))
+        engine = VLLMEngine(student, stop, sum(limits), recipe.sampling.vllm)
     decoding = GenerationSettings.of_recipe(recipe)
     generation = Generation(engine, student, decoding=decoding, encoder=encoder, seed=recipe.seed)
     teacher = models.whole_teacher
@@ -260,6 +277,9 @@ def _load_models(
             )
         plain_teacher = proven(LanguageModel(other, rows, dtype), f"the teacher {name}")
         if method.teacher is not None:
+            if recipe.teacher.gradient_checkpointing:
+                preflight.check_checkpointed(method.teacher)
+                _checkpoint_gradients(other)
             teacher = method.teacher.build(plain_teacher, teacher_tokenizer)
             preflight.check_self_teacher(recipe.teacher, requests.teacher_encoder, teacher)
             preflight.check_gradient(teacher)
@@ -361,4 +381,5 @@ def _checkpoint_gradients(module: Any) -> None:
             if isinstance(getattr(part, name, None), float):  # OPT's are functional
                 setattr(part, name, 0.0)
     module.gradient_checkpointing_enable({"use_reentrant": False})
+    module.disable_input_require_grads()  # for adapters; only reentrant ones need it
     module.train()

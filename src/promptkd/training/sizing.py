@@ -10,10 +10,10 @@ are left out. What is calibrated, and on what, is said at each ``Machine``.
 from dataclasses import dataclass, replace
 from typing import Any
 
-CONTEXT_BYTES = 0.7e9
-"""Of CUDA itself."""
-LOSS_BYTES = 1.2e9
-"""Logits of a chunk and temporaries of a tile, ``objectives.TILINGS`` for CUDA."""
+CONTEXT_BYTES = {"cuda": 0.7e9, "cpu": 0.0}
+"""Of the device's own library."""
+LOSS_BYTES = {"cuda": 1.2e9, "cpu": 0.2e9}
+"""Logits of a chunk and temporaries of a tile, ``objectives.TILINGS``."""
 USABLE = 0.9
 """Of a card's memory; the allocator's fragments take the rest."""
 BITS = {None: 16.0, "8bit": 8.1, "4bit": 4.5}
@@ -61,8 +61,13 @@ class Shape:
         return self.vocabulary * self.width
 
     @property
+    def ends(self) -> int:
+        """Weights of embeddings and head."""
+        return self.head * (1 if self.tied else 2)
+
+    @property
     def weights(self) -> int:
-        return self.trunk + self.head * (1 if self.tied else 2)
+        return self.trunk + self.ends
 
     def kept_per_token(self, learns: bool, checkpointed: bool) -> float:
         """Bytes that a token keeps in the graph in mixed precision, transformers' layers on a GPU.
@@ -71,17 +76,18 @@ class Shape:
 
             30 h + 4 k + 8 i    that learns: fp32 norms, every product's bf16 input
             12 h + 4 k + 6 i    frozen, under a prompt that learns: no product's input
-            4 h, 2 h            the same, checkpointed: the layer's input
+            4 h, 2 h            the same, checkpointed: the layer's input; and one layer whole
 
         Counted on 1.5B and 7B (Qwen2.5's shapes): 3.34 and 4.46 MB a token; the equations give
         3.33 and 4.44. q is as wide as h there; elsewhere its own width stands for the attention's
         part of h.
         """
-        if checkpointed:
-            return self.layers * (4 if learns else 2) * self.width
         norms, products, gates = (26, 4, 8) if learns else (8, 4, 6)
         attention = products * (self.queries + self.keys)
-        return self.layers * (norms * self.width + attention + gates * self.intermediate)
+        layer = norms * self.width + attention + gates * self.intermediate
+        if checkpointed:
+            return layer + self.layers * (4 if learns else 2) * self.width
+        return self.layers * layer
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,8 @@ class Plan:
         adapts: whether the teacher learns (a soft prompt, LoRA).
         together: ``teacher_step: with_student``.
         on_policy: whether the student writes.
-        vllm: whether vLLM does.
+        vllm_share: of a card's memory, for vLLM; None where it doesn't write.
+        vllm_sleeps: whether it gives that back while the models learn.
         lora: whether the student learns by adapters.
         quantization: of the teacher.
         offload: of the teacher.
@@ -161,6 +168,7 @@ class Plan:
         sharded: over all ranks, both models; else every rank holds them whole.
         ranks: how many.
         memory: bytes of a card.
+        device: cuda | cpu.
     """
 
     student: Shape
@@ -172,7 +180,8 @@ class Plan:
     adapts: bool = True
     together: bool = False
     on_policy: bool = True
-    vllm: bool = False
+    vllm_share: float | None = None
+    vllm_sleeps: bool = False
     lora: bool = False
     quantization: str | None = None
     offload: bool = False
@@ -181,6 +190,11 @@ class Plan:
     sharded: bool = False
     ranks: int = 1
     memory: float = 80e9
+    device: str = "cuda"
+
+    @property
+    def vllm(self) -> bool:
+        return self.on_policy and self.vllm_share is not None
 
     @property
     def tokens(self) -> float:
@@ -192,44 +206,57 @@ class Plan:
         return self.batch / self.ranks
 
 
-VLLM_SHARE = 0.3
-"""Of a card's memory: ``vllm_engine.GPU_SHARE``."""
-
-
 def standing_bytes(plan: Plan) -> dict[str, float]:
     """What a rank holds whatever the micro-batch.
 
     Of a student of N weights that learns whole: 4 N of fp32 weights, 4 N of gradient, 8 N of
     AdamW; of LoRA's 2 N in bf16 (its adapters, about a hundredth, count 16 bytes a weight). Of a
-    frozen teacher 2 N, or what its linear layers are held in. Sharded, each divided by the ranks,
-    and the layer that computes and the ends (embeddings, head) whole in bf16.
+    frozen teacher 2 N, or what its linear layers are held in. Sharded, each is divided by the
+    ranks, adapters aside; see ``_gathered``.
     """
     own, parts = plan.student, plan.ranks if plan.sharded else 1
     trained = own.weights * (0.01 if plan.lora else 1)
     held = {
-        "student": (2 * own.weights + 4 * trained if plan.lora else 4 * own.weights) / parts,
-        "gradients and optimizer": 12 * trained / parts,
+        "student": 2 * own.weights / parts + 4 * trained if plan.lora else 4 * own.weights / parts,
+        "gradients and optimizer": 12 * trained / (1 if plan.lora else parts),
     }
-    whole = [own]
     if plan.teacher:
         bits = 0.0 if plan.offload else BITS[plan.quantization]
-        ends = plan.teacher.weights - plan.teacher.trunk
-        held["teacher"] = (bits / 8 * plan.teacher.trunk + 2 * ends) / parts
-        whole.append(plan.teacher)
+        held["teacher"] = (bits / 8 * plan.teacher.trunk + 2 * plan.teacher.ends) / parts
     if plan.sharded:
-        held["gathered"] = sum(2 * (2 * each.layer + each.head) for each in whole)
-    if plan.on_policy and plan.vllm:
-        held["vLLM"] = VLLM_SHARE * plan.memory
-    return held | {"losses": LOSS_BYTES, "CUDA": CONTEXT_BYTES}
+        held["gathered"] = _gathered(plan)
+    if plan.vllm and not plan.vllm_sleeps:
+        held["vLLM"] = (plan.vllm_share or 0.0) * plan.memory
+    return held | {"losses": LOSS_BYTES[plan.device], "CUDA": CONTEXT_BYTES[plan.device]}
+
+
+def _gathered(plan: Plan) -> float:
+    """Of sharded models, what is whole at the end of the student's backward pass.
+
+    The teacher's ends (embeddings, head); the student's, their gradient, and its copy that is
+    being summed; two layers. Weights are gathered as they are stored: 4 bytes of a student that
+    learns whole, else 2.
+    """
+    own, other = plan.student, plan.teacher
+    stored, moved = (2, 0) if plan.lora else (4, 8)
+    whole = (stored + moved) * own.ends + 2 * stored * own.layer
+    return whole + (2 * (other.ends + 2 * other.layer) if other else 0)
 
 
 def writing_bytes(plan: Plan, batch_tokens: int = 32768) -> float:
-    """While transformers writes: a copy in bf16, and keys and values of a batch of rows."""
-    if not plan.on_policy or plan.vllm:
+    """While responses are written, more than what stands.
+
+    By transformers: a copy in bf16, and keys and values of a batch of rows; by a vLLM that sleeps
+    meanwhile: its share.
+    """
+    if plan.vllm:
+        return (plan.vllm_share or 0.0) * plan.memory if plan.vllm_sleeps else 0.0
+    if not plan.on_policy:
         return 0.0
     own = plan.student
     tokens = min(batch_tokens, plan.rows * plan.longest)
-    return 2 * own.weights * (not plan.lora) + 4 * own.layers * own.keys * tokens
+    copied = plan.sharded or not plan.lora
+    return 2 * own.weights * copied + 4 * own.layers * own.keys * tokens
 
 
 def kept_per_token(plan: Plan) -> float:
@@ -240,6 +267,19 @@ def kept_per_token(plan: Plan) -> float:
     return sum(kept) if plan.together else max(kept)
 
 
+def peak_bytes(plan: Plan, tokens: int) -> dict[str, float]:
+    """The most that a rank holds: while it writes, or learns from micro-batches of ``tokens``.
+
+    What only the other of the two needs isn't there: no gathered ends and losses while writing.
+    """
+    held = standing_bytes(plan)
+    learning = held | {"graphs": tokens * kept_per_token(plan)}
+    of_learning = {"gathered", "losses"}
+    writing = {name: size for name, size in held.items() if name not in of_learning}
+    writing["writing"] = writing_bytes(plan)
+    return max(learning, writing, key=lambda parts: sum(parts.values()))
+
+
 def micro_batch_tokens(plan: Plan) -> int:
     """The most that fit, or fewer than the longest row where nothing does."""
     free = USABLE * plan.memory - sum(standing_bytes(plan).values())
@@ -247,11 +287,7 @@ def micro_batch_tokens(plan: Plan) -> int:
 
 
 def fits(plan: Plan) -> bool:
-    standing = sum(standing_bytes(plan).values())
-    return (
-        micro_batch_tokens(plan) >= plan.longest
-        and standing + writing_bytes(plan) <= USABLE * plan.memory
-    )
+    return sum(peak_bytes(plan, plan.longest).values()) <= USABLE * plan.memory
 
 
 def step_seconds(plan: Plan, machine: Machine) -> dict[str, float]:
@@ -329,11 +365,13 @@ def weak_scaling(plan: Plan, machine: Machine, ranks: int) -> float:
 
 REMEDIES = {
     "optimization.gradient_checkpointing=true": {"checkpointed": True},
+    "teacher.gradient_checkpointing=true": {"teacher_checkpointed": True},
     "optimization.teacher_step=before_student": {"together": False},
     "teacher.quantization=8bit": {"quantization": "8bit"},
     "teacher.quantization=4bit": {"quantization": "4bit"},
     "teacher.offload=true": {"offload": True},
     "student.lora={}": {"lora": True},
+    "sampling.vllm.enable_sleep_mode=true": {"vllm_sleeps": True},
 }
 """Keys that take less memory, and what they change in a plan."""
 
@@ -345,6 +383,9 @@ def remedies(plan: Plan) -> list[str]:
         for key, change in REMEDIES.items()
         if any(getattr(plan, name) != value for name, value in change.items())
         and (plan.teacher or not key.startswith("teacher."))
+        and (plan.adapts or not key.startswith("teacher.gradient"))
+        and (plan.vllm or not key.startswith("sampling.vllm"))
+        and not (plan.sharded and key.startswith(("teacher.quantization", "teacher.offload")))
         and not (plan.offload and key.startswith("teacher.quantization"))
         and not (plan.quantization and key.startswith("teacher.offload"))
     }

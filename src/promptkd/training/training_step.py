@@ -7,7 +7,6 @@ from promptkd.composition import Method
 from promptkd.config import Recipe
 from promptkd.data import batch_of_step
 from promptkd.ranks import Ranks
-from promptkd.rollouts import Reference
 from promptkd.training.schedules import learning_rate, response_limit
 from promptkd.training.setup import Setup
 from promptkd.training.state import SourceStates
@@ -55,12 +54,13 @@ class TrainingStep:
         batch = batch.within(limit)
         generators = setup.generation.of_step(step, max_steps, limit)
         sources = [term.rollouts for term in self._method.terms]
-        student = not all(isinstance(source, Reference) for source in sources)
+        asked = [
+            (source, (batch, generators, state))
+            for source, state in zip(sources, self._sources.own, strict=True)
+        ]
+        student = setup.models.agree(any(source.asks_student(*given) for source, given in asked))
         with setup.models.gathered(student, any(source.asks_teacher for source in sources)):
-            rollouts = [
-                term.rollouts.generate(batch, generators, state)
-                for term, state in zip(self._method.terms, self._sources.own, strict=True)
-            ]
+            rollouts = [source.generate(*given) for source, given in asked]
         generated = time.perf_counter()
         metrics = setup.step(rollouts, step, max_steps)
         if setup.models.average:

@@ -1,0 +1,84 @@
+"""Memory of each of two processes that share both models, against what the equations say.
+
+Per process, beyond what it holds before it loads anything: the most while models are loaded and
+shared out, what stays, and the most in the second of two steps. The equations are those of
+``promptkd check --gpus``, for this kind of machine. Writes results/sharded_memory.*.json.
+"""
+
+import gc
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from memory import forget_peak, resident
+from on_ranks import OnRanks, Pair, recipe
+from setting import record
+
+PAIR = Pair(student=8, teacher=24, width=1152)
+SMALL = Pair(student=1, teacher=2, width=192)
+RANKS = 2
+STEP = {"global_batch_size": 2, "micro_batch_tokens": 128}
+
+
+def of_rank(path: Path) -> None:
+    import promptkd.training.model_card  # noqa: F401  what a run imports late
+    from promptkd.config import load_recipe
+    from promptkd.methods import build_method
+    from promptkd.models.sizes import num_parameters
+    from promptkd.training.trainer import Trainer
+
+    given = load_recipe(path)
+    method = build_method(given.method.name)
+    sys.stdin.readline()
+    gc.collect()
+    before = resident("VmRSS")
+    forget_peak()
+    trainer = Trainer(given, method)
+    loading = resident("VmHWM") - before
+    gc.collect()
+    standing = resident("VmRSS") - before
+    trainer.take_step(0)
+    forget_peak()
+    trainer.take_step(1)
+    row = {
+        "loading": loading,
+        "standing": standing,
+        "step": resident("VmHWM") - before,
+        "student_parameters": num_parameters(trainer.parts.student.module),
+    }
+    print(json.dumps(row), flush=True)
+
+
+def forecast(path: Path) -> dict[str, float]:
+    from promptkd.config import load_recipe
+    from promptkd.methods import build_method
+    from promptkd.training.planned import Cluster, plan_of
+    from promptkd.training.sizing import peak_bytes
+
+    given = load_recipe(path)
+    plan = plan_of(given, build_method(given.method.name), Cluster(RANKS, 1000.0, device="cpu"))
+    return peak_bytes(plan, STEP["micro_batch_tokens"])
+
+
+def main(pair: Pair) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        place = Path(directory)
+        given = recipe(pair, place / "run", 16, **STEP) | {"sharding": "fsdp"}
+        processes = OnRanks(__file__, given, RANKS, place)
+        ranks = processes.ask("begin")
+        processes.end()
+        computed = forecast(place / "recipe.yaml")
+    worst = max(row["step"] for row in ranks)
+    row = {"bytes": ranks, "computed": computed, "of_computed": worst / sum(computed.values())}
+    if pair == SMALL:
+        print(json.dumps(row))
+    else:
+        record("sharded_memory", row)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] in ([], ["--tiny"]):
+        main(SMALL if sys.argv[1:] else PAIR)
+    else:
+        of_rank(Path(sys.argv[1]))
