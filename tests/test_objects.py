@@ -21,7 +21,7 @@ from promptkd.errors import UserError
 from promptkd.given import Given, is_lost, same
 from promptkd.models.loading import dtype_of, load_model, load_tokenizer
 from promptkd.models.objects import given_model
-from promptkd.objects import Objects, complete, lora_keys
+from promptkd.objects import complete, lora_keys
 
 ROWS = [{"instruction": f"say {i}" + "?" * (i % 5), "output": f"it is {i}!"} for i in range(12)]
 
@@ -136,14 +136,14 @@ def test_a_run_goes_on_with_the_same_objects_and_refuses_others(pair, tmp_path):
 def test_a_recipe_file_and_a_method_by_name_take_objects_too(pair, tmp_path):
     raw = tiny.recipe(pair, output=str(tmp_path / "run"))
     file = runs.write_recipe(tmp_path, raw)
-    recipe = complete(file, Objects(train=datasets.Dataset.from_list(ROWS)), "gkd")
+    recipe = complete(file, {"train": datasets.Dataset.from_list(ROWS)}, "gkd")
     assert recipe.student.model == raw["student"]["model"]
     assert recipe.method.name == "gkd"
     assert recipe.data.train == ("object:12 rows (Dataset)",)
     assert [e.instruction for e in read_examples(recipe.data.train)] == [
         row["instruction"] for row in ROWS
     ]
-    again = complete(recipe, Objects(validation=ROWS[:2]))
+    again = complete(recipe, {"validation": ROWS[:2]})
     assert len(read_examples(again.data.train)) == 12
 
 
