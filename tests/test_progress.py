@@ -9,7 +9,7 @@ import pytest
 import runs
 import tiny
 from promptkd.evaluation.evaluate import evaluate_with
-from promptkd.generation.progress import responses_bar, unseen
+from promptkd.generation.responses_bar import responses_bar, unseen
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 

@@ -9,6 +9,7 @@ import peft
 from tqdm.auto import tqdm
 
 from promptkd.adapters import load_prefix
+from promptkd.bars import progress_bar
 from promptkd.config import Recipe
 from promptkd.data import Encoder, Example, date_of_run
 from promptkd.errors import UserError
@@ -25,7 +26,6 @@ from promptkd.models.loading import (
     load_tokenizer,
     stop_ids,
 )
-from promptkd.progress import progress_bar
 from promptkd.records import Record
 from promptkd.run import Place, TrainedRun
 from promptkd.teachers import load_soft_prompt

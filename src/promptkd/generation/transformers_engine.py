@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from promptkd.generation.kv_cache import reserved_cache
-from promptkd.generation.progress import Progress, Writes, unseen
+from promptkd.generation.responses_bar import Progress, Writes, unseen
 from promptkd.generation.sampling import GenerationSettings, TokenSampler
 from promptkd.kernels.matmul import GenerationMatmuls
 from promptkd.models.language_model import PADDING, LanguageModel, prompt_positions, put_in_front

@@ -18,7 +18,7 @@ import torch.distributed
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from promptkd.errors import UserError
-from promptkd.generation.progress import Progress, unseen
+from promptkd.generation.responses_bar import Progress, unseen
 from promptkd.generation.sampling import GenerationSettings, TokenSampler
 from promptkd.generation.transformers_engine import Response, Tokens, left_pad
 from promptkd.models.language_model import PADDING, LanguageModel

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from promptkd import kernels
+from promptkd.bars import quietly
 from promptkd.errors import UserError
 from promptkd.given import GivenModel, refuse_lost
 from promptkd.models import damage
@@ -25,7 +26,6 @@ from promptkd.models.frozen import WHOLE, Storage
 from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.objects import copied
 from promptkd.models.soundness import check_weights, make_savable
-from promptkd.progress import quietly
 
 
 def default_device() -> torch.device:

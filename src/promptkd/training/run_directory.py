@@ -208,14 +208,14 @@ class RunDirectory:
         The student is saved in the precision it came in, and ends its responses as in the run.
         Its weights are those of ``module``.
         """
-        teacher = setup.teacher
+        teacher = setup.models.teacher
         with whole_directory(self.path / "student", "student") as directory:
             lora = self.recipe.student.lora
             if lora and not lora.merge:
                 save_lora(module, directory, model_directory(self.recipe.student.model))
             else:
                 self._save_whole(module, setup, directory)
-            setup.tokenizer.save_pretrained(directory)
+            setup.requests.tokenizer.save_pretrained(directory)
             measured = Validated(step, scores, start=self._start_scores())
             card = model_card(
                 self.recipe, repr(self.method), _frame(setup.requests.encoder), measured
@@ -236,7 +236,7 @@ class RunDirectory:
         whole.to(dtype_of(self.recipe.student.model))  # pyright: ignore
         whole.generation_config.eos_token_id = list(setup.stop)  # pyright: ignore
         save_model(whole, directory)
-        setup.tokenizer.save_pretrained(directory)
+        setup.requests.tokenizer.save_pretrained(directory)
 
     def _start_scores(self) -> dict[str, float]:
         rows = (row for row in self.metrics.read() if row["step"] == 0 and "evaluation" in row)

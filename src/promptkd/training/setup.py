@@ -1,6 +1,5 @@
 """From a recipe to everything a run works with, checked on the way."""
 
-import datetime
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,7 +33,6 @@ from promptkd.models.objects import own_weights
 from promptkd.models.sizes import num_parameters
 from promptkd.models.vocabularies import same_tokenizer, same_weights, shared_vocabulary
 from promptkd.ranks import Ranks
-from promptkd.teachers import Teacher
 from promptkd.training import preflight
 from promptkd.training.launch import describe
 from promptkd.training.learner import Learner
@@ -70,57 +68,20 @@ class Setup:
     found: dict[str, Any]
     weights: dict[str, str]
 
-    @property
-    def tokenizer(self) -> Any:
-        return self.requests.tokenizer
-
-    @property
-    def data(self) -> Dataset:
-        return self.requests.data
-
-    @property
-    def validation(self) -> Dataset | None:
-        return self.requests.validation
-
-    @property
-    def student(self) -> LanguageModel:
-        return self.models.student
-
-    @property
-    def whole_student(self) -> LanguageModel:
-        return self.models.whole_student
-
-    @property
-    def plain_teacher(self) -> LanguageModel | None:
-        return self.models.plain_teacher
-
-    @property
-    def teacher(self) -> Teacher | None:
-        return self.models.teacher
-
-    @property
-    def comparable(self) -> bool:
-        return self.models.comparable
-
-    @property
-    def date(self) -> datetime.date:
-        """What the chat template is told is today."""
-        return self.requests.encoder.date
-
     def contents(self) -> dict[str, str]:
         """Digests of what a run learns from: a resumed one must find them as they were."""
-        digests = {"training requests": self.data.digest()}
-        if self.validation:
-            digests["validation requests"] = self.validation.digest()
+        digests = {"training requests": self.requests.data.digest()}
+        if self.requests.validation:
+            digests["validation requests"] = self.requests.validation.digest()
         return digests | (self.weights or self.models.digests())
 
     def summary(self) -> dict[str, Any]:
         """What summary.json says of the models."""
-        teacher = self.plain_teacher
+        teacher = self.models.plain_teacher
         return {
             "steps": self.max_steps,
             "preflight": self.found,
-            "student_parameters": num_parameters(self.student.module),
+            "student_parameters": num_parameters(self.models.student.module),
             "teacher_parameters": num_parameters(teacher.module) if teacher else None,
         }
 

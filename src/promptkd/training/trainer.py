@@ -22,9 +22,9 @@ from promptkd.training.lock import locked
 from promptkd.training.rehearsal import Rehearsal, rehearse
 from promptkd.training.roll_call import RollCall
 from promptkd.training.run_directory import RunDirectory
-from promptkd.training.run_progress import RunProgress
 from promptkd.training.setup import set_up
 from promptkd.training.state import RunState, SourceStates
+from promptkd.training.steps_bar import StepsBar
 from promptkd.training.stopping import StopRequest
 from promptkd.training.tracking import check_trackers
 from promptkd.training.training_step import TrainingStep
@@ -73,7 +73,7 @@ class Trainer:
             self.parts = set_up(recipe, method, self.accelerator.device, self.ranks, self.say)
         metric = recipe.evaluation.metric
         self.validator = (
-            Validator(self.parts, self.ranks, metric) if self.parts.validation else None
+            Validator(self.parts, self.ranks, metric) if self.parts.requests.validation else None
         )
         self.take_step = TrainingStep(
             recipe, method, setup=self.parts, sources=self.sources, ranks=self.ranks
@@ -113,7 +113,7 @@ class Trainer:
         if self.recipe.tracking:
             self.accelerator.init_trackers("promptkd")
         schedule, say = Schedule.of(recipe, max_steps), self.say if self.is_main else None
-        with RunProgress(self.method.name, schedule, done=self.step_number, say=say) as progress:
+        with StepsBar(self.method.name, schedule, done=self.step_number, say=say) as progress:
             if self.step_number == 0:
                 self._validate()
                 progress.evaluated()

@@ -1,7 +1,4 @@
-"""How long it takes, shown where it is read: a bar in a terminal or notebook, lines in a log.
-
-And what other libraries would say meanwhile of every file that they read. No torch.
-"""
+"""Progress bars: in a terminal or notebook as such, in a log as lines now and then. No torch."""
 
 import logging
 import sys

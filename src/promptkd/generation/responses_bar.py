@@ -1,10 +1,10 @@
-"""How far an engine has got with writing, for a bar."""
+"""The bar of the responses that an engine generates, and how the engine tells it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
-from promptkd.progress import progress_bar
+from promptkd.bars import progress_bar
 
 Progress = Callable[[float], object]
 """Is told how many responses more are written; a token is a part of one."""
