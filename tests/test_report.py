@@ -16,11 +16,11 @@ from promptkd.config import recipe_from_dict
 from promptkd.errors import UserError
 from promptkd.evaluation.evaluate import evaluate
 from promptkd.evaluation.results import Evaluation, Prediction, Score
+from promptkd.numbers import digits
 from promptkd.report.cells import Cell, Table
 from promptkd.report.comparisons import best_model, between, headline, in_words
 from promptkd.report.data import DataSet, Model, Named, Run, data_sets, read_run
 from promptkd.report.findings import answer, distance, warnings
-from promptkd.report.numbers import digits
 from promptkd.report.places import read_subject
 from promptkd.report.report import report
 from promptkd.report.responses import embedded, response_sets

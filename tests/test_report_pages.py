@@ -14,7 +14,7 @@ import yaml
 import tiny
 from promptkd.errors import UserError
 from promptkd.evaluation.results import Evaluation, Prediction, save_evaluation, summarise
-from promptkd.report.numbers import plain
+from promptkd.numbers import plain
 from promptkd.report.places import read_subject
 from promptkd.report.report import report
 from promptkd.study.file import study_from_dict

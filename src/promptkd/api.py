@@ -31,7 +31,8 @@ def train(
         restart_from: go back to the checkpoint of this step (0: the start), with other rates.
         allow_changes: go on though data, weights or settings differ; the record says so.
         objects: models and rows in place of names: ``student``, ``teacher``, ``tokenizer``,
-            ``teacher_tokenizer``, ``train``, ``validation``, ``peft_config``; see ``Objects``.
+            ``teacher_tokenizer``, ``train``, ``validation``, ``peft_config``, as
+            ``promptkd.objects.Objects`` and docs/python.md say.
 
     Raises:
         UserError: for bad input, in one sentence; nothing that was saved is lost.

@@ -11,7 +11,7 @@ Progress = Callable[[float], object]
 
 
 @runtime_checkable
-class Writes(Protocol):
+class ReportsProgress(Protocol):
     """An engine, which says how it gets on."""
 
     progress: Progress
@@ -23,7 +23,7 @@ def unseen(_: float) -> None:
 
 @contextmanager
 def responses_bar(
-    engine: Writes, total: int, what: str, *, shown: bool = True, stays: bool = True
+    engine: ReportsProgress, total: int, what: str, *, shown: bool = True, stays: bool = True
 ) -> Iterator[None]:
     """A bar of the responses that the engine writes meanwhile.
 

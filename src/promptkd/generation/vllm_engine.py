@@ -1,4 +1,4 @@
-"""Writing responses with vLLM, in this process; the student's weights are pushed before each time.
+"""Generating responses with vLLM, in this process; the student's weights are pushed before.
 
 vLLM is optional (docs/quickstart.md) and imported only when chosen. Its tokens are sampled by
 ``sampling.TokenSampler``, as every engine's: up to rounding, the responses are the same.
@@ -69,7 +69,7 @@ class VLLMEngine:
             options: dict[str, Any] = {}
             if model.device.type == "cuda":
                 options["gpu_memory_utilization"] = GPU_SHARE
-                if torch.distributed.is_initialized():  # else every rank's engine takes card 0
+                if torch.distributed.is_initialized():  # else every rank's engine takes GPU 0
                     options["distributed_executor_backend"] = "external_launcher"
             self._engine = vllm.LLM(
                 directory,
@@ -187,7 +187,7 @@ class _Row:
 
 
 def _chosen_tokens() -> type:
-    """A logits processor of vLLM's that leaves the argmax no choice."""
+    """Forces vLLM's argmax to the token that we sampled."""
     processors: Any = importlib.import_module("vllm.v1.sample.logits_processor")
     follow_batch = processors.builtin.process_dict_updates
 

@@ -7,6 +7,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from promptkd.evaluation.results import Score
 from promptkd.files import write_text
+from promptkd.numbers import like
 from promptkd.report.comparisons import (
     decoding_words,
     describe,
@@ -16,7 +17,6 @@ from promptkd.report.comparisons import (
 )
 from promptkd.report.data import DataSet, Model, Run
 from promptkd.report.findings import answer
-from promptkd.report.numbers import like
 
 BEGIN, END = "<!-- held-out scores, by promptkd report -->", "<!-- end of held-out scores -->"
 SPLIT = "test"

@@ -6,8 +6,8 @@ from typing import Any
 
 from promptkd.evaluation.comparison import difference
 from promptkd.evaluation.results import Evaluation
+from promptkd.numbers import digits, plain, signed
 from promptkd.report.data import DataSet, Model
-from promptkd.report.numbers import digits, plain, signed
 
 RANKED = ("rouge_l", "rouge_l_unicode", "exact_match", "final_answer")
 """More is better; the first that covers the most requests compares models in words."""

@@ -7,6 +7,7 @@ measured there. A difference is called one only where its paired bootstrap inter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from promptkd.numbers import digits, like, plain
 from promptkd.report.comparisons import (
     between,
     comparison_words,
@@ -19,7 +20,6 @@ from promptkd.report.comparisons import (
     score_name,
 )
 from promptkd.report.data import DataSet, Run
-from promptkd.report.numbers import digits, like, plain
 from promptkd.report.savings import savings
 
 ENDED_LESS = 20  # percentage points that are worth a warning

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from promptkd.numbers import count, digits, duration, plain, size
 from promptkd.report.comparisons import headline, in_words, score_name
 from promptkd.report.cost import cost
 from promptkd.report.data import DataSet, Row, Run
 from promptkd.report.findings import distance, size_share
-from promptkd.report.numbers import count, digits, duration, plain, size
 from promptkd.report.places import Subject
 from promptkd.report.savings import Savings, savings, savings_of
 

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from promptkd.numbers import digits
 from promptkd.report.comparisons import NATS, headline, number_of, score_name
 from promptkd.report.cost import cost
 from promptkd.report.data import DataSet, Model, Run
@@ -15,7 +16,6 @@ from promptkd.report.figures import (
     lines,
     stacked_bars,
 )
-from promptkd.report.numbers import digits
 
 STEP_CURVES = (
     (

@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from promptkd.numbers import digits, plain, signed
 from promptkd.report.cells import Cell, Table
 from promptkd.report.comparisons import Comparison, comparison_words
 from promptkd.report.data import Row, Run
-from promptkd.report.numbers import digits, plain, signed
 
 SPACE_MARKS = {"Ġ": "␣", "▁": "␣", "Ċ": "↵"}
 KL_HEADINGS = {

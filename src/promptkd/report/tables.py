@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from promptkd.evaluation.results import Evaluation
+from promptkd.numbers import count, digits, duration, like, plain, signed, size
 from promptkd.report.cells import Cell, Table
 from promptkd.report.comparisons import (
     RANKED,
@@ -19,7 +20,6 @@ from promptkd.report.comparisons import (
 from promptkd.report.cost import cost
 from promptkd.report.data import DataSet, Model, Run
 from promptkd.report.findings import distance, size_share
-from promptkd.report.numbers import count, digits, duration, like, plain, signed, size
 from promptkd.report.savings import Savings, savings
 
 NONE = Cell("–")

@@ -1,4 +1,4 @@
-"""Methods x seeds: every run trained and scored alike, then one table. Stopped, it goes on."""
+"""Methods x seeds: every run trained and scored alike, then one table. Resumable."""
 
 import os
 from collections.abc import Mapping, Sequence

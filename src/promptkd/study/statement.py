@@ -2,8 +2,8 @@
 
 from promptkd.criteria import SMALLER_IS_BETTER
 from promptkd.evaluation.results import Score
+from promptkd.numbers import signed
 from promptkd.report.comparisons import describe, in_words, listed, number_of, score_name
-from promptkd.report.numbers import signed
 from promptkd.study.findings import Findings, Gain, Line
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from promptkd.evaluation.results import Score
+from promptkd.numbers import count, digits, duration, like, signed
 from promptkd.report.cells import Cell, Table
 from promptkd.report.comparisons import (
     decoding_words,
@@ -14,7 +15,6 @@ from promptkd.report.comparisons import (
     score_name,
 )
 from promptkd.report.data import DataSet
-from promptkd.report.numbers import count, digits, duration, like, signed
 from promptkd.report.tables import safe_name
 from promptkd.study.findings import Findings, Gain, Line
 from promptkd.study.statement import p_value_words, with_spread

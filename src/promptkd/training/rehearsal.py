@@ -14,10 +14,11 @@ from promptkd.data import Dataset
 from promptkd.findings import Finding
 from promptkd.models.loading import dtype_of
 from promptkd.models.sizes import num_parameters
+from promptkd.numbers import duration
 from promptkd.ranks import Ranks
 from promptkd.records import Record
 from promptkd.training.checkpoints import save_checkpoint
-from promptkd.training.forecast import Measured, Schedule, duration, forecast
+from promptkd.training.forecast import Measured, Schedule, forecast
 from promptkd.training.setup import Setup
 from promptkd.training.state import RunState
 from promptkd.training.tracking import peak_memory

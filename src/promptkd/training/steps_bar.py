@@ -5,7 +5,8 @@ from collections.abc import Callable
 from typing import Any
 
 from promptkd.bars import progress_bar
-from promptkd.training.forecast import Forecast, Measured, Schedule, duration, forecast
+from promptkd.numbers import duration
+from promptkd.training.forecast import Forecast, Measured, Schedule, forecast
 
 MEASURED_STEPS = 3
 """The first takes longer than later ones, so that at least two others are measured."""

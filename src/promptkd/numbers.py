@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Numbers as people read them. No torch."""
 
 import math
 from collections.abc import Callable
