@@ -173,8 +173,11 @@ def test_what_requests_detect_is_what_their_interval_shows_four_times_in_five():
     assert 0.7 < shown / 200 < 0.9
 
 
-def measured(parameters: int, speed: float, device: str = "cpu") -> dict[str, Any]:
+def measured(
+    parameters: int, speed: float, device: str = "cpu", vllm: float | None = None
+) -> dict[str, Any]:
     return {
+        **({"vllm_tokens_per_second": vllm} if vllm else {}),
         "parameters": parameters,
         "bytes_memory": 2 * parameters,
         "bytes_disk": 4 * parameters,
@@ -186,10 +189,10 @@ def measured(parameters: int, speed: float, device: str = "cpu") -> dict[str, An
 def test_a_student_is_said_to_be_faster_only_than_a_teacher_timed_alike():
     base = noisy(30)
 
-    def said(device: str) -> str:
+    def said(device: str, own: float | None = None, teachers: float | None = None) -> str:
         models = (
-            ("promptkd", "run", measured(50, 30.0)),
-            ("t", "teacher", measured(100, 20.0, device)),
+            ("promptkd", "run", measured(50, 30.0, vllm=own)),
+            ("t", "teacher", measured(100, 20.0, device, teachers)),
         )
         data = DataSet(
             "d",
@@ -200,9 +203,13 @@ def test_a_student_is_said_to_be_faster_only_than_a_teacher_timed_alike():
         return answer([run()], [data])[-1]
 
     assert said("cpu") == (
-        "It has 50% of its teacher's parameters, generates 1.50 times as fast, and its weights "
-        "take 50% of the memory and 50% of the disk."
+        "It has 50% of its teacher's parameters, generates 1.50 times as fast with transformers "
+        "(not measured with vLLM), and its weights take 50% of the memory and 50% of the disk."
     )
+    assert "1.50 times as fast with transformers (with vLLM 1.75 times, 70 tokens per second)" in (
+        said("cpu", 70.0, 40.0)
+    )
+    assert "(with vLLM 70 tokens per second)" in said("cpu", 70.0)
     assert "times as fast" not in said("another")
 
 

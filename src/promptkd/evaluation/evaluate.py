@@ -119,7 +119,11 @@ def answer(model: str, questions: Questions, output: Path, *, ranks: Ranks = ALO
             )
         requests = [example.request_ids for example in scorer.data.examples]
         measured = measured or size_and_speed(
-            model, asked.student, requests, questions.protocol.decoding
+            model,
+            asked.student,
+            requests,
+            questions.protocol.decoding,
+            {questions.protocol.engine: asked.engine},
         )
         if ranks.rank == 0:
             tqdm.write(f"{name}: {scorer.data.summary()}")
@@ -247,7 +251,7 @@ def _teacher_encoder(protocol: Protocol, name: str | None, encoder: Encoder) -> 
 def _engine(protocol: Protocol, student: LanguageModel, stop: Sequence[int]) -> Engine:
     if protocol.engine == "vllm":
         limits = protocol.max_request_tokens + protocol.decoding.max_new_tokens
-        return VLLMEngine(student, stop, limits)
+        return VLLMEngine(student, stop, limits, learns=False)
     return TransformersEngine(student, stop)
 
 

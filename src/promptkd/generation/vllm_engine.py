@@ -36,18 +36,27 @@ class VLLMEngine:
     """A copy of the student inside vLLM.
 
     Args:
-        model: the student, which goes on learning.
+        model: the student, or another model.
         stop_ids: the tokens that end a response.
         max_tokens: of a request and its response together.
+        learns: whether the model changes between calls; else its weights are pushed once.
 
     Raises:
         UserError: if vLLM isn't installed.
     """
 
-    def __init__(self, model: LanguageModel, stop_ids: Sequence[int], max_tokens: int):
+    def __init__(
+        self,
+        model: LanguageModel,
+        stop_ids: Sequence[int],
+        max_tokens: int,
+        *,
+        learns: bool = True,
+    ):
         self.stop_ids = torch.tensor(stop_ids, device=model.device)
         self.progress: Progress = unseen
         self._model = model
+        self._learns = learns
         self._proven = False
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are pushed within the process
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -93,7 +102,8 @@ class VLLMEngine:
     ) -> list[Response]:
         """One response per request, in the order of the requests; see ``TransformersEngine``."""
         with _own_threads_back():
-            self._push_weights()
+            if self._learns or not self._proven:
+                self._push_weights()
             if not self._proven and requests:
                 self._compare(requests[0])
                 self._proven = True

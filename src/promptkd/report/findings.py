@@ -220,7 +220,8 @@ def _savings(run: Run, sets: Sequence[DataSet]) -> list[str]:
     shares = {key: found.share(key) or 0.0 for key in keys}
     return [
         f"It has {100 * shares['parameters']:.0f}% of its teacher's parameters, generates "
-        f"{shares['tokens_per_second']:.2f} times as fast, and its weights take "
+        f"{shares['tokens_per_second']:.2f} times as fast with {found.student['engine']} "
+        f"({found.with_vllm}), and its weights take "
         f"{100 * shares['bytes_memory']:.0f}% of the memory and {100 * shares['bytes_disk']:.0f}% "
         "of the disk."
     ]

@@ -172,9 +172,10 @@ def _weights(run: Run, found: Savings | None) -> list[LargeNumber]:
             label="Speed of generation",
             value=count(own["tokens_per_second"]),
             unit="tokens per second",
-            detail=f"{faster:.2f} times the teacher's {count(other['tokens_per_second'])}"
+            detail=f"{own['engine']}: {faster:.2f} times the teacher's "
+            f"{count(other['tokens_per_second'])}; {found.with_vllm}"
             if faster
-            else found.how,
+            else f"{found.how}; {found.with_vllm}",
             fill=None if not faster else 100.0 * min(1.0, faster),
             marks=() if not faster else (Mark("teacher", 100 / max(1.0, faster), "teacher"),),
         ),

@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from promptkd.numbers import count
 from promptkd.report.data import DataSet, Model, Row, Run
 
 ALIKE = ("engine", "device", "timed_requests", "timed_tokens")
 """What two timings must share to be compared."""
+VLLM = "vllm_tokens_per_second"
+"""Where models answered with vLLM; ``tokens_per_second`` is of transformers."""
 
 
 @dataclass(frozen=True)
@@ -17,9 +20,17 @@ class Savings:
     teacher: Row | None
 
     def share(self, key: str) -> float | None:
-        """The student's value over the teacher's."""
-        other = (self.teacher or {}).get(key)
-        return self.student[key] / other if other else None
+        """The student's value over the teacher's, if both were measured."""
+        own, other = self.student.get(key), (self.teacher or {}).get(key)
+        return own / other if own and other else None
+
+    @property
+    def with_vllm(self) -> str:
+        """How much faster than its teacher it is with the other engine, or that nobody knows."""
+        faster, own = self.share(VLLM), self.student.get(VLLM)
+        if faster and own:
+            return f"with vLLM {faster:.2f} times, {count(own)} tokens per second"
+        return f"with vLLM {count(own)} tokens per second" if own else "not measured with vLLM"
 
     @property
     def how(self) -> str:
