@@ -123,6 +123,13 @@ def _merged(whole: Mapping[str, Any], changes: Mapping[str, Mapping[str, Any]]) 
     return found
 
 
+def has_objects(recipe: Recipe) -> bool:
+    """Whether a model or rows came as objects."""
+    names = [name for keys in _names_of(recipe).values() for name in keys.values()]
+    flat = [own for name in names for own in ([name] if isinstance(name, str) else name or ())]
+    return any(isinstance(own, Given) for own in flat)
+
+
 def lora_keys(config: Any) -> dict[str, Any]:
     """A ``peft.LoraConfig`` as the keys of ``student.lora``.
 
@@ -135,6 +142,12 @@ def lora_keys(config: Any) -> dict[str, Any]:
             "give a peft.LoraConfig."
         )
     own, plain = config.to_dict(), peft.LoraConfig().to_dict()
+    if own["lora_dropout"]:
+        raise UserError(
+            f"peft_config.lora_dropout is {own['lora_dropout']}. Nothing is dropped here: the "
+            "student that learns from a response is the very one that generated it, whose "
+            "probabilities the losses are made of. Set it to 0."
+        )
     known = {*AS_LORA, *SAYS_NOTHING}
     others = [name for name in plain if name not in known and own[name] != plain[name]]
     if others:
@@ -143,8 +156,10 @@ def lora_keys(config: Any) -> dict[str, Any]:
             f"{', '.join(AS_LORA)}."
         )
     modules = own["target_modules"] or ()
-    if isinstance(modules, str):
+    if isinstance(modules, str) and modules != "all-linear":
         raise UserError(
-            f"peft_config.target_modules is {modules!r}: list the layers' names instead."
+            f"peft_config.target_modules is {modules!r}: list the layers' names instead, or say "
+            "'all-linear'."
         )
-    return {"r": own["r"], "alpha": own["lora_alpha"], "target_modules": sorted(modules)}
+    names = modules if isinstance(modules, str) else sorted(modules)
+    return {"r": own["r"], "alpha": own["lora_alpha"], "target_modules": names}

@@ -26,6 +26,13 @@ class TrainingCost:
         return self.tokens / seconds if seconds else 0.0
 
     @property
+    def seconds_rest(self) -> float:
+        """Of learning: the optimizers; all of it in runs whose metrics lack its parts."""
+        return self.seconds_learning - (
+            self.seconds_teacher + self.seconds_student + self.seconds_losses
+        )
+
+    @property
     def flop_rate(self) -> float:
         return self.flops / self.seconds_learning if self.seconds_learning else 0.0
 

@@ -118,10 +118,22 @@ class RunDirectory:
         if not recipe.is_file() or recipe.read_bytes() != whole:  # new, changed, or damaged
             write_bytes(recipe, whole)
 
+    def refuse_others(self, contents: dict[str, str]) -> None:
+        """Refuse to return a finished run as that of models or rows which it didn't learn from.
+
+        Raises:
+            UserError: naming what differs.
+        """
+        changed = _differing(self._read_record() or {}, contents)
+        if changed:
+            raise UserError(
+                f"{self.path} is finished, and it learnt from other {' and other '.join(changed)} "
+                "than are given now. Choose another output for these; "
+                f"pk.TrainedRun.of('{self.path}') opens the run that is there."
+            )
+
     def _changed_contents(self, known: dict[str, Any], contents: dict[str, str]) -> list[str]:
-        before = known.get("contents", contents)
-        names = sorted({*before, *contents})
-        changed = [name for name in names if before.get(name) != contents.get(name)]
+        changed = _differing(known, contents)
         if changed and not self.resuming.allow_changes:
             raise UserError(
                 f"{self.path} began with other {' and other '.join(changed)} than there are "
@@ -244,6 +256,12 @@ class RunDirectory:
 
     def finish(self, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", summary)
+
+
+def _differing(known: dict[str, Any], contents: dict[str, str]) -> list[str]:
+    """Names of contents that aren't as they are on record."""
+    before = known.get("contents", contents)
+    return [n for n in sorted({*before, *contents}) if before.get(n) != contents.get(n)]
 
 
 def _check_place(path: Path) -> None:

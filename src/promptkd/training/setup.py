@@ -70,10 +70,7 @@ class Setup:
 
     def contents(self) -> dict[str, str]:
         """Digests of what a run learns from: a resumed one must find them as they were."""
-        digests = {"training requests": self.requests.data.digest()}
-        if self.requests.validation:
-            digests["validation requests"] = self.requests.validation.digest()
-        return digests | (self.weights or self.models.digests())
+        return self.requests.digests() | (self.weights or self.models.digests())
 
     def summary(self) -> dict[str, Any]:
         """What summary.json says of the models."""
@@ -127,6 +124,13 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
         found=found,
         weights=weights,
     )
+
+
+def contents(recipe: Recipe, method: Method, device: torch.device) -> dict[str, str]:
+    """``Setup.contents`` of a run that takes no step: its data and models, and nothing else."""
+    requests = read_requests(recipe, method, lambda sentence: None)
+    models = _load_models(*_as_loaded(recipe, device), method=method, requests=requests)
+    return requests.digests() | models.digests()
 
 
 def _as_loaded(recipe: Recipe, device: torch.device) -> tuple[Recipe, torch.device]:

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from promptkd.composition import Method
 from promptkd.config import Recipe
 from promptkd.errors import NotFinite, Stopped, UserError
+from promptkd.objects import has_objects
 from promptkd.ranks import Ranks
 from promptkd.training.forecast import Schedule
 from promptkd.training.identity import AS_IT_WAS, Resuming
@@ -22,7 +23,7 @@ from promptkd.training.lock import locked
 from promptkd.training.rehearsal import Rehearsal, rehearse
 from promptkd.training.roll_call import RollCall
 from promptkd.training.run_directory import RunDirectory
-from promptkd.training.setup import set_up
+from promptkd.training.setup import contents, set_up
 from promptkd.training.state import RunState, SourceStates
 from promptkd.training.steps_bar import StepsBar
 from promptkd.training.stopping import StopRequest
@@ -68,6 +69,8 @@ class Trainer:
         self.step_number = 0
         self.took: dict[str, float] = {}
         if self.directory.finished:
+            if has_objects(recipe):  # whose names don't say what is in them
+                self.directory.refuse_others(contents(recipe, method, self.accelerator.device))
             return
         with self.roll_call.held():
             self.parts = set_up(recipe, method, self.accelerator.device, self.ranks, self.say)
