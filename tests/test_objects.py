@@ -310,8 +310,20 @@ def test_models_and_rows_are_evaluated_as_objects(trained, tmp_path):
     assert named["few"]["scores"] == start["few"]["scores"]
     now = given["student"].state_dict()
     assert all(torch.equal(value, now[name]) for name, value in before["student"].items())
-    with pytest.raises(UserError, match="output="):
-        pk.evaluate(given["student"], ROWS, tokenizer=given["tokenizer"])
+
+
+def test_a_model_that_is_an_object_is_scored_without_a_place_for_it(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = trained[1]
+    scored = pk.evaluate(
+        given["student"], ROWS[:3], tokenizer=given["tokenizer"], seeds=(10,), num_examples=2
+    )
+    assert [*tmp_path.iterdir()] == []
+    assert repr(scored).startswith("2 examples, seeds [10]")
+    assert scored.scores.rouge_l.mean == scored["scores"]["rouge_l"]["mean"]
+    assert [row.request for row in scored.predictions] == ["say 0", "say 1?"]
+    with pytest.raises(UserError, match="say where its scores go"):
+        pk.evaluate(given["student"].name_or_path, ROWS)
 
 
 def test_a_run_by_its_path_is_measured_without_the_teacher_that_came_as_an_object(trained, capsys):

@@ -18,13 +18,13 @@ from transformers import (
 )
 
 from promptkd import kernels
-from promptkd.bars import quietly
 from promptkd.errors import UserError
 from promptkd.given import GivenModel, refuse_lost
 from promptkd.models import damage
 from promptkd.models.frozen import WHOLE, Storage
 from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.objects import copied
+from promptkd.models.quiet import quietly
 from promptkd.models.soundness import check_weights, make_savable
 
 
