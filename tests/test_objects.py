@@ -232,7 +232,7 @@ def test_two_models_of_one_kind_are_two():
 def test_a_peft_config_is_the_recipes_lora():
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"])
     assert lora_keys(config) == {"r": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]}
-    with pytest.raises(UserError, match=r"sets use_dora, use_rslora, which student\.lora"):
+    with pytest.raises(UserError, match=r"sets use_rslora, use_dora, which student\.lora"):
         lora_keys(peft.LoraConfig(use_rslora=True, use_dora=True))
     with pytest.raises(UserError, match=r"lora_dropout is 0\.1\. Nothing is dropped here"):
         lora_keys(peft.LoraConfig(lora_dropout=0.1))
