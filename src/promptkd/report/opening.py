@@ -89,7 +89,7 @@ def example(entry: Row | None, leader: str) -> Exchange | None:
     return Exchange(
         why=f"Row {chosen['row']} of {entry['name']}: the middle of {len(scored)} requests by "
         f"{labels[place]}'s score ({value}).",
-        request=_short(chosen["request"]),
+        request=_short(chosen["request"]) or "(The request isn't kept with these results.)",
         reference=_short(next(iter(chosen["references"]), "")),
         responses=tuple(
             (model["label"], model["role"], _short(own[0]["text"]))
@@ -175,7 +175,7 @@ def _weights(run: Run, found: Savings | None) -> list[LargeNumber]:
             detail=f"{own['engine']}: {faster:.2f} times the teacher's "
             f"{count(other['tokens_per_second'])}; {found.with_vllm}"
             if faster
-            else f"{found.how}; {found.with_vllm}",
+            else f"{found.unsteady or found.how}; {found.with_vllm}",
             fill=None if not faster else 100.0 * min(1.0, faster),
             marks=() if not faster else (Mark("teacher", 100 / max(1.0, faster), "teacher"),),
         ),

@@ -94,6 +94,7 @@ def render(subject: Subject, directory: Path) -> str:
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=metadata.version("promptkd"),
         svg=Markup,
+        unbroken=_unbroken,
         style=Markup(_asset("report.css")),
         script=Markup(_asset("report.js")),
     )
@@ -117,6 +118,13 @@ def _whose(subject: Subject, leader: Run) -> str | None:
     if subject.study:
         return "The students in numbers"
     return f"{leader.label} in numbers" if len(subject.runs) > 1 else None
+
+
+def _unbroken(detail: str) -> str:
+    """Breaks only between an interval and what it means."""
+    for joint in (", ", "p <", "p 0", "< 0", "not established", " tokens"):
+        detail = detail.replace(joint, joint.replace(" ", "\u00a0"))
+    return detail
 
 
 def _asset(name: str) -> str:
