@@ -226,8 +226,8 @@ def test_speeds_are_not_compared_where_equally_large_models_were_timed_far_apart
     assert "generates 1.50 times as fast" in said(44.0)
     assert said(60.0) == (
         "It has 50% of its teacher's parameters, and its weights take 50% of the memory and 50% of "
-        "the disk. Its speed is not comparable: 30 to 60 tokens a second of equally large models: "
-        "the machine was busy with something else."
+        "the disk. Its speed is not comparable: 30 to 60 tokens per second were timed of equally "
+        "large models."
     )
 
 

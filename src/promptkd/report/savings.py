@@ -42,8 +42,8 @@ class Savings:
         if fastest <= STEADY * slowest:
             return ""
         return (
-            f"not comparable: {count(slowest)} to {count(fastest)} tokens a second of equally "
-            "large models: the machine was busy with something else"
+            f"not comparable: {count(slowest)} to {count(fastest)} tokens per second were timed "
+            "of equally large models"
         )
 
     @property
