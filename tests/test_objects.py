@@ -315,9 +315,9 @@ def test_models_and_rows_are_evaluated_as_objects(trained, tmp_path):
 def test_a_model_that_is_an_object_is_scored_without_a_place_for_it(trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     given = trained[1]
-    scored = pk.evaluate(
-        given["student"], ROWS[:3], tokenizer=given["tokenizer"], seeds=(10,), num_examples=2
-    )
+    asked: dict[str, Any] = {"seeds": (10,), "num_examples": 2, "template": "none"}
+    asked |= {"tokenizer": given["tokenizer"], "max_response_tokens": 8}
+    scored = pk.evaluate(given["student"], ROWS[:3], **asked)
     assert [*tmp_path.iterdir()] == []
     assert repr(scored).startswith("2 examples, seeds [10]")
     assert scored.scores.rouge_l.mean == scored["scores"]["rouge_l"]["mean"]
