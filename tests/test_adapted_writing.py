@@ -50,15 +50,15 @@ def test_generation_lets_every_adapted_teacher_speak(teacher, tmp_path):
     trainer = Trainer(recipe_from_dict(recipe), build_method("promptkd", teacher=teacher))
     trainer.run()
     said = generate(tmp_path / "run", "say 1", seed=0, temperature=0.0)
-    ids = list(trainer.parts.tokenizer("say 1").input_ids)
-    adapted, expected = trainer.parts.teacher, []
+    ids = list(trainer.parts.requests.tokenizer("say 1").input_ids)
+    adapted, expected = trainer.parts.models.teacher, []
     for _ in range(24):  # token by token from whole passes
         hidden = adapted.hidden_states(torch.tensor([ids + expected]))[:, -1]
         token = adapted.model.head.logprobs(hidden).argmax().item()
         expected.append(token)
         if token == 0:
             break
-    text = trainer.parts.tokenizer.decode(expected, skip_special_tokens=True).strip()
+    text = trainer.parts.requests.tokenizer.decode(expected, skip_special_tokens=True).strip()
     assert said["adapted teacher"] == text
     assert said["adapted teacher"] != said["teacher"]
 

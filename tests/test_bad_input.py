@@ -288,7 +288,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step_and_examples(pair, tmp_pa
     trainer = Trainer(made, build_method(made.method.name, **made.method.options))
     letter = tiny.tokenizer()("7", add_special_tokens=False).input_ids[0]
     with torch.no_grad():
-        trainer.parts.student.module.get_input_embeddings().weight[letter] = torch.nan
+        trainer.parts.models.student.module.get_input_embeddings().weight[letter] = torch.nan
     with pytest.raises(
         UserError, match=r"'student' is not finite at step 1, on the training examples \[7\]"
     ):

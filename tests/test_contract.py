@@ -104,8 +104,8 @@ def test_method_moves_the_student_and_leaves_the_teachers_weights_alone(
         assert all(map(math.isfinite, numbers))
         assert row["gradient_norm_student"] > 0
 
-    if trainer.parts.teacher:
-        module = trainer.parts.teacher.model.module
+    if trainer.parts.models.teacher:
+        module = trainer.parts.models.teacher.model.module
         found = {name.replace("base_layer.", ""): p for name, p in module.named_parameters()}
         for name, value in tiny.model(architecture, rows=128, seed=2).named_parameters():
             assert torch.equal(found[name], value), name

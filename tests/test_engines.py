@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import tiny
+from promptkd.evaluation.size_and_speed import REPEATS, size_and_speed
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import CoGenerator, TransformersEngine
 from promptkd.teachers import prompt_vectors
@@ -286,3 +287,26 @@ def test_mixed_precision_writes_with_the_current_weights():
     assert after != before
     assert next(module.parameters()).dtype == torch.float32
     assert sum(weight.numel() for weight in engine._working_copy.module.parameters()) == 0
+
+
+def test_speed_is_measured_with_every_engine_there_on_responses_that_nothing_ends(tmp_path):
+    model = language_model("llama")
+    model.module.save_pretrained(tmp_path)
+    lengths: list[int] = []
+
+    class StandIn(TransformersEngine):
+        def generate(self, *arguments, **options):
+            responses = super().generate(*arguments, **options)
+            lengths.extend(len(response.token_ids) for response in responses)
+            return responses
+
+    asked = StandIn(model, range(tiny.ROWS))
+    decoding = GenerationSettings(6)
+    found = size_and_speed(str(tmp_path), model, REQUESTS, decoding, {"vllm": asked})
+    assert found["vllm_tokens_per_second"] > 0
+    assert found["tokens_per_second"] > 0
+    assert found["engine"] == "transformers"
+    assert lengths == [6] * len(REQUESTS) * REPEATS
+    assert len(asked.stop_ids) == tiny.ROWS
+    alone = size_and_speed(str(tmp_path), model, REQUESTS, decoding, {"transformers": asked})
+    assert "vllm_tokens_per_second" not in alone

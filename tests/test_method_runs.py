@@ -161,7 +161,7 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_the_run_that_was_not_stopped(na
     expected, before = losses(output), load_file(output / "student" / "model.safetensors")
     assert len(expected) == 5
     plain = load_file(tmp_path / "teacher" / "model.safetensors")
-    for key, tensor in whole.parts.plain_teacher.module.state_dict().items():
+    for key, tensor in whole.parts.models.plain_teacher.module.state_dict().items():
         if "lora_" not in key:
             assert torch.equal(tensor, plain.get(key.replace(".base_layer", ""), tensor)), key
     for step in (3, 4, 5):
@@ -169,8 +169,8 @@ def test_a_run_that_goes_on_from_a_checkpoint_is_the_run_that_was_not_stopped(na
     (output / "summary.json").unlink()
     again = run(recipe)
     assert losses(output) == expected
-    for key, tensor in whole.parts.student.module.state_dict().items():
-        assert torch.equal(tensor, again.parts.student.module.state_dict()[key]), key
+    for key, tensor in whole.parts.models.student.module.state_dict().items():
+        assert torch.equal(tensor, again.parts.models.student.module.state_dict()[key]), key
     after = load_file(output / "student" / "model.safetensors")
     assert all(torch.equal(before[key], after[key]) for key in before)
 

@@ -14,7 +14,8 @@ from tqdm.notebook import tqdm_notebook
 
 import promptkd as pk
 import tiny
-from promptkd.progress import Log, progress_bar, quietly
+from promptkd.bars import Log, progress_bar
+from promptkd.models.quiet import quietly
 from promptkd.records import Record
 
 PAGE = Path(__file__).parents[1] / "docs" / "python.md"

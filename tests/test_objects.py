@@ -21,7 +21,7 @@ from promptkd.errors import UserError
 from promptkd.given import Given, is_lost, same
 from promptkd.models.loading import dtype_of, load_model, load_tokenizer
 from promptkd.models.objects import given_model
-from promptkd.objects import Objects, complete, lora_keys
+from promptkd.objects import complete, lora_keys
 
 ROWS = [{"instruction": f"say {i}" + "?" * (i % 5), "output": f"it is {i}!"} for i in range(12)]
 
@@ -136,14 +136,14 @@ def test_a_run_goes_on_with_the_same_objects_and_refuses_others(pair, tmp_path):
 def test_a_recipe_file_and_a_method_by_name_take_objects_too(pair, tmp_path):
     raw = tiny.recipe(pair, output=str(tmp_path / "run"))
     file = runs.write_recipe(tmp_path, raw)
-    recipe = complete(file, Objects(train=datasets.Dataset.from_list(ROWS)), "gkd")
+    recipe = complete(file, {"train": datasets.Dataset.from_list(ROWS)}, "gkd")
     assert recipe.student.model == raw["student"]["model"]
     assert recipe.method.name == "gkd"
     assert recipe.data.train == ("object:12 rows (Dataset)",)
     assert [e.instruction for e in read_examples(recipe.data.train)] == [
         row["instruction"] for row in ROWS
     ]
-    again = complete(recipe, Objects(validation=ROWS[:2]))
+    again = complete(recipe, {"validation": ROWS[:2]})
     assert len(read_examples(again.data.train)) == 12
 
 
@@ -232,12 +232,15 @@ def test_two_models_of_one_kind_are_two():
 def test_a_peft_config_is_the_recipes_lora():
     config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"])
     assert lora_keys(config) == {"r": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]}
-    with pytest.raises(UserError, match=r"sets lora_dropout, use_dora, which student\.lora"):
-        lora_keys(peft.LoraConfig(lora_dropout=0.1, use_dora=True))
+    with pytest.raises(UserError, match=r"sets use_rslora, use_dora, which student\.lora"):
+        lora_keys(peft.LoraConfig(use_rslora=True, use_dora=True))
+    with pytest.raises(UserError, match=r"lora_dropout is 0\.1\. Nothing is dropped here"):
+        lora_keys(peft.LoraConfig(lora_dropout=0.1))
     with pytest.raises(UserError, match="is a PromptTuningConfig"):
         lora_keys(peft.PromptTuningConfig(num_virtual_tokens=2))
     with pytest.raises(UserError, match="list the layers"):
-        lora_keys(peft.LoraConfig(target_modules="all-linear"))
+        lora_keys(peft.LoraConfig(target_modules=".*_proj"))
+    assert lora_keys(peft.LoraConfig(target_modules="all-linear"))["target_modules"] == "all-linear"
 
 
 def test_an_objects_adapters_are_merged_into_what_is_saved(pair, tmp_path):
@@ -251,6 +254,39 @@ def test_an_objects_adapters_are_merged_into_what_is_saved(pair, tmp_path):
     assert all("q_proj" in name for name in changed)
     with pytest.raises(UserError, match=r"Set student\.lora\.merge"):
         pk.train({**raw, "student": {"lora": {"r": 2}}}, **given)
+
+
+def test_all_linear_layers_but_the_output_layer_learn(pair, tmp_path):
+    given, raw = objects(pair), nameless(pair, tmp_path / "run", method={"name": "kd"})
+    run = pk.train(raw, **given, peft_config=peft.LoraConfig(r=2, target_modules="all-linear"))
+    own = AutoModelForCausalLM.from_pretrained(run.student).state_dict()
+    start = given["student"].state_dict()
+    changed = {name for name in start if not torch.equal(own[name], start[name])}
+    linear = {
+        f"{name}.weight"
+        for name, part in given["student"].named_modules()
+        if isinstance(part, torch.nn.Linear) and name != "lm_head"
+    }
+    assert changed == linear
+    assert "target_modules: all-linear" in (run.path / "recipe.yaml").read_text()
+
+
+def test_a_finished_run_is_not_that_of_other_objects(trained, pair):
+    run, given, _ = trained
+    raw = nameless(pair, run.path)
+    other = [*ROWS[:-1], {"instruction": "another", "output": "row"}]
+    with pytest.raises(UserError, match="is finished, and it learnt from other training requests"):
+        pk.train(raw, **{**given, "train": other}, validation=ROWS[:4])
+    changed = copy.deepcopy(given["teacher"])
+    with torch.no_grad():
+        changed.lm_head.weight.add_(1.0)
+    with pytest.raises(UserError, match="learnt from other teacher weights than are given now"):
+        pk.train(raw, **{**given, "teacher": changed}, validation=ROWS[:4], allow_changes=True)
+
+
+def test_an_argument_that_isnt_there_is_refused_with_the_one_that_was_meant(pair, tmp_path):
+    with pytest.raises(UserError, match="no argument 'studnet'; did you mean 'student'"):
+        pk.train(nameless(pair, tmp_path / "run"), studnet="x")  # pyright: ignore
 
 
 def test_models_and_rows_are_evaluated_as_objects(trained, tmp_path):
@@ -274,8 +310,20 @@ def test_models_and_rows_are_evaluated_as_objects(trained, tmp_path):
     assert named["few"]["scores"] == start["few"]["scores"]
     now = given["student"].state_dict()
     assert all(torch.equal(value, now[name]) for name, value in before["student"].items())
-    with pytest.raises(UserError, match="output="):
-        pk.evaluate(given["student"], ROWS, tokenizer=given["tokenizer"])
+
+
+def test_a_model_that_is_an_object_is_scored_without_a_place_for_it(trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = trained[1]
+    asked: dict[str, Any] = {"seeds": (10,), "num_examples": 2, "template": "none"}
+    asked |= {"tokenizer": given["tokenizer"], "max_response_tokens": 8}
+    scored = pk.evaluate(given["student"], ROWS[:3], **asked)
+    assert [*tmp_path.iterdir()] == []
+    assert repr(scored).startswith("2 examples, seeds [10]")
+    assert scored.scores.rouge_l.mean == scored["scores"]["rouge_l"]["mean"]
+    assert [row.request for row in scored.predictions] == ["say 0", "say 1?"]
+    with pytest.raises(UserError, match="say where its scores go"):
+        pk.evaluate(given["student"].name_or_path, ROWS)
 
 
 def test_a_run_by_its_path_is_measured_without_the_teacher_that_came_as_an_object(trained, capsys):

@@ -8,8 +8,9 @@ import pytest
 
 import runs
 import tiny
+from judge_server import JudgeServer, says
 from promptkd.evaluation.evaluate import evaluate_with
-from promptkd.generation.progress import responses_bar, unseen
+from promptkd.generation.responses_bar import responses_bar, unseen
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 
@@ -45,6 +46,7 @@ def commands(place: Path) -> dict[str, tuple[list[str], list[str]]]:
         "exposure-bias": (["exposure-bias", run, *sampled], both),
         "analyse-prompt": (["analyse-prompt", run, "--num-examples", "2"], ["validation: KLs"]),
         "generate": (["generate", run, "Count to three."], voices),
+        "report": (["report", run], ["drawing the report"]),
         "rescore": (["rescore", run], ["scoring anew"]),
         "init-student": (["init-student", *pruned, "--calibration", data], ["measuring layers"]),
         "check": (
@@ -64,7 +66,17 @@ NAMES = [*commands(Path())]
 @pytest.mark.parametrize("name", NAMES)
 def test_a_command_shows_a_bar_that_fills_up(place, tmp_path, name):
     typed, said = commands(place)[name]
-    outcome = runs.run(typed, tmp_path)
+    expect_full_bars(runs.run(typed, tmp_path), said)
+
+
+def test_the_judge_shows_a_bar_that_fills_up(place, tmp_path):
+    typed = ["judge", str(place / "run"), "--data", str(place / "train.jsonl"), "--model", "any"]
+    with JudgeServer(lambda asked: says("5 4\nFine.")) as server:
+        outcome = runs.run([*typed, "--base-url", server.base_url], tmp_path)
+    expect_full_bars(outcome, ["judge"])
+
+
+def expect_full_bars(outcome: runs.Outcome, said: list[str]) -> None:
     assert outcome.status == 0, outcome.stderr
     drawn = re.split(r"[\r\n]", outcome.stderr)
     assert any(re.search(r"(^|\s)0%\|", line) for line in drawn)

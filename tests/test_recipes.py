@@ -50,7 +50,7 @@ def test_a_recipe_comes_through_the_preflight_with_tiny_models(path, stand_ins, 
     method = build_method(recipe.method.name, **recipe.method.options)
     trainer = Trainer(recipe, method)
     assert trainer.parts.max_steps > 0
-    assert (trainer.parts.teacher is not None) == method.needs_teacher
+    assert (trainer.parts.models.teacher is not None) == method.needs_teacher
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

@@ -16,11 +16,12 @@ from promptkd.config import recipe_from_dict
 from promptkd.errors import UserError
 from promptkd.evaluation.evaluate import evaluate
 from promptkd.evaluation.results import Evaluation, Prediction, Score
+from promptkd.numbers import digits
 from promptkd.report.cells import Cell, Table
 from promptkd.report.comparisons import best_model, between, headline, in_words
+from promptkd.report.cost import cost_of_steps
 from promptkd.report.data import DataSet, Model, Named, Run, data_sets, read_run
 from promptkd.report.findings import answer, distance, warnings
-from promptkd.report.numbers import digits
 from promptkd.report.places import read_subject
 from promptkd.report.report import report
 from promptkd.report.responses import embedded, response_sets
@@ -173,8 +174,11 @@ def test_what_requests_detect_is_what_their_interval_shows_four_times_in_five():
     assert 0.7 < shown / 200 < 0.9
 
 
-def measured(parameters: int, speed: float, device: str = "cpu") -> dict[str, Any]:
+def measured(
+    parameters: int, speed: float, device: str = "cpu", vllm: float | None = None
+) -> dict[str, Any]:
     return {
+        **({"vllm_tokens_per_second": vllm} if vllm else {}),
         "parameters": parameters,
         "bytes_memory": 2 * parameters,
         "bytes_disk": 4 * parameters,
@@ -186,10 +190,10 @@ def measured(parameters: int, speed: float, device: str = "cpu") -> dict[str, An
 def test_a_student_is_said_to_be_faster_only_than_a_teacher_timed_alike():
     base = noisy(30)
 
-    def said(device: str) -> str:
+    def said(device: str, own: float | None = None, teachers: float | None = None) -> str:
         models = (
-            ("promptkd", "run", measured(50, 30.0)),
-            ("t", "teacher", measured(100, 20.0, device)),
+            ("promptkd", "run", measured(50, 30.0, vllm=own)),
+            ("t", "teacher", measured(100, 20.0, device, teachers)),
         )
         data = DataSet(
             "d",
@@ -200,10 +204,38 @@ def test_a_student_is_said_to_be_faster_only_than_a_teacher_timed_alike():
         return answer([run()], [data])[-1]
 
     assert said("cpu") == (
-        "It has 50% of its teacher's parameters, generates 1.50 times as fast, and its weights "
-        "take 50% of the memory and 50% of the disk."
+        "It has 50% of its teacher's parameters, generates 1.50 times as fast with transformers "
+        "(not measured with vLLM), and its weights take 50% of the memory and 50% of the disk."
     )
+    assert "1.50 times as fast with transformers (with vLLM 1.75 times, 70 tokens per second)" in (
+        said("cpu", 70.0, 40.0)
+    )
+    assert "(with vLLM 70 tokens per second)" in said("cpu", 70.0)
     assert "times as fast" not in said("another")
+
+
+def test_speeds_are_not_compared_where_equally_large_models_were_timed_far_apart():
+    def said(other: float) -> str:
+        speeds = (("promptkd", "run", 50, 30.0), ("start", "start", 50, other))
+        models = tuple(
+            Model(n, r, replace(evaluation(noisy(30), n), size_and_speed=measured(size, speed)))
+            for n, r, size, speed in (*speeds, ("t", "teacher", 100, 20.0))
+        )
+        return answer([run()], [DataSet("d", models)])[-1]
+
+    assert "generates 1.50 times as fast" in said(44.0)
+    assert said(60.0) == (
+        "It has 50% of its teacher's parameters, and its weights take 50% of the memory and 50% of "
+        "the disk. Its speed is not comparable: 30 to 60 tokens per second were timed of equally "
+        "large models."
+    )
+
+
+def test_the_generation_of_runs_of_earlier_versions_is_part_of_their_cost():
+    times = {"seconds_learning": 2.0, "seconds_writing": 6.0}
+    took = cost_of_steps([{"step": 1, **times}, {"step": 2, **times}])
+    assert took is not None
+    assert (took.seconds_generation, took.seconds_learning) == (12.0, 4.0)
 
 
 def test_exact_match_leads_only_where_some_model_answers_exactly():

@@ -14,7 +14,7 @@ import yaml
 import tiny
 from promptkd.errors import UserError
 from promptkd.evaluation.results import Evaluation, Prediction, save_evaluation, summarise
-from promptkd.report.numbers import plain
+from promptkd.numbers import plain
 from promptkd.report.places import read_subject
 from promptkd.report.report import report
 from promptkd.study.file import study_from_dict
@@ -136,7 +136,7 @@ def test_a_lucky_seed_is_not_believed(tmp_path):
     assert "not established" in own
     assert 'class="best"' not in text
     gkd = re.findall(r'<th scope="row">gkd</th>(.*?)</tr>', text, re.DOTALL)[0]
-    assert re.search(r"\+4\.\d<small>\[\d\.\d, \d\.\d\] p ", gkd)
+    assert re.search(r"\+4\.\d<small>\[\d\.\d,\s\d\.\d\] p\s", gkd)
 
 
 def test_a_method_ahead_in_every_seed_is_said_to_be_best(tmp_path):
@@ -155,7 +155,7 @@ def test_the_page_says_what_the_studys_table_says(tmp_path):
     assert all(sentence in text and sentence in markdown for sentence in sentences)
     for table in [record["methods_table"], *record["tables"]]:
         on_page = text[text.index(f'id="table-{table["name"]}"') :]
-        on_page = on_page[: on_page.index("</figure>")]
+        on_page = on_page[: on_page.index("</figure>")].replace("\u00a0", " ")
         for row in table["rows"]:
             for cell in row:
                 assert cell["text"] in on_page

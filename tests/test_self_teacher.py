@@ -153,10 +153,11 @@ def test_a_lora_student_shares_its_weights_with_itself_as_it_started(pair, tmp_p
     raw = recipe(pair, tmp_path / "run", {"name": "sdft"}, teacher={"model": "student"} | TELLS)
     raw = raw.to_dict() | {"student": {"model": str(pair / "student"), "lora": LORA}}
     parts = Trainer(recipe_from_dict(raw), build_method("sdft")).parts
-    held = {value.data_ptr() for value in parts.student.module.parameters()}
-    assert parts.plain_teacher is not None
-    assert {value.data_ptr() for value in parts.plain_teacher.module.parameters()} < held
-    assert not any("lora" in name for name, _ in parts.plain_teacher.module.named_parameters())
+    held = {value.data_ptr() for value in parts.models.student.module.parameters()}
+    assert parts.models.plain_teacher is not None
+    teacher = dict(parts.models.plain_teacher.module.named_parameters())
+    assert {value.data_ptr() for value in teacher.values()} < held
+    assert not any("lora" in name for name in teacher)
 
 
 def test_the_average_goes_on_from_its_checkpoint(pair, tmp_path):

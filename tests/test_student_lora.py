@@ -42,7 +42,7 @@ def logits(model):
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
 @pytest.mark.parametrize("merge", [False, True])
 def test_the_saved_student_says_what_the_trained_one_does(tmp_path, architecture, merge):
-    own = trained(tmp_path, architecture, merge=merge).parts.student.module
+    own = trained(tmp_path, architecture, merge=merge).parts.models.student.module
     run = tmp_path / "run"
     for loaded in (
         load_model(str(run), torch.float32),
@@ -55,7 +55,7 @@ def test_the_saved_student_says_what_the_trained_one_does(tmp_path, architecture
 
 
 def test_only_the_adapters_of_the_student_change_and_are_in_its_checkpoints(tmp_path):
-    own = trained(tmp_path).parts.student.module
+    own = trained(tmp_path).parts.models.student.module
     start = load_file(tmp_path / "student" / "model.safetensors")
     state = own.state_dict()
     for name, value in start.items():
@@ -67,12 +67,12 @@ def test_only_the_adapters_of_the_student_change_and_are_in_its_checkpoints(tmp_
 
 
 def test_a_lora_run_goes_on_from_a_checkpoint_as_if_it_was_not_stopped(tmp_path):
-    expected = trained(tmp_path).parts.student.module.state_dict()
+    expected = trained(tmp_path).parts.models.student.module.state_dict()
     run = tmp_path / "run"
     for step in (2, 3):
         shutil.rmtree(run / "checkpoints" / f"step-{step:06d}")
     (run / "summary.json").unlink()
-    again = trained(tmp_path).parts.student.module.state_dict()
+    again = trained(tmp_path).parts.models.student.module.state_dict()
     assert all(torch.equal(again[name], expected[name]) for name in expected)
 
 

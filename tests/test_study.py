@@ -651,3 +651,10 @@ def test_a_method_is_bold_only_if_it_is_clear_of_every_other():
     assert [row[0].text for row in table.rows if any(cell.best for cell in row)] == ["a"]
     equal = study_table(Findings.of([*lines, line("c", 2, 2.2)], ["data"], "b"), 2, [])
     assert not any(cell.best for row in equal.rows for cell in row)
+
+
+def test_the_interval_of_a_share_ends_where_shares_end():
+    found = Findings.of([line("a", 70, 40), line("b", 0, 1)], ["data"], "b")
+    scores = found.scores["a"]
+    assert scores is not None
+    assert scores["rouge_l"].interval_95 == (0.0, 100.0)

@@ -97,6 +97,20 @@ def test_an_engine_with_other_weights_than_the_students_is_refused(engines, monk
 
 
 @runs.needs_vllm
+def test_the_weights_of_a_model_that_does_not_learn_are_pushed_once(engines, monkeypatch):
+    _, ours, _ = engines
+    pushed: list[int] = []
+    monkeypatch.setattr(ours, "_push_weights", lambda: pushed.append(1))
+    for learns, times in ((True, 2), (False, 1)):
+        pushed.clear()
+        monkeypatch.setattr(ours, "_learns", learns)
+        monkeypatch.setattr(ours, "_proven", False)
+        for _ in range(2):
+            ours.generate(REQUESTS, SEEDS, GenerationSettings(2))
+        assert len(pushed) == times
+
+
+@runs.needs_vllm
 def test_a_sample_is_a_function_of_its_seed_in_any_company(engines):
     _, ours, _ = engines
     together = ours.generate(REQUESTS, SEEDS, GenerationSettings(12))
@@ -239,7 +253,7 @@ def started(monkeypatch):
         engine = StandIn(text)
         monkeypatch.setitem(sys.modules, "vllm", engine.module())
         monkeypatch.setattr(vllm_engine, "_chosen_tokens", lambda: None)
-        return engine, VLLMEngine(student, (tiny.EOS,), 64, options)
+        return engine, VLLMEngine(student, (tiny.EOS,), 64, options=options)
 
     return student, start
 

@@ -33,7 +33,8 @@ class LoRA:
         r: the rank of B A.
         alpha: the update is scaled by alpha / r.
         target_modules: names of the layers; empty for PEFT's choice for the architecture
-            (GPT-2: the attention's joint projection; OPT and Llama: queries and values).
+            (GPT-2: the attention's joint projection; OPT and Llama: queries and values),
+            "all-linear" for every linear layer except the output layer.
         seed: of A.
 
     Source: Hu et al. 2021, arXiv:2106.09685; rank and alpha: PromptKD, arXiv:2402.12842, Table 9.
@@ -63,11 +64,12 @@ def add_lora(
     Raises:
         UserError: if the model has no such layers, or PEFT doesn't know its architecture.
     """
+    layers = target_modules if isinstance(target_modules, str) else [*target_modules]
     config = peft.LoraConfig(
         task_type=peft.TaskType.CAUSAL_LM,
         r=rank,
         lora_alpha=alpha,
-        target_modules=list(target_modules) or None,
+        target_modules=layers or None,
         fan_in_fan_out=any(isinstance(part, Conv1D) for part in module.modules()),
     )
     with torch.random.fork_rng():
@@ -82,7 +84,7 @@ def add_lora(
     ends = (module.get_output_embeddings(), module.get_input_embeddings())
     if any(isinstance(layer, BaseTunerLayer) for layer in ends):
         raise UserError(
-            f"target_modules {list(target_modules)} puts LoRA on the embeddings or the output "
+            f"target_modules {layers} puts LoRA on the embeddings or the output "
             "layer, where it would not be trained: both are read as plain matrices. Leave them out."
         )
     for name, parameter in module.named_parameters():

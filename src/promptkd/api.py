@@ -1,6 +1,6 @@
 """The library's verbs, as Python functions."""
 
-from typing import Any
+from typing import Unpack
 
 from promptkd.composition import Method
 from promptkd.methods import build_method
@@ -15,15 +15,9 @@ def train(
     recipe: AnyRecipe,
     method: Method | str | None = None,
     *,
-    student: Any = None,
-    teacher: Any = None,
-    tokenizer: Any = None,
-    teacher_tokenizer: Any = None,
-    train: Any = None,
-    validation: Any = None,
-    peft_config: Any = None,
     restart_from: int | None = None,
     allow_changes: bool = False,
+    **objects: Unpack[Objects],
 ) -> TrainedRun:
     """Run a recipe to its end, or go on with it.
 
@@ -34,29 +28,16 @@ def train(
         recipe: what to do: validated, as nested dictionaries, or a file. ``max_steps`` or
             ``epochs`` of a run that was begun may have grown.
         method: in place of the recipe's; a name stands for the method with its defaults.
-        student: a causal language model of transformers or PEFT, or a name as ``student.model``.
-        teacher: likewise, as ``teacher.model``.
-        tokenizer: of the models that are objects; else the one that lies where they came from.
-        teacher_tokenizer: the teacher's, if it has another one.
-        train: lists of dictionaries, ``datasets.Dataset``, or names as ``data.train``.
-        validation: likewise, as ``data.validation``.
-        peft_config: a ``peft.LoraConfig``, as ``student.lora``; merged into a student object.
         restart_from: go back to the checkpoint of this step (0: the start), with other rates.
         allow_changes: go on though data, weights or settings differ; the record says so.
+        objects: models and rows in place of names: ``student``, ``teacher``, ``tokenizer``,
+            ``teacher_tokenizer``, ``train``, ``validation``, ``peft_config``, as
+            ``promptkd.objects.Objects`` and docs/python.md say.
 
     Raises:
         UserError: for bad input, in one sentence; nothing that was saved is lost.
         Stopped: when Ctrl-C, SIGTERM or SIGUSR1 asked for an end; the run can go on.
     """
-    objects = Objects(
-        student=student,
-        teacher=teacher,
-        tokenizer=tokenizer,
-        teacher_tokenizer=teacher_tokenizer,
-        train=train,
-        validation=validation,
-        peft_config=peft_config,
-    )
     trainer = _trainer(recipe, method, objects, Resuming(restart_from, allow_changes))
     trainer.run()
     return TrainedRun(trainer.directory.path, trainer.recipe)
@@ -65,14 +46,7 @@ def train(
 def check(
     recipe: AnyRecipe,
     method: Method | str | None = None,
-    *,
-    student: Any = None,
-    teacher: Any = None,
-    tokenizer: Any = None,
-    teacher_tokenizer: Any = None,
-    train: Any = None,
-    validation: Any = None,
-    peft_config: Any = None,
+    **objects: Unpack[Objects],
 ) -> Rehearsal:
     """Prove that a recipe works before it runs: all that ``train`` checks, and its first steps.
 
@@ -87,15 +61,6 @@ def check(
     Raises:
         UserError: for everything that can be known to be wrong before the first step.
     """
-    objects = Objects(
-        student=student,
-        teacher=teacher,
-        tokenizer=tokenizer,
-        teacher_tokenizer=teacher_tokenizer,
-        train=train,
-        validation=validation,
-        peft_config=peft_config,
-    )
     return _trainer(recipe, method, objects, AS_IT_WAS).rehearse()
 
 

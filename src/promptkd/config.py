@@ -49,7 +49,9 @@ THE_STUDENT = "student"
 class LoRASection(Section):
     r: int = Field(default=16, ge=1, le=4096, description="rank of the adapters")
     alpha: int = Field(default=32, ge=1, le=10**6, description="the update is scaled by alpha / r")
-    target_modules: tuple[str, ...] = Field(default=(), description="empty: PEFT's choice")
+    target_modules: tuple[str, ...] | Literal["all-linear"] = Field(
+        default=(), description="empty: PEFT's choice; all-linear: all but the output layer"
+    )
     merge: bool = Field(default=False, description="save whole weights instead of an adapter")
 
 
@@ -127,9 +129,7 @@ class TeacherSection(Section):
     @property
     def reads_more(self) -> bool:
         """Whether anything but the template differs from what the student reads."""
-        return any(
-            given is not None for given in (self.system, self.context, self.context_template)
-        )
+        return any(own is not None for own in (self.system, self.context, self.context_template))
 
 
 class MethodSection(Section):

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from promptkd.bars import progress_bar
 from promptkd.config import ColumnsSection
 from promptkd.data import Encoder, given_rows, read_examples, training_set
 from promptkd.errors import UserError
@@ -31,7 +32,6 @@ from promptkd.models.loading import (
     save_model,
 )
 from promptkd.models.objects import given_model
-from promptkd.progress import progress_bar
 from promptkd.records import Record
 from promptkd.rollouts import Rollout, reference_rollouts
 from promptkd.token_losses import cross_entropies

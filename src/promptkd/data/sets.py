@@ -38,10 +38,6 @@ class Dataset:
         """Whether every example has one."""
         return all(example.response_ids is not None for example in self.examples)
 
-    @property
-    def has_some_references(self) -> bool:
-        return any(example.response_ids is not None for example in self.examples)
-
     def digest(self) -> str:
         """Equal exactly for equal tokens in equal order."""
         found = hashlib.sha256()

@@ -8,6 +8,7 @@ from promptkd.data import Encoder, evaluation_set, read_examples
 from promptkd.evaluation.evaluate import evaluate
 from promptkd.files import read_json
 from promptkd.models.loading import load_tokenizer
+from promptkd.report.savings import Savings
 
 SHOWN = {
     "exact_match": "exact match, %",
@@ -68,6 +69,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     faster = student["tokens_per_second"] / teacher["tokens_per_second"]
     lines.append(
         f"the student has {student['parameters'] / 1e6:,.1f} million parameters, the teacher "
-        f"{smaller:.2f} times as many; it generates {faster:.2f} times as fast"
+        f"{smaller:.2f} times as many; it generates {faster:.2f} times as fast with "
+        f"{student['engine']}, {Savings(student, teacher).with_vllm}"
     )
     return "\n".join(lines)

@@ -40,7 +40,7 @@ def evaluate(
     ranks: Ranks = ALONE,
     **asked: Unpack[Asking],
 ) -> Scores | ScoresByData:
-    """Score a run's student, or any model, on held-out requests, and save scores and predictions.
+    """Score a run's student, or any model, on held-out requests, and save scores and responses.
 
     Args:
         run_or_model: a run or its directory, a model's name as ``load_model`` takes it, or a
@@ -50,20 +50,24 @@ def evaluate(
             is a suite; a list of paths in it makes one data set.
         like: a run that was evaluated, or what another ``evaluate`` wrote to: the same data,
             template, lengths, decoding, seeds, precision, metrics and teacher, where not given.
-        output: directory; ``RUN/evaluation`` by default, needed for a bare model.
+        output: directory; ``RUN/evaluation`` by default, needed for a bare model's name. Of a
+            model that came as an object nothing is written without it.
         tokenizer: of the models that are objects; else the one that lies where they came from.
         ranks: the processes that share the requests; every one of them calls this.
         asked: seeds, metrics, template, lengths, sampling and more: see ``Asking``.
 
     Returns:
-        What ``NAME.json`` holds, NAME being the data's; for several, that of each by name.
+        What ``NAME.json`` holds, NAME being the data's, with ``predictions``; for several, that
+        of each by name.
 
     Raises:
         UserError: if the data or model can't be read.
     """
     model, run = given_model(run_or_model, tokenizer, "the model"), _run(run_or_model, output)
     questions = _questions(run, data, like, _with_named_teacher(asked, tokenizer))
-    place = Path(output) if output is not None else Path(model) / "evaluation"
+    place = None if output is None else Path(output)
+    if run and place is None:
+        place = run.path / "evaluation"
     results = answer(model, questions, place, ranks=ranks)
     return next(iter(results.values())) if is_one(data) else results
 
@@ -106,12 +110,12 @@ def evaluate_with(
 def answer(
     model: str,
     questions: Questions,
-    output: Path,
+    output: Path | None,
     *,
     by_teacher: bool = False,
     ranks: Ranks = ALONE,
 ) -> ScoresByData:
-    """Load a model, let it answer, and save what came of it.
+    """Load a model, let it answer, and save what came of it, if there is a place for it.
 
     Args:
         by_teacher: the model is the run's teacher, and reads what it taught with.
@@ -139,7 +143,11 @@ def answer(
             )
         requests = [e.request_of(asked.is_briefed) for e in scorer.data.examples]
         measured = measured or size_and_speed(
-            model, asked.student, requests, questions.protocol.decoding
+            model,
+            asked.student,
+            requests,
+            questions.protocol.decoding,
+            {questions.protocol.engine: asked.engine},
         )
         if ranks.rank == 0:
             tqdm.write(f"{name}: {scorer.data.summary()}")
@@ -153,9 +161,9 @@ def answer(
             predictions=tuple(predictions),
             **asked.settings(scorer),
         )
-        if ranks.rank == 0:
+        if output and ranks.rank == 0:
             save_evaluation(output, evaluation)
-        results[name] = Scores(evaluation.to_dict())
+        results[name] = Scores.of(evaluation)
     return results
 
 
@@ -276,12 +284,12 @@ def _teacher_encoder(protocol: Protocol, name: str | None, encoder: Encoder) -> 
 def _engine(protocol: Protocol, student: LanguageModel, stop: Sequence[int]) -> Engine:
     if protocol.engine == "vllm":
         limits = protocol.max_request_tokens + protocol.decoding.max_new_tokens
-        return VLLMEngine(student, stop, limits)
+        return VLLMEngine(student, stop, limits, learns=False)
     return TransformersEngine(student, stop)
 
 
 def _run(run_or_model: Any, output: str | Path | None) -> TrainedRun | None:
-    """The run that it is; None for a bare model, which then needs an output."""
+    """The run that it is; None for a bare model, whose name then needs an output."""
     is_place = isinstance(run_or_model, (str, PathLike))
     if is_place and (Path(run_or_model) / "recipe.yaml").is_file():
         run = TrainedRun.of(run_or_model)
@@ -293,6 +301,4 @@ def _run(run_or_model: Any, output: str | Path | None) -> TrainedRun | None:
             f"{run_or_model} is not a run: it holds no recipe.yaml. Check its name; or, if it is a "
             "model, say where its scores go: --output DIR."
         )
-    if output is None:
-        raise UserError("A model's scores need a place: output='runs/its-name'.")
     return None

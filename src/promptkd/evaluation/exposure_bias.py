@@ -24,6 +24,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import tensor
 
+from promptkd.bars import progress_bar
 from promptkd.data import Dataset
 from promptkd.divergences import forward_kl
 from promptkd.errors import UserError
@@ -39,11 +40,10 @@ from promptkd.evaluation.exposure_curves import (
 from promptkd.evaluation.finished_run import FinishedRun, load_run
 from promptkd.evaluation.suites import distinct
 from promptkd.files import write_json
-from promptkd.generation.progress import responses_bar
+from promptkd.generation.responses_bar import responses_bar
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.models.language_model import LanguageModel, select_responses
-from promptkd.progress import progress_bar
 from promptkd.records import Record
 from promptkd.rollouts import Rollout
 from promptkd.run import Place

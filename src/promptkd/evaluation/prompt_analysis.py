@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from promptkd.bars import progress_bar
 from promptkd.composition import Method
 from promptkd.data import Dataset, training_set
 from promptkd.divergences import LogProbs, PerToken, kl
@@ -36,7 +37,6 @@ from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.methods import build_method
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import check_context, load_language_model, load_tokenizer
-from promptkd.progress import progress_bar
 from promptkd.records import Record
 from promptkd.rollouts import Rollout, reference_rollouts
 from promptkd.run import Place

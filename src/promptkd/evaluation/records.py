@@ -4,11 +4,24 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any
 
+from promptkd.evaluation.results import Evaluation, Prediction
 from promptkd.records import Record
 
 
 class Scores(Record):
-    """What ``NAME.json`` holds: one model's scores on one data set, and how they were taken."""
+    """What ``NAME.json`` holds: one model's scores on one data set, and how they were taken.
+
+    Attributes:
+        predictions: the responses, where they were just generated: ``NAME.predictions.jsonl``.
+    """
+
+    predictions: tuple[Prediction, ...] = ()
+
+    @classmethod
+    def of(cls, evaluation: Evaluation) -> "Scores":
+        own = cls(evaluation.to_dict())
+        own.predictions = evaluation.predictions
+        return own
 
     def lines(self) -> Iterator[str]:
         """Its head, and a line per score."""

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from promptkd.bars import progress_bar
 from promptkd.errors import UserError
 from promptkd.evaluation.records import Scores, ScoresByData
 from promptkd.evaluation.results import own_evaluations, save_evaluation
-from promptkd.progress import progress_bar
 from promptkd.run import Place
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from promptkd.data import Dataset
 from promptkd.evaluation.metrics import TEACHER_CROSS_ENTROPY, metrics_of
 from promptkd.evaluation.results import Prediction, Score, summarise
-from promptkd.generation.progress import responses_bar
+from promptkd.generation.responses_bar import responses_bar
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import Engine
 from promptkd.models.language_model import LanguageModel

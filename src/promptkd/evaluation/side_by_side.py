@@ -9,6 +9,7 @@ import peft
 from tqdm.auto import tqdm
 
 from promptkd.adapters import load_prefix
+from promptkd.bars import progress_bar
 from promptkd.config import Recipe
 from promptkd.data import Encoder, Example, date_of_run
 from promptkd.errors import UserError
@@ -25,7 +26,6 @@ from promptkd.models.loading import (
     load_tokenizer,
     stop_ids,
 )
-from promptkd.progress import progress_bar
 from promptkd.records import Record
 from promptkd.run import Place, TrainedRun
 from promptkd.teachers import load_soft_prompt
@@ -70,13 +70,13 @@ def generate(
     decoding = GenerationSettings.of_recipe(recipe)
     if temperature is not None:
         decoding = replace(decoding, temperature=temperature)
-    voices, responses = [*_voices(place, recipe)], Responses()
-    with progress_bar(total=len(voices), unit="model") as bar:
-        for author, name, adapter in voices:
+    responders, responses = [*_responders(place, recipe)], Responses()
+    with progress_bar(total=len(responders), unit="model") as bar:
+        for author, name, adapter in responders:
             bar.set_description(f"the {author} responds")
             tokenizer = load_tokenizer(name)
             encoder = Encoder.of_recipe(recipe, tokenizer, date=date_of_run(place))
-            model, front = _load_voice(name, adapter, recipe.precision)
+            model, front = _load_responder(name, adapter, recipe.precision)
             stop = {*stop_ids(tokenizer, model.module), encoder.eos_token_id}
             engine = TransformersEngine(model, sorted(stop))
             if author != "student" and recipe.teacher:
@@ -89,7 +89,7 @@ def generate(
     return responses
 
 
-def _voices(run: Path, recipe: Recipe) -> Iterator[tuple[str, str, Path | None]]:
+def _responders(run: Path, recipe: Recipe) -> Iterator[tuple[str, str, Path | None]]:
     """Who responds: author, model, adapter."""
     name = recipe.teacher_model(run) if recipe.teacher else None
     if name and is_lost(name):
@@ -107,7 +107,7 @@ def _check_finished(run: Path) -> None:
         raise UserError(f"{run} is not a finished run: it has no student/. Name a run directory.")
 
 
-def _load_voice(
+def _load_responder(
     name: str, adapter: Path | None, precision: str
 ) -> tuple[LanguageModel, dict[str, Any]]:
     """A model with its adapter, and what stands in front of its requests."""

@@ -1,1 +1,1 @@
-"""Writing responses: engines, how a token is chosen, caches, and who may write in a run."""
+"""Generating responses: engines, how a token is chosen, caches, and who may generate in a run."""

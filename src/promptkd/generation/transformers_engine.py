@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from promptkd.generation.kv_cache import reserved_cache
-from promptkd.generation.progress import Progress, Writes, unseen
+from promptkd.generation.responses_bar import Progress, ReportsProgress, unseen
 from promptkd.generation.sampling import GenerationSettings, TokenSampler
 from promptkd.kernels.matmul import GenerationMatmuls
 from promptkd.models.language_model import PADDING, LanguageModel, prompt_positions, put_in_front
@@ -72,8 +72,8 @@ class Past(Protocol):
 
 
 @runtime_checkable
-class Engine(Writes, Protocol):
-    """Whatever writes one response per request, in their order; a function of weights and seeds."""
+class Engine(ReportsProgress, Protocol):
+    """Whatever generates one response per request, in order; a function of weights and seeds."""
 
     @property
     def stop_ids(self) -> Tensor: ...
@@ -87,7 +87,7 @@ class Engine(Writes, Protocol):
 
 
 class TransformersEngine:
-    """Writes with the model's own weights: no copy to keep in step, except in mixed precision."""
+    """Generates with the model's own weights: a copy to keep in step in mixed precision alone."""
 
     def __init__(self, model: LanguageModel, stop_ids: Sequence[int]):
         self.stop_ids = torch.tensor(stop_ids, device=model.device)

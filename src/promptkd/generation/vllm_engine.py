@@ -1,4 +1,4 @@
-"""Writing responses with vLLM, in this process; the student's weights are pushed before each time.
+"""Generating responses with vLLM, in this process; the student's weights are pushed before.
 
 vLLM is optional (docs/quickstart.md) and imported only when chosen. Its tokens are sampled by
 ``sampling.TokenSampler``, as every engine's: up to rounding, the responses are the same.
@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from promptkd import vllm_options
 from promptkd.errors import UserError
-from promptkd.generation.progress import Progress, unseen
+from promptkd.generation.responses_bar import Progress, unseen
 from promptkd.generation.sampling import GenerationSettings, TokenSampler
 from promptkd.generation.transformers_engine import Response, Tokens, left_pad
 from promptkd.models.language_model import PADDING, LanguageModel
@@ -36,10 +36,11 @@ class VLLMEngine:
     """A copy of the student inside vLLM.
 
     Args:
-        model: the student, which goes on learning.
+        model: the student, or another model.
         stop_ids: the tokens that end a response.
         max_tokens: of a request and its response together.
         options: of ``vllm.LLM``, from the recipe's ``sampling.vllm``.
+        learns: whether the model changes between calls; else its weights are pushed once.
 
     Raises:
         UserError: if vLLM isn't installed, or doesn't know an option.
@@ -50,11 +51,14 @@ class VLLMEngine:
         model: LanguageModel,
         stop_ids: Sequence[int],
         max_tokens: int,
+        *,
         options: Mapping[str, Any] = MappingProxyType({}),
+        learns: bool = True,
     ):
         self.stop_ids = torch.tensor(stop_ids, device=model.device)
         self.progress: Progress = unseen
         self._model = model
+        self._learns = learns
         self._proven = False
         self._sleeps, self._is_asleep = vllm_options.sleeps(dict(options)), False
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are pushed within the process
@@ -106,7 +110,8 @@ class VLLMEngine:
     ) -> list[Response]:
         """One response per request, in the order of the requests; see ``TransformersEngine``."""
         with _own_threads_back(), self._awake():
-            self._push_weights()
+            if self._learns or self._sleeps or not self._proven:  # asleep, it forgets them
+                self._push_weights()
             if not self._proven and requests:
                 self._compare(requests[0])
                 self._proven = True
@@ -212,7 +217,7 @@ class _Row:
 
 
 def _chosen_tokens() -> type:
-    """A logits processor of vLLM's that leaves the argmax no choice."""
+    """Forces vLLM's argmax to the token that we sampled."""
     processors: Any = importlib.import_module("vllm.v1.sample.logits_processor")
     follow_batch = processors.builtin.process_dict_updates
 

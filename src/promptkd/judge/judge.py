@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from promptkd.bars import progress_bar
 from promptkd.errors import UserError
 from promptkd.evaluation.results import Prediction, read_predictions
 from promptkd.evaluation.suites import PAPER_SEEDS, name_of
@@ -29,7 +30,6 @@ from promptkd.judge.protocols import (
     summarise_grades,
     summarise_preferences,
 )
-from promptkd.progress import progress_bar
 from promptkd.records import Record
 from promptkd.run import Place
 

@@ -13,6 +13,7 @@ aren't whole blocks are restored wrongly.
 """
 
 import importlib.util
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -100,7 +101,7 @@ def _linear_layers(trunk: nn.Module) -> list[tuple[str, nn.Linear]]:
     return [(place, part) for place, part in trunk.named_modules() if isinstance(part, nn.Linear)]
 
 
-class FrozenLinear(nn.Linear):
+class FrozenLinear(nn.Linear, ABC):
     """A linear layer whose weight gets no gradient and is held in a form of its own."""
 
     def __init__(self, layer: nn.Linear, weight: Tensor):
@@ -108,9 +109,9 @@ class FrozenLinear(nn.Linear):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = layer.bias
 
+    @abstractmethod
     def restored(self, like: Tensor) -> Float[Tensor, "rows width"]:
         """W', on the device and in the precision of ``like``."""
-        raise NotImplementedError
 
     def forward(self, input: Float[Tensor, "*tokens width"]) -> Float[Tensor, "*tokens rows"]:
         product: Any = _Product.apply(input, self)

@@ -24,8 +24,8 @@ from promptkd.models import damage
 from promptkd.models.frozen import WHOLE, Storage
 from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.objects import copied
+from promptkd.models.quiet import quietly
 from promptkd.models.soundness import check_weights, make_savable
-from promptkd.progress import quietly
 
 
 def default_device() -> torch.device:

@@ -7,10 +7,16 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from promptkd.evaluation.results import Score
 from promptkd.files import write_text
-from promptkd.report.comparisons import NATS, decoding_words, describe, score_name, shown_scores
+from promptkd.numbers import like
+from promptkd.report.comparisons import (
+    decoding_words,
+    describe,
+    number_of,
+    score_name,
+    shown_scores,
+)
 from promptkd.report.data import DataSet, Model, Run
 from promptkd.report.findings import answer
-from promptkd.report.numbers import digits, like, plain
 
 BEGIN, END = "<!-- held-out scores, by promptkd report -->", "<!-- end of held-out scores -->"
 SPLIT = "test"
@@ -41,9 +47,9 @@ def _result(name: str, own: Model, data: DataSet) -> EvalResult:
         for model in data.beside
         if name in model.evaluation.scores
     }
-    parts = [f"{label} {_number(name, other.mean)}" for label, other in beside.items()]
+    parts = [f"{label} {number_of(name)(other.mean)}" for label, other in beside.items()]
     if score.interval_95:
-        shown = _number(name, score.mean)
+        shown = number_of(name)(score.mean)
         low, high = (like(shown, end) for end in score.interval_95)
         parts.insert(0, f"95% interval {low} to {high}")
     return EvalResult(
@@ -98,13 +104,9 @@ def _cell(name: str, model: Model) -> str:
     score = model.evaluation.scores.get(name)
     if score is None:
         return "–"
-    shown, ends = _number(name, score.mean), score.interval_95
+    shown, ends = number_of(name)(score.mean), score.interval_95
     interval = f" [{like(shown, ends[0])}, {like(shown, ends[1])}]" if ends else ""
     return f"{shown}{interval}"
-
-
-def _number(name: str, value: float) -> str:
-    return digits(value) if name in NATS else plain(value)
 
 
 def _with_section(text: str, section: str) -> str:

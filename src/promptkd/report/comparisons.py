@@ -1,13 +1,13 @@
 """Which models differ in which score, and how sure that is, as numbers and in words."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 from promptkd.evaluation.comparison import difference
 from promptkd.evaluation.results import Evaluation
+from promptkd.numbers import digits, plain, signed
 from promptkd.report.data import DataSet, Model
-from promptkd.report.numbers import digits, plain, signed
 
 RANKED = ("rouge_l", "rouge_l_unicode", "exact_match", "final_answer")
 """More is better; the first that covers the most requests compares models in words."""
@@ -113,6 +113,11 @@ def headline(data: DataSet) -> str | None:
 def score_name(score: str) -> str:
     """As headings call it; a user's own metric by its own name."""
     return SCORE_NAMES.get(score, score)
+
+
+def number_of(score: str) -> Callable[[float], str]:
+    """What writes a value of this score: one decimal, or in nats three digits."""
+    return digits if score in NATS else plain
 
 
 def in_words(score: str, value: float) -> str:

@@ -46,11 +46,14 @@ def cost_of_steps(steps: Sequence[Row]) -> TrainingCost | None:
     """The same of the lines of metrics.jsonl that are about steps."""
     if not steps:
         return None
-    summed = ("generation", "learning", "teacher", "student", "losses")
+    summed = ("learning", "teacher", "student", "losses")
     seconds = {
         f"seconds_{part}": sum(row.get(f"seconds_{part}", 0.0) for row in steps) for part in summed
     }
+    # Runs of earlier versions call it writing; what they took must not be shown as nothing.
+    generation = (r.get("seconds_generation", r.get("seconds_writing", 0.0)) for r in steps)
     return TrainingCost(
+        seconds_generation=sum(generation),
         steps=len(steps),
         tokens=int(sum(row.get("num_tokens", 0) for row in steps)),
         **seconds,

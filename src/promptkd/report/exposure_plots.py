@@ -4,9 +4,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from promptkd.numbers import digits
 from promptkd.report.data import Row, Run
 from promptkd.report.figures import Curves, Figure, Series, lines
-from promptkd.report.numbers import digits
 from promptkd.report.plots import change
 
 EXCESS = "percent above the error on the teacher's text"

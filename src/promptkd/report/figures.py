@@ -18,7 +18,7 @@ from matplotlib.figure import Figure as Canvas
 from matplotlib.ticker import MaxNLocator
 
 from promptkd.files import write_bytes, write_text
-from promptkd.report.numbers import digits
+from promptkd.numbers import digits
 
 # Okabe and Ito's colours, safe for colour blindness; the page has a lighter set for dark ground.
 SERIES = ("#0072b2", "#d55e00", "#009e73", "#b0548a", "#a87900", "#5a6b7b")

@@ -7,6 +7,7 @@ measured there. A difference is called one only where its paired bootstrap inter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from promptkd.numbers import digits, like, plain
 from promptkd.report.comparisons import (
     between,
     comparison_words,
@@ -19,7 +20,6 @@ from promptkd.report.comparisons import (
     score_name,
 )
 from promptkd.report.data import DataSet, Run
-from promptkd.report.numbers import digits, like, plain
 from promptkd.report.savings import savings
 
 ENDED_LESS = 20  # percentage points that are worth a warning
@@ -216,14 +216,15 @@ def _savings(run: Run, sets: Sequence[DataSet]) -> list[str]:
     if found is None or found.teacher is None:
         share = size_share(run)
         return [f"It has {100 * share:.0f}% of its teacher's parameters."] if share else []
-    keys = ("parameters", "tokens_per_second", "bytes_memory", "bytes_disk")
-    shares = {key: found.share(key) or 0.0 for key in keys}
-    return [
-        f"It has {100 * shares['parameters']:.0f}% of its teacher's parameters, generates "
-        f"{shares['tokens_per_second']:.2f} times as fast, and its weights take "
-        f"{100 * shares['bytes_memory']:.0f}% of the memory and {100 * shares['bytes_disk']:.0f}% "
-        "of the disk."
-    ]
+    keys = ("parameters", "bytes_memory", "bytes_disk")
+    parameters, memory, disk = (f"{100 * (found.share(key) or 0.0):.0f}%" for key in keys)
+    weights = f"and its weights take {memory} of the memory and {disk} of the disk."
+    faster, engine = found.share("tokens_per_second"), found.student["engine"]
+    if faster is None:
+        unsteady = f"Its speed is {found.unsteady}."
+        return [f"It has {parameters} of its teacher's parameters, {weights} {unsteady}"]
+    speed = f"generates {faster:.2f} times as fast with {engine} ({found.with_vllm}),"
+    return [f"It has {parameters} of its teacher's parameters, {speed} {weights}"]
 
 
 def _closest(runs: Sequence[Run], sets: Sequence[DataSet]) -> str:

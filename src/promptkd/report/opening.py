@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from promptkd.numbers import count, digits, duration, plain, size
 from promptkd.report.comparisons import headline, in_words, score_name
 from promptkd.report.cost import cost
 from promptkd.report.data import DataSet, Row, Run
 from promptkd.report.findings import distance, size_share
-from promptkd.report.numbers import count, digits, duration, plain, size
 from promptkd.report.places import Subject
 from promptkd.report.savings import Savings, savings, savings_of
 
@@ -89,7 +89,7 @@ def example(entry: Row | None, leader: str) -> Exchange | None:
     return Exchange(
         why=f"Row {chosen['row']} of {entry['name']}: the middle of {len(scored)} requests by "
         f"{labels[place]}'s score ({value}).",
-        request=_short(chosen["request"]),
+        request=_short(chosen["request"]) or "(The request isn't kept with these results.)",
         reference=_short(next(iter(chosen["references"]), "")),
         responses=tuple(
             (model["label"], model["role"], _short(own[0]["text"]))
@@ -172,9 +172,10 @@ def _weights(run: Run, found: Savings | None) -> list[LargeNumber]:
             label="Speed of generation",
             value=count(own["tokens_per_second"]),
             unit="tokens per second",
-            detail=f"{faster:.2f} times the teacher's {count(other['tokens_per_second'])}"
+            detail=f"{own['engine']}: {faster:.2f} times the teacher's "
+            f"{count(other['tokens_per_second'])}; {found.with_vllm}"
             if faster
-            else found.how,
+            else f"{found.unsteady or found.how}; {found.with_vllm}",
             fill=None if not faster else 100.0 * min(1.0, faster),
             marks=() if not faster else (Mark("teacher", 100 / max(1.0, faster), "teacher"),),
         ),

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib import metadata
@@ -13,6 +13,7 @@ import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from promptkd.bars import progress_bar
 from promptkd.report import plots
 from promptkd.report.cells import Table
 from promptkd.report.comparisons import decoding_words, describe, is_greedy
@@ -38,6 +39,7 @@ BY_METHOD = (
     "training seeds: one lucky seed doesn't make a method better. Established: p below 0.05 after "
     "Holm's correction over the methods compared."
 )
+NUM_SECTIONS = 5
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ def render(subject: Subject, directory: Path) -> str:
     """Draw the figures, write the tables, and return the page."""
     figures, tables = directory / "figures", directory / "tables"
     sets = subject.data_sets()
-    sections = [s for s in _sections(subject, sets, figures) if s.figures or s.tables or s.prompts]
+    shown = {"desc": "drawing the report", "total": NUM_SECTIONS, "unit": "section"}
+    drawn = progress_bar(_sections(subject, sets, figures), **shown)
+    sections = [s for s in drawn if s.figures or s.tables or s.prompts]
     opening = _opening_table(subject, sets)
     for table in [opening, *(t for section in sections for t in section.all_tables)]:
         if table:
@@ -90,6 +94,7 @@ def render(subject: Subject, directory: Path) -> str:
         made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         version=metadata.version("promptkd"),
         svg=Markup,
+        unbroken=_unbroken,
         style=Markup(_asset("report.css")),
         script=Markup(_asset("report.js")),
     )
@@ -113,6 +118,13 @@ def _whose(subject: Subject, leader: Run) -> str | None:
     if subject.study:
         return "The students in numbers"
     return f"{leader.label} in numbers" if len(subject.runs) > 1 else None
+
+
+def _unbroken(detail: str) -> str:
+    """Breaks only between an interval and what it means."""
+    for joint in (", ", "p <", "p 0", "< 0", "not established", " tokens"):
+        detail = detail.replace(joint, joint.replace(" ", "\u00a0"))
+    return detail
 
 
 def _asset(name: str) -> str:
@@ -197,55 +209,53 @@ def _starts(runs: Sequence[Run]) -> list[str]:
     return notes or ["The runs start with different students."] * (len(set(starts.values())) > 1)
 
 
-def _sections(subject: Subject, sets: Sequence[DataSet], figures: Path) -> list[PageSection]:
+def _sections(subject: Subject, sets: Sequence[DataSet], figures: Path) -> Iterator[PageSection]:
+    """Drawn one by one; there are ``NUM_SECTIONS``."""
     runs = subject.runs
     judged, took = judge_table(runs), cost_table(runs)
     study = subject.study
     scored = (
         study.tables if study else [score_table(data, n) for n, data in enumerate(sets, start=1)]
     )
-    return [
-        PageSection(
-            id="scores",
-            title="Scores",
-            lead="Held-out requests, one response per request and seed. The start and the teacher "
-            "stand beside the students where they were evaluated alike.",
-            figures=(
-                *(difference_figures(study, figures) if study else ()),
-                *plots.score_figures(runs, sets, figures),
-                *plots.length_figures(runs, sets, figures),
-            ),
-            tables=(*scored, *([judged] if judged else [])),
+    yield PageSection(
+        id="scores",
+        title="Scores",
+        lead="Held-out requests, one response per request and seed. The start and the teacher "
+        "stand beside the students where they were evaluated alike.",
+        figures=(
+            *(difference_figures(study, figures) if study else ()),
+            *plots.score_figures(runs, sets, figures),
+            *plots.length_figures(runs, sets, figures),
         ),
-        PageSection(
-            id="training",
-            title="Training",
-            lead="Step by step; thick lines are moving averages where there are many points.",
-            figures=tuple(plots.training_figures(runs, figures)),
-        ),
-        PageSection(
-            id="exposure",
-            title="Exposure bias",
-            lead="Does the student err more after its own text than after the teacher's? Errors "
-            "are KL(teacher ‖ student), summed from the first token of the response.",
-            figures=tuple(exposure_figures(runs, figures)),
-        ),
-        PageSection(
-            id="prompt",
-            title="What the prompt did",
-            lead="The soft prompt in front of the frozen teacher is all that PromptKD "
-            "trains there.",
-            figures=tuple(plots.prompt_figures(runs, figures)),
-            prompts=tuple(prompt_findings(runs)),
-        ),
-        PageSection(
-            id="cost",
-            title="Cost",
-            lead="Generating responses, then learning from them.",
-            figures=tuple(plots.cost_figure(runs, figures)),
-            tables=(took,) if took else (),
-        ),
-    ]
+        tables=(*scored, *([judged] if judged else [])),
+    )
+    yield PageSection(
+        id="training",
+        title="Training",
+        lead="Step by step; thick lines are moving averages where there are many points.",
+        figures=tuple(plots.training_figures(runs, figures)),
+    )
+    yield PageSection(
+        id="exposure",
+        title="Exposure bias",
+        lead="Does the student err more after its own text than after the teacher's? Errors "
+        "are KL(teacher ‖ student), summed from the first token of the response.",
+        figures=tuple(exposure_figures(runs, figures)),
+    )
+    yield PageSection(
+        id="prompt",
+        title="What the prompt did",
+        lead="The soft prompt in front of the frozen teacher is all that PromptKD trains there.",
+        figures=tuple(plots.prompt_figures(runs, figures)),
+        prompts=tuple(prompt_findings(runs)),
+    )
+    yield PageSection(
+        id="cost",
+        title="Cost",
+        lead="Generating responses, then learning from them.",
+        figures=tuple(plots.cost_figure(runs, figures)),
+        tables=(took,) if took else (),
+    )
 
 
 def _record(run: Run) -> dict[str, Any]:

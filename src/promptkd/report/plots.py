@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
-from promptkd.report.comparisons import NATS, headline, score_name
+from promptkd.numbers import digits
+from promptkd.report.comparisons import NATS, headline, number_of, score_name
 from promptkd.report.cost import cost
 from promptkd.report.data import DataSet, Model, Run
 from promptkd.report.figures import (
@@ -15,7 +16,6 @@ from promptkd.report.figures import (
     lines,
     stacked_bars,
 )
-from promptkd.report.numbers import digits, plain
 
 STEP_CURVES = (
     (
@@ -95,12 +95,13 @@ def score_figures(runs: Sequence[Run], sets: Sequence[DataSet], directory: Path)
     made = []
     for place, data in enumerate(sets, start=1):
         rows, compared = [], headline(data) or ""
-        number, unit = (digits, "nats per token") if compared in NATS else (plain, "percent")
+        unit = "nats per token" if compared in NATS else "percent"
         for model in data.models:
             score = model.evaluation.scores.get(compared)
             if score and score.interval_95:
                 rows.append((model.label, score.mean, *score.interval_95, _slot(runs, model)))
         if len(rows) > 1:
+            number = number_of(compared)
             said = "; ".join(f"{label} {number(mean)}" for label, mean, *_ in rows)
             title = f"{score_name(compared).partition(', ')[0]} on {data.name}"
             over = "requests and training seeds" if data.of_methods else "requests"

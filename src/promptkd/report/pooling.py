@@ -56,4 +56,6 @@ def _over_runs(measured: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Runs of a method weigh the same; their speeds are averaged."""
     if not all(measured):
         return {}
-    return measured[0] | {"tokens_per_second": fmean(m["tokens_per_second"] for m in measured)}
+    rates = [key for key in measured[0] if key.endswith("tokens_per_second")]
+    means = {k: fmean(m[k] for m in measured) for k in rates if all(k in m for m in measured)}
+    return {key: value for key, value in measured[0].items() if key not in rates} | means

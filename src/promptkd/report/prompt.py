@@ -1,13 +1,13 @@
 """The report's section on the soft prompt, from ``prompt_analysis.json`` of a run."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from promptkd.numbers import digits, plain, signed
 from promptkd.report.cells import Cell, Table
 from promptkd.report.comparisons import Comparison, comparison_words
 from promptkd.report.data import Row, Run
-from promptkd.report.numbers import digits, signed
 
 SPACE_MARKS = {"Ġ": "␣", "▁": "␣", "Ċ": "↵"}
 KL_HEADINGS = {
@@ -135,7 +135,7 @@ def _kl_table(analysis: Row, number: int) -> Table | None:
         if row["responses"] == "reference":
             label = f"{row['data']}, on the references"
         cells = [Cell(label, "with prompt" if row["prompt"] else "without prompt")]
-        cells += [Cell(digits(row[key]), _change(change.get(key), nats=True)) for key in shown]
+        cells += [Cell(digits(row[key]), _change(change.get(key), digits)) for key in shown]
         cells += [
             Cell(f"{row[key]:.1f}", _change(change.get(key))) if key in row else Cell("–")
             for key in ("rouge_l", "response_length", "ended")
@@ -158,14 +158,11 @@ def _kl_table(analysis: Row, number: int) -> Table | None:
     )
 
 
-def _change(value: Row | None, nats: bool = False) -> str:
+def _change(value: Row | None, written: Callable[[float], str] = plain) -> str:
     if not value or "interval_95" not in value:
         return ""
     low, high = value["interval_95"]
-    if nats:
-        sign = "+" if value["mean"] > 0 else ""
-        return f"{sign}{digits(value['mean'])} [{digits(low)}, {digits(high)}]"
-    return f"{signed(value['mean'])} [{low:.1f}, {high:.1f}]".replace("-", "−")
+    return f"{signed(value['mean'], written)} [{written(low)}, {written(high)}]"
 
 
 def _vector_table(analysis: Row, number: int) -> Table | None:

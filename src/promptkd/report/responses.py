@@ -58,12 +58,16 @@ def _evaluated(data: DataSet) -> Row:
             item["responses"][place].append(_response(p, compared))
     ordered = [items[index] for index in sorted(items)]
     template = data.evaluation.template
-    several = any(len(model.training_seeds) > 1 for model in data.models)
+    about = describe(data)
+    if any(len(model.training_seeds) > 1 for model in data.models):
+        about += ", the first training seed of each method"
+    if not any(item["request"] for item in ordered):
+        about += "; requests and references aren't kept here"
     return {
         "name": data.name,
         "score": compared,
         "score_name": score_name(compared or "").removesuffix(", %"),
-        "about": describe(data) + (", the first training seed of each method" * several),
+        "about": about,
         "models": [{"label": m.label, "role": m.role} for m in data.models],
         "seeds": list(data.evaluation.seeds),
         "items": ordered,

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Sequence
 
 from promptkd.evaluation.results import Evaluation
+from promptkd.numbers import count, digits, duration, like, plain, signed, size
 from promptkd.report.cells import Cell, Table
 from promptkd.report.comparisons import (
-    NATS,
     RANKED,
     Comparison,
     best_model,
@@ -13,13 +13,13 @@ from promptkd.report.comparisons import (
     decoding_words,
     describe,
     headline,
+    number_of,
     score_name,
     shown_scores,
 )
 from promptkd.report.cost import cost
 from promptkd.report.data import DataSet, Model, Run
 from promptkd.report.findings import distance, size_share
-from promptkd.report.numbers import count, digits, duration, like, plain, signed, size
 from promptkd.report.savings import Savings, savings
 
 NONE = Cell("–")
@@ -274,8 +274,7 @@ def _baseline(data: DataSet, score: str) -> Model | None:
 
 def _score_cell(evaluation: Evaluation, name: str, best: bool) -> Cell:
     score = evaluation.scores[name]
-    nats = name in NATS
-    text = digits(score.mean) if nats else f"{score.mean:.1f}"
+    text = number_of(name)(score.mean)
     interval, detail = score.interval_95, ""
     if interval:
         low, high = (like(text, end) for end in interval)

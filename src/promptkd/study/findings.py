@@ -12,12 +12,16 @@ from typing import Any
 import numpy as np
 
 from promptkd.criteria import SMALLER_IS_BETTER
+from promptkd.evaluation.metrics import METRICS
 from promptkd.evaluation.results import Evaluation, Score, totals
 from promptkd.evaluation.statistics import mean_and_deviation
 from promptkd.evaluation.two_levels import LEVEL, Estimate, estimate, holm
 from promptkd.report.comparisons import headline
 from promptkd.report.cost import TrainingCost
 from promptkd.report.data import DataSet, Model
+
+SHARES = (*METRICS, "ended")
+"""Scores in percent."""
 
 
 @dataclass(frozen=True)
@@ -185,6 +189,8 @@ def _scores(line: Line, names: Sequence[str]) -> dict[str, Score]:
         mean, deviation = mean_and_deviation(by_seed)
         measured = _totals(line, names, score)
         low, high = estimate(measured[1]).interval_95 if measured else (0.0, 0.0)
+        if score in SHARES:  # where a t-interval may go beyond what there is
+            low, high = max(low, 0.0), min(high, 100.0)
         found[score] = Score(
             mean=mean,
             num_requests=sum(map(len, measured[0])) if measured else None,

@@ -19,7 +19,7 @@ import numpy as np
 from promptkd.errors import UserError
 from promptkd.evaluation.results import Evaluation
 from promptkd.evaluation.two_levels import combined, detectable
-from promptkd.report.numbers import digits
+from promptkd.numbers import digits
 from promptkd.study.findings import Line
 
 TRAINING_SEEDS, DECODING_SEEDS, SHARES = (2, 3, 4, 5, 8, 12), (1, 3, 5), (0.25, 0.5, 1.0, 2.0, 4.0)

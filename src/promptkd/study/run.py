@@ -1,4 +1,4 @@
-"""Methods x seeds: every run trained and scored alike, then one table. Stopped, it goes on."""
+"""Methods x seeds: every run trained and scored alike, then one table. Resumable."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -9,6 +9,7 @@ from typing import Any
 import typer
 
 from promptkd.api import train
+from promptkd.bars import progress_bar
 from promptkd.composition import Method
 from promptkd.config import SamplingSection
 from promptkd.data import Example, read_examples
@@ -20,7 +21,6 @@ from promptkd.generation.sampling import GenerationSettings
 from promptkd.methods import build_method
 from promptkd.models.loading import default_device, load_tokenizer
 from promptkd.models.vocabularies import same_tokenizer
-from promptkd.progress import progress_bar
 from promptkd.ranks import ALONE
 from promptkd.study.file import PlannedRun, Study, planned_runs
 from promptkd.study.stored import conclude, keep

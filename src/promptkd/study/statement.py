@@ -2,8 +2,8 @@
 
 from promptkd.criteria import SMALLER_IS_BETTER
 from promptkd.evaluation.results import Score
-from promptkd.report.comparisons import NATS, describe, in_words, listed, score_name
-from promptkd.report.numbers import digits, plain
+from promptkd.numbers import signed
+from promptkd.report.comparisons import describe, in_words, listed, number_of, score_name
 from promptkd.study.findings import Findings, Gain, Line
 
 
@@ -24,14 +24,6 @@ def statement(findings: Findings) -> str:
     several = len(findings.names) > 1
     where = f"the mean of {listed(list(findings.names))}" if several else describe(data)
     return " ".join([*_ahead(findings, score, means, where), *_against(findings, score)])
-
-
-def signed_score(value: float, score: str) -> str:
-    """A difference with its sign: ``+0.8``; in nats with more digits."""
-    size = digits(abs(value)) if score in NATS else plain(abs(value))
-    if not size.strip("0."):
-        return f"±{size}"
-    return f"{'+' if value > 0 else '−'}{size}"
 
 
 def p_value_words(value: float) -> str:
@@ -70,7 +62,7 @@ def _ahead(
 
 def with_spread(score: Score, name: str) -> str:
     """``12.3 ± 0.4``: a mean, and the deviation over training seeds where there are several."""
-    text = digits(score.mean) if name in NATS else plain(score.mean)
+    text = number_of(name)(score.mean)
     spread, decimals = score.deviation_over_seeds, len(text.partition(".")[2])
     return text if spread is None else f"{text} ± {spread:.{decimals}f}"
 
@@ -87,9 +79,10 @@ def _against(findings: Findings, score: str) -> list[str]:
 
 
 def _in_words(gain: Gain) -> str:
-    low, high = (signed_score(end, gain.score) for end in gain.estimate.interval_95)
-    value = f"{gain.label} {signed_score(gain.estimate.value, gain.score)}"
+    number = number_of(gain.score)
+    low, high = (signed(end, number) for end in gain.estimate.interval_95)
+    value = f"{gain.label} {signed(gain.estimate.value, number)}"
     if gain.established and gain.p_corrected is not None:
         return f"{value} (95% interval {low} to {high}, p {p_value_words(gain.p_corrected)})"
-    seen = digits(gain.detectable) if gain.score in NATS else plain(gain.detectable)
+    seen = number(gain.detectable)
     return f"{value} (95% interval {low} to {high}, not established: {seen} or more would be)"

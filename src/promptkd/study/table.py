@@ -5,13 +5,19 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from promptkd.evaluation.results import Score
+from promptkd.numbers import count, digits, duration, like, signed
 from promptkd.report.cells import Cell, Table
-from promptkd.report.comparisons import NATS, decoding_words, describe, in_order, score_name
+from promptkd.report.comparisons import (
+    decoding_words,
+    describe,
+    in_order,
+    number_of,
+    score_name,
+)
 from promptkd.report.data import DataSet
-from promptkd.report.numbers import count, digits, duration, like, plain
 from promptkd.report.tables import safe_name
 from promptkd.study.findings import Findings, Gain, Line
-from promptkd.study.statement import p_value_words, signed_score, with_spread
+from promptkd.study.statement import p_value_words, with_spread
 
 HIDDEN = ("exact_match", "cross_entropy")
 """Left out of the table unless they decide; study.json has them."""
@@ -62,7 +68,7 @@ def methods_table(findings: Findings) -> Table | None:
     score, data = findings.compared, findings.data
     if score is None or data is None:
         return None
-    number = digits if score in NATS else plain
+    number = number_of(score)
     rows = []
     for line in findings.lines:
         own = (findings.scores[line.label] or {}).get(score)
@@ -153,9 +159,9 @@ def _gain(findings: Findings, line: Line, score: str) -> Cell:
     if gain is None:
         return Cell("not comparable")
     low, high = gain.estimate.interval_95
-    number = digits if score in NATS else plain
+    number = number_of(score)
     return Cell(
-        signed_score(gain.estimate.value, score), f"[{number(low)}, {number(high)}]{_verdict(gain)}"
+        signed(gain.estimate.value, number), f"[{number(low)}, {number(high)}]{_verdict(gain)}"
     )
 
 

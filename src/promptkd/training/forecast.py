@@ -87,16 +87,3 @@ def forecast(measured: Measured, schedule: Schedule) -> Forecast:
         seconds_saving=saving,
         bytes_disk=kept * measured.bytes_checkpoint + 2 * measured.bytes_student,
     )
-
-
-def duration(seconds: float) -> str:
-    """A time for people.
-
-    >>> duration(5.4), duration(300), duration(9000)
-    ('5 s', '5.0 min', '2.5 h')
-    """
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    if seconds < 6000:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""Who a run teaches, and by whom."""
+"""A run's models: student, teacher, the student's moving average; whole, or in parts."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext

@@ -8,9 +8,9 @@ from promptkd.composition import Method
 from promptkd.config import Recipe
 from promptkd.errors import UserError
 from promptkd.models.loading import text_config
+from promptkd.numbers import duration
 from promptkd.rollouts import Corpus, OfflineTeacher, Reference
 from promptkd.teachers import FromTokens
-from promptkd.training.forecast import duration
 from promptkd.training.sizing import (
     H100,
     USABLE,

@@ -8,16 +8,17 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from promptkd.bars import progress_bar
 from promptkd.config import Recipe
 from promptkd.data import Dataset
 from promptkd.findings import Finding
 from promptkd.models.loading import dtype_of
 from promptkd.models.sizes import num_parameters
-from promptkd.progress import progress_bar
+from promptkd.numbers import duration
 from promptkd.ranks import Ranks
 from promptkd.records import Record
 from promptkd.training.checkpoints import save_checkpoint
-from promptkd.training.forecast import Measured, Schedule, duration, forecast
+from promptkd.training.forecast import Measured, Schedule, forecast
 from promptkd.training.setup import Setup
 from promptkd.training.state import RunState
 from promptkd.training.tracking import peak_memory
@@ -78,7 +79,7 @@ def rehearse(
     row, seconds_start, seconds_later = _first_steps(setup.max_steps, take_step, ranks)
     seconds_evaluation = _time_evaluation(recipe, setup, ranks)
     seconds_checkpoint, bytes_checkpoint = _time_checkpoint(recipe, state)
-    student, batch = setup.student.module, recipe.optimization.global_batch_size
+    student, batch = setup.models.student.module, recipe.optimization.global_batch_size
     measured = Measured(
         seconds_start=seconds_start,
         seconds_step=seconds_later,
@@ -89,7 +90,7 @@ def rehearse(
     )
     return Rehearsal(
         steps=setup.max_steps,
-        epochs=setup.max_steps * batch / len(setup.data),
+        epochs=setup.max_steps * batch / len(setup.requests.data),
         requests_per_step=batch,
         output=recipe.output,
         first=row,
@@ -97,7 +98,7 @@ def rehearse(
         example=_example(setup),
         measured=asdict(measured),
         forecast=asdict(forecast(measured, Schedule.of(recipe, setup.max_steps))),
-        peak_memory=peak_memory(setup.student.device),
+        peak_memory=peak_memory(setup.models.student.device),
         bytes_free=shutil.disk_usage(_existing(Path(recipe.output))).free,
     )
 
@@ -121,9 +122,9 @@ def _first_steps(
 
 
 def _time_evaluation(recipe: Recipe, setup: Setup, ranks: Ranks) -> float:
-    if setup.validation is None:
+    if setup.requests.validation is None:
         return 0.0
-    examples = setup.validation.examples
+    examples = setup.requests.validation.examples
     some = replace(setup.requests, validation=Dataset(examples[: EVALUATED * ranks.number]))
     validator = Validator(replace(setup, requests=some), ranks, recipe.evaluation.metric)
     started = time.perf_counter()
@@ -151,7 +152,7 @@ def _existing(path: Path) -> Path:
 
 def _example(setup: Setup) -> dict[str, Any]:
     """The first row as the models see it; without a reference the response is generated."""
-    tokenizer, example = setup.tokenizer, setup.data.examples[0]
+    tokenizer, example = setup.requests.tokenizer, setup.requests.data.examples[0]
     response, of_teacher = example.response_ids, example.teacher_request_ids
     return {
         "request": tokenizer.decode(example.request_ids),

@@ -52,6 +52,13 @@ class Requests:
         if self.validation:
             say(f"validation data: {self.validation.summary()}")
 
+    def digests(self) -> dict[str, str]:
+        """Of the data as the run reads them."""
+        digests = {"training requests": self.data.digest()}
+        if self.validation:
+            digests["validation requests"] = self.validation.digest()
+        return digests
+
     @property
     def longest_row(self) -> int:
         """Tokens of the longest request that either model may read, with its response."""

@@ -118,10 +118,22 @@ class RunDirectory:
         if not recipe.is_file() or recipe.read_bytes() != whole:  # new, changed, or damaged
             write_bytes(recipe, whole)
 
+    def refuse_others(self, contents: dict[str, str]) -> None:
+        """Refuse to return a finished run as that of models or rows which it didn't learn from.
+
+        Raises:
+            UserError: naming what differs.
+        """
+        changed = _differing(self._read_record() or {}, contents)
+        if changed:
+            raise UserError(
+                f"{self.path} is finished, and it learnt from other {' and other '.join(changed)} "
+                "than are given now. Choose another output for these; "
+                f"pk.TrainedRun.of('{self.path}') opens the run that is there."
+            )
+
     def _changed_contents(self, known: dict[str, Any], contents: dict[str, str]) -> list[str]:
-        before = known.get("contents", contents)
-        names = sorted({*before, *contents})
-        changed = [name for name in names if before.get(name) != contents.get(name)]
+        changed = _differing(known, contents)
         if changed and not self.resuming.allow_changes:
             raise UserError(
                 f"{self.path} began with other {' and other '.join(changed)} than there are "
@@ -208,14 +220,14 @@ class RunDirectory:
         The student is saved in the precision it came in, and ends its responses as in the run.
         Its weights are those of ``module``.
         """
-        teacher = setup.teacher
+        teacher = setup.models.teacher
         with whole_directory(self.path / "student", "student") as directory:
             lora = self.recipe.student.lora
             if lora and not lora.merge:
                 save_lora(module, directory, model_directory(self.recipe.student.model))
             else:
                 self._save_whole(module, setup, directory)
-            setup.tokenizer.save_pretrained(directory)
+            setup.requests.tokenizer.save_pretrained(directory)
             measured = Validated(step, scores, start=self._start_scores())
             card = model_card(
                 self.recipe, repr(self.method), _frame(setup.requests.encoder), measured
@@ -236,7 +248,7 @@ class RunDirectory:
         whole.to(dtype_of(self.recipe.student.model))  # pyright: ignore
         whole.generation_config.eos_token_id = list(setup.stop)  # pyright: ignore
         save_model(whole, directory)
-        setup.tokenizer.save_pretrained(directory)
+        setup.requests.tokenizer.save_pretrained(directory)
 
     def _start_scores(self) -> dict[str, float]:
         rows = (row for row in self.metrics.read() if row["step"] == 0 and "evaluation" in row)
@@ -244,6 +256,12 @@ class RunDirectory:
 
     def finish(self, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", summary)
+
+
+def _differing(known: dict[str, Any], contents: dict[str, str]) -> list[str]:
+    """Names of contents that aren't as they are on record."""
+    before = known.get("contents", contents)
+    return [n for n in sorted({*before, *contents}) if before.get(n) != contents.get(n)]
 
 
 def _check_place(path: Path) -> None:

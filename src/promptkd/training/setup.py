@@ -1,6 +1,5 @@
 """From a recipe to everything a run works with, checked on the way."""
 
-import datetime
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +34,6 @@ from promptkd.models.objects import own_weights
 from promptkd.models.sizes import num_parameters
 from promptkd.models.vocabularies import same_tokenizer, same_weights, shared_vocabulary
 from promptkd.ranks import Ranks
-from promptkd.teachers import Teacher
 from promptkd.training import preflight
 from promptkd.training.launch import describe
 from promptkd.training.learner import Learner
@@ -71,57 +69,17 @@ class Setup:
     found: dict[str, Any]
     weights: dict[str, str]
 
-    @property
-    def tokenizer(self) -> Any:
-        return self.requests.tokenizer
-
-    @property
-    def data(self) -> Dataset:
-        return self.requests.data
-
-    @property
-    def validation(self) -> Dataset | None:
-        return self.requests.validation
-
-    @property
-    def student(self) -> LanguageModel:
-        return self.models.student
-
-    @property
-    def whole_student(self) -> LanguageModel:
-        return self.models.whole_student
-
-    @property
-    def plain_teacher(self) -> LanguageModel | None:
-        return self.models.plain_teacher
-
-    @property
-    def teacher(self) -> Teacher | None:
-        return self.models.teacher
-
-    @property
-    def comparable(self) -> bool:
-        return self.models.comparable
-
-    @property
-    def date(self) -> datetime.date:
-        """What the chat template is told is today."""
-        return self.requests.encoder.date
-
     def contents(self) -> dict[str, str]:
         """Digests of what a run learns from: a resumed one must find them as they were."""
-        digests = {"training requests": self.data.digest()}
-        if self.validation:
-            digests["validation requests"] = self.validation.digest()
-        return digests | (self.weights or self.models.digests())
+        return self.requests.digests() | (self.weights or self.models.digests())
 
     def summary(self) -> dict[str, Any]:
         """What summary.json says of the models."""
-        teacher = self.plain_teacher
+        teacher = self.models.plain_teacher
         return {
             "steps": self.max_steps,
             "preflight": self.found,
-            "student_parameters": num_parameters(self.student.module),
+            "student_parameters": num_parameters(self.models.student.module),
             "teacher_parameters": num_parameters(teacher.module) if teacher else None,
         }
 
@@ -185,6 +143,13 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     )
 
 
+def contents(recipe: Recipe, method: Method, device: torch.device) -> dict[str, str]:
+    """``Setup.contents`` of a run that takes no step: its data and models, and nothing else."""
+    requests = read_requests(recipe, method, lambda sentence: None)
+    models = _load_models(*_as_loaded(recipe, device), method=method, requests=requests)
+    return requests.digests() | models.digests()
+
+
 def _as_loaded(recipe: Recipe, device: torch.device) -> tuple[Recipe, torch.device]:
     """How and where models are loaded; those that are shared out: on the CPU, as for ``device``."""
     if recipe.sharding == "none":
@@ -203,7 +168,7 @@ def _bind_generation(
     engine: Engine = TransformersEngine(student, stop)
     if recipe.sampling.engine == "vllm":
         limits = encoder.max_request_tokens, encoder.max_response_tokens
-        engine = VLLMEngine(student, stop, sum(limits), recipe.sampling.vllm)
+        engine = VLLMEngine(student, stop, sum(limits), options=recipe.sampling.vllm)
     decoding = GenerationSettings.of_recipe(recipe)
     generation = Generation(engine, student, decoding=decoding, encoder=encoder, seed=recipe.seed)
     teacher = models.whole_teacher

@@ -61,9 +61,9 @@ class RunState:
     """
 
     def __init__(self, setup: Setup, best: Best, sources: SourceStates):
-        step, teacher = setup.step, setup.teacher
+        step, teacher = setup.step, setup.models.teacher
         self.tensors: dict[str, Checkpointable] = {
-            "student": TrainedWeights(setup.student.module),
+            "student": TrainedWeights(setup.models.student.module),
             "student_optimizer": step.student_learner,
         }
         if teacher:

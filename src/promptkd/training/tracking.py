@@ -1,4 +1,4 @@
-"""What a run writes down while it goes: metrics.jsonl, samples.jsonl, trackers, progress."""
+"""What a run records of its steps: metrics.jsonl, samples.jsonl, trackers, its environment."""
 
 import platform
 import resource

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from promptkd.composition import Method
 from promptkd.config import Recipe
 from promptkd.errors import NotFinite, Stopped, UserError
+from promptkd.objects import has_objects
 from promptkd.ranks import Ranks
 from promptkd.training.forecast import Schedule
 from promptkd.training.identity import AS_IT_WAS, Resuming
@@ -22,9 +23,9 @@ from promptkd.training.lock import locked
 from promptkd.training.rehearsal import Rehearsal, rehearse
 from promptkd.training.roll_call import RollCall
 from promptkd.training.run_directory import RunDirectory
-from promptkd.training.run_progress import RunProgress
-from promptkd.training.setup import set_up
+from promptkd.training.setup import contents, set_up
 from promptkd.training.state import RunState, SourceStates
+from promptkd.training.steps_bar import StepsBar
 from promptkd.training.stopping import StopRequest
 from promptkd.training.tracking import check_trackers
 from promptkd.training.training_step import TrainingStep
@@ -68,12 +69,14 @@ class Trainer:
         self.step_number = 0
         self.took: dict[str, float] = {}
         if self.directory.finished:
+            if has_objects(recipe):  # whose names don't say what is in them
+                self.directory.refuse_others(contents(recipe, method, self.accelerator.device))
             return
         with self.roll_call.held():
             self.parts = set_up(recipe, method, self.accelerator.device, self.ranks, self.say)
         metric = recipe.evaluation.metric
         self.validator = (
-            Validator(self.parts, self.ranks, metric) if self.parts.validation else None
+            Validator(self.parts, self.ranks, metric) if self.parts.requests.validation else None
         )
         self.take_step = TrainingStep(
             recipe, method, setup=self.parts, sources=self.sources, ranks=self.ranks
@@ -113,7 +116,7 @@ class Trainer:
         if self.recipe.tracking:
             self.accelerator.init_trackers("promptkd")
         schedule, say = Schedule.of(recipe, max_steps), self.say if self.is_main else None
-        with RunProgress(self.method.name, schedule, done=self.step_number, say=say) as progress:
+        with StepsBar(self.method.name, schedule, done=self.step_number, say=say) as progress:
             if self.step_number == 0:
                 self._validate()
                 progress.evaluated()

@@ -44,7 +44,7 @@ class TrainingStep:
             learner.set_rate(learning_rate(learner.base_rate, step, max_steps, optimization))
         limit = response_limit(self._recipe.data.max_response_tokens, step, max_steps)
         batch = batch_of_step(
-            setup.data,
+            setup.requests.data,
             step,
             optimization.global_batch_size,
             self._recipe.seed,
@@ -65,8 +65,8 @@ class TrainingStep:
         metrics = setup.step(rollouts, step, max_steps)
         if setup.models.average:
             setup.models.average.update()
-        if setup.teacher:
-            setup.teacher.observe(metrics.loss, (step + 1) / max_steps)
+        if setup.models.teacher:
+            setup.models.teacher.observe(metrics.loss, (step + 1) / max_steps)
         row = describe_step(step, rollouts, metrics, setup.stop, ranks)
         row["learning_rate"] = setup.step.student_learner.rate
         row["seconds_generation"] = generated - started

@@ -41,11 +41,12 @@ class Validator:
     """
 
     def __init__(self, setup: Setup, ranks: Ranks, metric: str):
-        assert setup.validation is not None, "the trainer makes one only where there is data"
+        requests = setup.requests
+        assert requests.validation is not None, "the trainer makes one only where there is data"
         self._setup = setup
         self._scorer = Scorer(
-            data=setup.validation,
-            tokenizer=setup.tokenizer,
+            data=requests.validation,
+            tokenizer=requests.tokenizer,
             stop=setup.stop,
             decoding=setup.decoding,
             micro_batch_tokens=setup.step.settings.micro_batch_tokens,
@@ -56,14 +57,12 @@ class Validator:
 
     def score(self, step: int) -> Validation:
         """Of the student after ``step`` optimizer steps."""
-        setup = self._setup
-        asked = setup.comparable and setup.requests.validates_teacher
-        teacher = setup.plain_teacher if asked else None
-        bar = self._scorer.bar(setup.engine, "validation", 1, stays=False)
-        with setup.models.gathered(teacher=False), bar:
-            scores, predictions = self._scorer.score(
-                setup.engine, setup.whole_student, teacher, (SEED,)
-            )
+        engine, models = self._setup.engine, self._setup.models
+        asked = models.comparable and self._setup.requests.validates_teacher
+        teacher = models.plain_teacher if asked else None
+        bar = self._scorer.bar(engine, "validation", 1, stays=False)
+        with models.gathered(teacher=False), bar:
+            scores, predictions = self._scorer.score(engine, models.whole_student, teacher, (SEED,))
         means = {name: score.mean for name, score in scores.items()}
         return Validation(step=step, scores=means, predictions=predictions)
 
@@ -86,7 +85,7 @@ class Validator:
         return curve_in_training(
             own,
             self._teacher_responses,
-            setup.whole_student,
+            setup.models.whole_student,
             teacher,
             num_steps=setup.decoding.max_new_tokens,
             micro_batch_tokens=scorer.micro_batch_tokens,

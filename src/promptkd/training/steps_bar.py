@@ -1,17 +1,18 @@
-"""The bar of a run, and how long it will take, said as soon as its first steps have shown it."""
+"""The bar of a run's steps, and a forecast of the run, said as soon as its first steps show it."""
 
 import time
 from collections.abc import Callable
 from typing import Any
 
-from promptkd.progress import progress_bar
-from promptkd.training.forecast import Forecast, Measured, Schedule, duration, forecast
+from promptkd.bars import progress_bar
+from promptkd.numbers import duration
+from promptkd.training.forecast import Forecast, Measured, Schedule, forecast
 
 MEASURED_STEPS = 3
 """The first takes longer than later ones, so that at least two others are measured."""
 
 
-class RunProgress:
+class StepsBar:
     """Shows a run's steps, and forecasts the whole run by its beginning.
 
     A run that goes on from a checkpoint measures no evaluation before its steps and forecasts
@@ -35,7 +36,7 @@ class RunProgress:
         self._steps: list[float] = []
         self._measures = done == 0
 
-    def __enter__(self) -> "RunProgress":
+    def __enter__(self) -> "StepsBar":
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,17 +1,17 @@
-"""How far an engine has got with writing, for a bar."""
+"""The bar of the responses that an engine generates, and how the engine tells it."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, runtime_checkable
 
-from promptkd.progress import progress_bar
+from promptkd.bars import progress_bar
 
 Progress = Callable[[float], object]
 """Is told how many responses more are written; a token is a part of one."""
 
 
 @runtime_checkable
-class Writes(Protocol):
+class ReportsProgress(Protocol):
     """An engine, which says how it gets on."""
 
     progress: Progress
@@ -23,7 +23,7 @@ def unseen(_: float) -> None:
 
 @contextmanager
 def responses_bar(
-    engine: Writes, total: int, what: str, *, shown: bool = True, stays: bool = True
+    engine: ReportsProgress, total: int, what: str, *, shown: bool = True, stays: bool = True
 ) -> Iterator[None]:
     """A bar of the responses that the engine writes meanwhile.
 

@@ -1,13 +1,7 @@
-"""How long it takes, shown where it is read: a bar in a terminal or notebook, lines in a log.
+"""Progress bars: in a terminal or notebook as such, in a log as lines now and then. No torch."""
 
-And what other libraries would say meanwhile of every file that they read. No torch.
-"""
-
-import logging
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import tqdm.auto
@@ -16,8 +10,6 @@ import tqdm.std
 
 SECONDS_BETWEEN_LINES = 30.0
 """In a log."""
-TABLE = "LOAD REPORT"
-"""How transformers heads its table of missing and unexpected weights (``models.soundness``)."""
 
 
 def progress_bar(iterable: Any = None, **options: Any) -> Any:
@@ -49,27 +41,3 @@ class Log:
 
     def flush(self) -> None:
         """Lines are flushed when they are written."""
-
-
-@contextmanager
-def quietly() -> Iterator[None]:
-    """Without bars for every file that transformers reads or writes, and its table of weights.
-
-    Its warnings are heard.
-    """
-    from transformers.utils import logging as transformers_logging
-
-    loaders = logging.getLogger("transformers.modeling_utils")
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    loaders.addFilter(_no_table)
-    try:
-        yield
-    finally:
-        loaders.removeFilter(_no_table)
-        if bars:
-            transformers_logging.enable_progress_bar()
-
-
-def _no_table(record: logging.LogRecord) -> bool:
-    return TABLE not in record.getMessage()

@@ -1,6 +1,7 @@
-"""Numbers as people read them."""
+"""Numbers as people read them. No torch."""
 
 import math
+from collections.abc import Callable
 
 
 def digits(value: float) -> str:
@@ -32,14 +33,15 @@ def plain(value: float) -> str:
     return f"{value:.1f}".replace("-0.0", "0.0").replace("-", "−")
 
 
-def signed(value: float) -> str:
-    """One decimal, always with its sign.
+def signed(value: float, written: Callable[[float], str] = plain) -> str:
+    """Always with its sign; its size as ``written``.
 
-    >>> signed(1.25), signed(-0.31), signed(0.0)
-    ('+1.2', '−0.3', '±0.0')
+    >>> signed(1.25), signed(-0.31), signed(0.0), signed(-0.0123, digits)
+    ('+1.2', '−0.3', '±0.0', '−0.0123')
     """
-    text = f"{value:+.1f}"
-    return "±0.0" if text in ("+0.0", "-0.0") else text.replace("-", "−")
+    size = written(abs(value))
+    sign = "±" if not size.strip("0.") else "+" if value > 0 else "−"
+    return f"{sign}{size}"
 
 
 def count(number: float) -> str:
