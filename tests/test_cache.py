@@ -63,6 +63,41 @@ def test_a_damaged_cache_is_named_with_its_remedy(cache):
         ResponseCache("teacher")
 
 
+def test_a_response_that_is_not_as_it_was_written_is_refused(cache):
+    """SQLite checks its pages' structure, not what stands in them."""
+    kept = ResponseCache("teacher")
+    kept.put("key", (17, 3, 0))
+    path = cache / "responses.sqlite"
+    whole = path.read_bytes()
+    for other in (b"[18, 3, 0]", b"[17, 3  0]", b"[17, 3, 9]", b"\xff" * 10):
+        assert whole.count(b"[17, 3, 0]") == 1
+        path.write_bytes(whole.replace(b"[17, 3, 0]", other))
+        with pytest.raises(UserError, match=r"responses\.sqlite: .* remove the file"):
+            ResponseCache("teacher").get("key")
+
+
+def test_an_emptied_cache_is_filled_again_and_one_cut_in_half_is_refused(cache):
+    kept = ResponseCache("teacher")
+    for number in range(200):
+        kept.put(f"key {number}", tuple(range(number)))
+    path = cache / "responses.sqlite"
+    whole = path.read_bytes()
+    path.write_bytes(b"")
+    assert "key 7" not in ResponseCache("teacher")
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="remove the file"):
+        [ResponseCache("teacher").get(f"key {number}") for number in range(200)]
+
+
+def test_a_cache_that_cannot_be_opened_is_a_sentence(monkeypatch, cache):
+    def closed(*_arguments, **_options):
+        raise sqlite3.OperationalError("unable to open database file")
+
+    monkeypatch.setattr(sqlite3, "connect", closed)
+    with pytest.raises(UserError, match=r"responses\.sqlite: unable to open database file"):
+        ResponseCache("teacher")
+
+
 def test_a_fingerprint_is_the_weights_and_not_where_they_lie():
     model = tiny.model("llama", seed=3)
     mark = fingerprint(model)
@@ -92,15 +127,15 @@ def test_seqkd_asks_the_teacher_once_per_request_and_never_again(pair, tmp_path,
 
     def num_kept() -> int:
         with sqlite3.connect(cache / "responses.sqlite") as database:
-            return database.execute("SELECT COUNT(*) FROM token_ids").fetchone()[0]
+            return database.execute("SELECT COUNT(*) FROM responses").fetchone()[0]
 
     first = train("first")
     assert num_kept() == 4
     with sqlite3.connect(cache / "responses.sqlite") as database:
-        written = database.execute("SELECT MIN(rowid), MAX(rowid) FROM token_ids").fetchone()
+        written = database.execute("SELECT MIN(rowid), MAX(rowid) FROM responses").fetchone()
     assert train("second") == first
     with sqlite3.connect(cache / "responses.sqlite") as database:
-        again = database.execute("SELECT MIN(rowid), MAX(rowid) FROM token_ids").fetchone()
+        again = database.execute("SELECT MIN(rowid), MAX(rowid) FROM responses").fetchone()
     assert (num_kept(), again) == (4, written)
     assert train("other-seed", seed=1) != first
     assert num_kept() == 8

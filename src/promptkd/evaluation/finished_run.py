@@ -15,6 +15,7 @@ from promptkd.data import (
     given_rows,
     read_examples,
     reads,
+    template_of_run,
 )
 from promptkd.errors import UserError
 from promptkd.generation.sampling import GenerationSettings
@@ -135,7 +136,11 @@ def load_run(
     student, teacher = load_pair(str(directory), name_of_teacher, tokenizer, precision, storage)
     assert teacher is not None, "there is one"
     encoder = Encoder.of_recipe(
-        recipe, tokenizer, date=date_of_run(directory), max_response_tokens=max_new_tokens
+        recipe,
+        tokenizer,
+        date=date_of_run(directory),
+        max_response_tokens=max_new_tokens,
+        template=template_of_run(directory, recipe.data.template),
     )
     for model, name in ((student, f"{directory}"), (teacher, name_of_teacher)):
         lengths = encoder.max_request_tokens, encoder.max_response_tokens

@@ -8,14 +8,19 @@ import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 from promptkd.errors import UserError
-from promptkd.evaluation.results import Prediction, read_predictions
+from promptkd.evaluation.results import (
+    Prediction,
+    read_evaluation,
+    read_predictions,
+    refuse_partial,
+)
 from promptkd.evaluation.suites import PAPER_SEEDS, name_of
 from promptkd.files import write_json, write_json_lines
 from promptkd.judge.client import Endpoint, JudgeSettings, KeptReplies, RequestFailed, shortened
@@ -224,7 +229,8 @@ def _judge_all(
             endpoint.client,
             closing(KeptReplies(path)) as kept,
             progress_bar(total=len(texts), desc="judge", unit="question") as progress,
-            ThreadPoolExecutor(endpoint.settings.max_concurrency) as pool,
+            # Its threads are daemons: who stops waits for no answer that is still to come.
+            ThreadPool(endpoint.settings.max_concurrency) as pool,
         ):
 
             def ask(text: str) -> Judgement | None:
@@ -237,7 +243,7 @@ def _judge_all(
                     progress.update()
                 return judgement
 
-            asked = dict(zip(texts, pool.map(ask, texts), strict=True))
+            asked = dict(zip(texts, pool.imap(ask, texts), strict=True))
     except (sqlite3.Error, OSError) as error:
         raise UserError(
             f"The judge's replies can't be kept in {path} ({error}). "
@@ -305,6 +311,10 @@ def _predictions(run: Path, chosen: Selection) -> dict[Pair, Prediction]:
         raise UserError(
             f"{path}:{damaged[0]}: not a prediction. Remove the file; they are generated again."
         )
+    if not found:
+        raise UserError(f"{path} holds no responses. Remove the file; they are generated again.")
+    if made := read_evaluation(path.with_name(f"{name_of(data)}.json")):
+        refuse_partial(path.parent, made)
     rows = {(prediction.seed, prediction.index): prediction for prediction in found}
     missing = sorted(set(seeds or ()) - {seed for seed, _ in rows})
     if missing:

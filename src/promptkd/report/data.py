@@ -16,6 +16,8 @@ from promptkd.evaluation.results import Evaluation, read_evaluations
 from promptkd.files import read_json, read_json_lines
 
 Row = dict[str, Any]
+SECTIONS = {"student", "teacher", "method", "data", "sampling", "optimization", "evaluation"}
+"""Keys of recipe.yaml that have keys of their own."""
 CALLED = {"start": "start", "warm-up": "other", "teacher": "teacher"}
 """Directories of scores whose names say whose they are, and the roles of these models."""
 
@@ -52,7 +54,7 @@ class Run:
 
     @property
     def method(self) -> str:
-        return str(self.recipe.get("method", {}).get("name", "unknown method"))
+        return str((self.recipe.get("method") or {}).get("name", "unknown method"))
 
     @property
     def kept_step(self) -> int | None:
@@ -137,6 +139,9 @@ def read_run(path: Path, label: str) -> Run:
         raise UserError(f"{path}/recipe.yaml is not valid YAML: {error}") from None
     if not isinstance(recipe, dict):
         raise UserError(f"{path}/recipe.yaml holds no keys, so {path} is not a run of promptkd.")
+    for key in SECTIONS & recipe.keys():
+        if not isinstance(recipe[key] or {}, dict):
+            raise UserError(f"{path}/recipe.yaml is damaged: '{key}' has no keys of its own.")
     notes: list[str] = []
     rows = read_lines(path / "metrics.jsonl", notes)
     steps = {row["step"]: row for row in rows if "loss" in row}
@@ -147,6 +152,11 @@ def read_run(path: Path, label: str) -> Run:
     if summary is None:
         of = f" of {planned}" if planned else ""
         notes.append(f"{label} is not finished: it stands at step {max(steps, default=0)}{of}.")
+    elif len(steps) < (taken := summary.get("steps", 0)):
+        notes.append(
+            f"{path}/metrics.jsonl holds {len(steps)} of the {taken} steps that were taken: curves "
+            "and costs are of these alone."
+        )
     judgements = {
         file.stem: content
         for file in sorted((path / "judge").glob("*.json"))

@@ -30,6 +30,9 @@ from promptkd.training.model_card import Frame, Validated, model_card
 from promptkd.training.setup import Setup
 from promptkd.training.tracking import JsonLines, environment
 
+HIGHEST_RATE_ADVISED = 1e-3
+"""Half of a rate beyond all reason is beyond it, too."""
+
 
 class RunDirectory:
     """Where one recipe and method live.
@@ -156,15 +159,27 @@ class RunDirectory:
         return notes
 
     def way_back(self, step: int) -> str:
-        """What to type when step number ``step`` (counted from 0) diverged."""
-        rates = ["learning_rate", *["teacher_learning_rate"] * (self.method.adaptation is not None)]
-        lower = [
-            f"optimization.{rate}={getattr(self.recipe.optimization, rate) / 2:g}" for rate in rates
-        ]
+        """Why a run isn't finite after ``step`` steps, and what to type."""
+        adapts = self.method.adaptation is not None
+        names = ["learning_rate", *["teacher_learning_rate"] * adapts]
+        rates = {name: getattr(self.recipe.optimization, name) for name in names}
+        if step == 0 and not adapts:
+            return (
+                "No step was taken yet, so no rate is at fault: the models give this on the "
+                "recipe's data. Look at these rows, try precision=fp32, or name other models."
+            )
+        why = "The run diverged: its steps were too long" if step else "The teacher moved too far"
+        sane = self.last_sane_checkpoint(step)
+        place = f"the checkpoint of step {sane}" if sane else "the start"
+        with_ = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        lower = (
+            f"optimization.{name}={min(rate / 2, HIGHEST_RATE_ADVISED):g}"
+            for name, rate in rates.items()
+        )
         return (
-            f"Go back to before it diverged, with lower rates: promptkd train "
-            f"{self.path / 'recipe.yaml'} --restart-from {self.last_sane_checkpoint(step)} "
-            f"{' '.join(lower)}"
+            f"{why} ({with_}). The latest weights with a loss like those before are those of "
+            f"{place}. Go back to them with lower rates: promptkd train "
+            f"{self.path / 'recipe.yaml'} --restart-from {sane} {' '.join(lower)}"
         )
 
     def losses(self) -> dict[int, float]:
