@@ -18,8 +18,8 @@ WAYS: dict[str, Callable[[bytes], bytes]] = {
 }
 EVALUATE = "evaluate RUN --data DATA --seeds 1 --output OUT"
 GENERATE = "generate RUN Hi"
-EXPOSURE = "exposure-bias RUN --num-examples 1 --seeds 1"
-ANALYSE = "analyse-prompt RUN --num-examples 1"
+EXPOSURE = "exposure-bias RUN --num-examples 2 --seeds 1"
+ANALYSE = "analyse-prompt RUN --num-examples 2"
 ADAPTER = "teacher_adapter/adapter_model.safetensors"
 PREDICTIONS = "evaluation/train.predictions.jsonl"
 
@@ -49,7 +49,7 @@ def place(tmp_path_factory) -> Path:
     """A finished run, asked by a chat template, with all that can be measured of it."""
     directory = tmp_path_factory.mktemp("place")
     tiny.save_pair(directory, chat_template=True)
-    data = str(tiny.write_data(directory / "train.jsonl", 3))
+    data = str(tiny.write_data(directory / "train.jsonl", 4))
     shorter = {"max_response_tokens": 4, "validation": data, "template": "auto"}
     shorter |= {"max_request_tokens": 40}
     runs.train(tiny.recipe(directory, optimization={"max_steps": 2}, data=shorter))

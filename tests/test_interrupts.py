@@ -22,7 +22,7 @@ def _interrupt(event: str, arguments: tuple[object, ...]) -> None:
     if AT and event == AT["event"] and any(AT["text"] in str(one) for one in arguments):
         number = signal.Signals[AT["signal"]]
         AT.clear()
-        signal.raise_signal(number)
+        os.kill(os.getpid(), number)  # as a terminal does: a thread that waits is woken
 
 
 sys.addaudithook(_interrupt)
@@ -36,7 +36,7 @@ COMMANDS = {
     "evaluate": ("RUN --data DATA --seeds 2 --output OUT", ".writing-train.predictions"),
     "rescore": ("RUN", ".writing-train.predictions"),
     "compare": ("RUN RUN", "train.predictions"),
-    "exposure-bias": ("RUN --num-examples 1 --seeds 1", ".writing-exposure_bias"),
+    "exposure-bias": ("RUN --num-examples 2 --seeds 1", ".writing-exposure_bias"),
     "analyse-prompt": ("RUN --num-examples 1", ".writing-prompt_analysis"),
     "study": ("STUDY", ".writing-train.predictions"),
     "report": ("RUN", ".writing-report"),
@@ -88,8 +88,9 @@ def test_a_signal_ends_a_command_in_a_sentence_with_nothing_half_written(
     assert "promptkd: interrupted. What was saved is intact: the same command goes on." in said
     assert "Traceback" not in said
     after = runs.everything(place)
-    assert before.items() <= after.items()
     assert not [name for name in after if ".writing-" in name]
+    written = text.removeprefix(".writing-")
+    assert [n for n in before if before[n] != after.get(n) and written in n] == []
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
