@@ -8,8 +8,9 @@ import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from multiprocessing import TimeoutError
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
@@ -243,7 +244,7 @@ def _judge_all(
                     progress.update()
                 return judgement
 
-            asked = dict(zip(texts, pool.imap(ask, texts), strict=True))
+            asked = dict(zip(texts, _in_turn(pool.imap(ask, texts)), strict=True))
     except (sqlite3.Error, OSError) as error:
         raise UserError(
             f"The judge's replies can't be kept in {path} ({error}). "
@@ -255,6 +256,16 @@ def _judge_all(
         done = f"{num_replied} of {len(texts)} questions are done and kept in {directory}"
         raise _no_reply(endpoint, watch.in_a_row[-1], done)
     return judgements
+
+
+def _in_turn(results: Any) -> Iterator[Any]:
+    """Waits in short pieces: a signal that comes just before a wait doesn't end it."""
+    while True:
+        with suppress(TimeoutError):
+            try:
+                yield results.next(timeout=0.2)
+            except StopIteration:
+                return
 
 
 def _no_reply(endpoint: Endpoint, failure: RequestFailed, done: str) -> UserError:
