@@ -5,12 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 import runs
 import tiny
+from promptkd.data import Encoder, Example
 from promptkd.errors import UserError
+from promptkd.generation.generators import Generation
 from promptkd.generation.response_cache import ResponseCache, cache_directory, fingerprint
 from promptkd.generation.sampling import GenerationSettings
+from promptkd.generation.transformers_engine import TransformersEngine
 
 DECODING = GenerationSettings(8).to_dict()
 
@@ -139,3 +144,40 @@ def test_seqkd_asks_the_teacher_once_per_request_and_never_again(pair, tmp_path,
     assert (num_kept(), again) == (4, written)
     assert train("other-seed", seed=1) != first
     assert num_kept() == 8
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """<eos>, <pad> and the 256 bytes: a character may be cut."""
+    letters = ["<eos>", "<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    whole = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(letters)}, merges=[]))
+    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    whole.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=whole, eos_token="<eos>", pad_token="<pad>")
+
+
+def learnt(teachers, response: tuple[int, ...]) -> tuple[int, ...]:
+    """What a student with the tiny tokenizer learns of a response that a teacher wrote before."""
+    encoder, rows = Encoder(tiny.tokenizer(), "none", 24, 6), len(teachers)
+    student = tiny.language_model(tiny.model("llama"))
+    author = tiny.language_model(tiny.model("llama", rows=rows), vocabulary=rows)
+    engine, examples = TransformersEngine(student, (tiny.EOS,)), [Example("Why?")]
+    generation = Generation(engine, student, GenerationSettings(6), encoder=encoder, seed=0)
+    generation.add_teacher(author, teachers, examples, encoder)
+    teacher = generation._teacher
+    assert teacher
+    request = teacher.encoder.request_ids(examples[0])
+    teacher.cache.put(teacher.cache.key(request, generation.decoding.to_dict(), 0), response)
+    return teacher.generate([encoder.encode(0, examples[0])])[0].response_ids
+
+
+def test_a_teacher_of_the_students_tokens_hands_on_its_own_special_ones_among_them():
+    written = (40, tiny.PAD, 41, tiny.EOS)
+    assert learnt(tiny.tokenizer(), written) == written
+
+
+def test_of_another_teachers_text_only_a_character_that_was_cut_is_left_out():
+    teachers, students = byte_tokenizer(), tiny.tokenizer()
+    so, half = teachers("So").input_ids, teachers("\u00e9").input_ids[:1]
+    plain = tuple(students("So", add_special_tokens=False).input_ids)
+    assert learnt(teachers, (*so, *half)) == plain
+    assert learnt(teachers, (*so, tiny.EOS)) == (*plain, tiny.EOS)

@@ -19,10 +19,12 @@ AT: dict[str, str] = {}
 
 
 def _interrupt(event: str, arguments: tuple[object, ...]) -> None:
-    if AT and event == AT["event"] and any(AT["text"] in str(one) for one in arguments):
-        number = signal.Signals[AT["signal"]]
+    here = AT.get("event") == event and any(AT.get("text", "") in str(one) for one in arguments)
+    if here and (name := AT.pop("signal", None)):  # of several threads, one
         AT.clear()
-        os.kill(os.getpid(), number)  # as a terminal does: a thread that waits is woken
+        os.kill(
+            os.getpid(), signal.Signals[name]
+        )  # as a terminal does: a thread that waits is woken
 
 
 sys.addaudithook(_interrupt)

@@ -73,6 +73,8 @@ def generate(
     """
     place = Path(run)
     _check_finished(place)
+    if not request.strip():
+        raise UserError("The request is empty. Say what the models are asked.")
     recipe = TrainedRun.of(run).recipe
     decoding = GenerationSettings.of_recipe(recipe)
     if temperature is not None:

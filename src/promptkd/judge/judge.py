@@ -23,7 +23,7 @@ from promptkd.evaluation.results import (
     refuse_partial,
 )
 from promptkd.evaluation.suites import PAPER_SEEDS, name_of
-from promptkd.files import write_json, write_json_lines
+from promptkd.files import check_place, write_json, write_json_lines
 from promptkd.judge.client import Endpoint, JudgeSettings, KeptReplies, RequestFailed, shortened
 from promptkd.judge.protocols import (
     INSTRUCTIONS,
@@ -135,9 +135,9 @@ def judge(
     place, other = Path(run), None if against is None else Path(against)
     _check_protocol(asked.protocol, other)
     endpoint, chosen = Endpoint(asked), Selection(data, seeds, num_examples)
+    check_place(directory := Path(output or place / "judge"))
     rows = _predictions(place, chosen)
     questions = _questions(rows, _opponents(rows, place, other, chosen), asked.protocol)
-    directory = Path(output or place / "judge")
     judgements = _judge_all(questions, endpoint, directory)
     opponent = "references" if other is None else str(other)
     result = {"model": str(place), "against": opponent, "data": data}

@@ -1,7 +1,6 @@
 """The directory of a run: whose it is, what is written there, and when."""
 
 import copy
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from promptkd.config import Recipe
 from promptkd.data import Encoder, Example
 from promptkd.errors import UserError
 from promptkd.files import (
+    check_place,
     read_json,
     recover_replaced,
     whole_directory,
@@ -67,7 +67,7 @@ class RunDirectory:
             found = changes(known["identity"], identity(self.recipe, self.method))
             check(found, self.resuming, str(self.path))
             return found
-        _check_place(self.path)
+        check_place(self.path)
         own = {".writing-environment.json", lock.NAME}
         if self.path.exists() and any(entry.name not in own for entry in self.path.iterdir()):
             raise UserError(
@@ -259,19 +259,6 @@ class RunDirectory:
 
     def finish(self, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", summary)
-
-
-def _check_place(path: Path) -> None:
-    """Refuse, before anything is loaded, a place where no run can be written.
-
-    Raises:
-        UserError: naming what stands in the way.
-    """
-    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if not nearest.is_dir():
-        raise UserError(f"{path}: {nearest} is a file, no directory. Choose another output.")
-    if not os.access(nearest, os.W_OK):
-        raise UserError(f"{path}: {nearest} can't be written to. Choose another output.")
 
 
 def _frame(encoder: Encoder) -> Frame:
