@@ -135,13 +135,9 @@ def load_run(
     storage = Storage(recipe.teacher.quantization, recipe.teacher.offload)
     student, teacher = load_pair(str(directory), name_of_teacher, tokenizer, precision, storage)
     assert teacher is not None, "there is one"
-    encoder = Encoder.of_recipe(
-        recipe,
-        tokenizer,
-        date=date_of_run(directory),
-        max_response_tokens=max_new_tokens,
-        template=template_of_run(directory, recipe.data.template),
-    )
+    asked = {"date": date_of_run(directory), "max_response_tokens": max_new_tokens}
+    template = template_of_run(directory, recipe.data.template)
+    encoder = Encoder.of_recipe(recipe, tokenizer, template=template, **asked)
     for model, name in ((student, f"{directory}"), (teacher, name_of_teacher)):
         lengths = encoder.max_request_tokens, encoder.max_response_tokens
         check_context(model.module.config, *lengths, name)

@@ -72,13 +72,10 @@ def generate(
         UserError: if the directory isn't a finished run.
     """
     place = Path(run)
-    _check_finished(place)
-    if not request.strip():
-        raise UserError("The request is empty. Say what the models are asked.")
+    _check(place, request)
     recipe = TrainedRun.of(run).recipe
-    decoding = GenerationSettings.of_recipe(recipe)
-    if temperature is not None:
-        decoding = replace(decoding, temperature=temperature)
+    otherwise = {} if temperature is None else {"temperature": temperature}
+    decoding = replace(GenerationSettings.of_recipe(recipe), **otherwise)
     template, date = template_of_run(place, recipe.data.template), date_of_run(place)
     students = load_tokenizer(str(place))
     voices, responses = [*_voices(place, recipe)], Responses()
@@ -114,7 +111,9 @@ def _voices(run: Path, recipe: Recipe) -> Iterator[tuple[str, str, Path | None]]
     yield "student", str(run), None
 
 
-def _check_finished(run: Path) -> None:
+def _check(run: Path, request: str) -> None:
+    if not request.strip():
+        raise UserError("The request is empty. Say what the models are asked.")
     if not (run / "student").is_dir() or not (run / "recipe.yaml").is_file():
         raise UserError(f"{run} is not a finished run: it has no student/. Name a run directory.")
 
