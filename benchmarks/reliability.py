@@ -43,8 +43,6 @@ METHODS = {
     "taid (a teacher on the way)": {"name": "taid"},
 }
 STEPS, SEED = 8, 0
-TIMED = {"metrics.jsonl", "environment.json"}
-"""Files of a run that hold times, or what was damaged."""
 
 
 @dataclass(frozen=True)
@@ -247,6 +245,8 @@ def _contents(output: Path) -> dict[str, Any]:
         name = str(path.relative_to(output))
         if name.endswith("metrics.jsonl"):
             found[name] = runs.json_lines(path)
+        elif name.endswith("summary.json"):
+            found[name] = runs.timeless(json.loads(path.read_text()))
         elif path.is_file() and path.name != "environment.json":
             found[name] = path.read_bytes()
     return found

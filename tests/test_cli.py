@@ -113,7 +113,7 @@ def test_an_output_below_a_file_is_refused(command, tmp_path):
     tiny.tokenizer().save_pretrained(tmp_path / "teacher")
     options = ("--teacher", tmp_path / "teacher", "--layers", 1)
     text = command("init-student", *options, "--output", tmp_path / "file" / "s", status=1)
-    assert f"promptkd: {tmp_path}/file: File exists" in text
+    assert f"{tmp_path}/file is a file, no directory. Choose another output." in text
 
 
 def test_train_ends_with_the_place_of_its_run(command, finished, tmp_path):
@@ -182,6 +182,27 @@ def test_generate_shows_teacher_adapted_teacher_and_student(command, finished):
 
     assert authors == ["teacher", "adapted teacher", "student"]
     assert text == command("generate", finished, "say 3", "--temperature", 0, "--seed", 9)
+
+
+@pytest.mark.parametrize(
+    ("request_", "complaint"),
+    [
+        ("x" * 100, "The request has 100 tokens, and this run was made for at most 24"),
+        (" ", "The request is empty. Say what the models are asked."),
+    ],
+    ids=["too long", "empty"],
+)
+def test_a_request_that_cannot_be_asked_is_refused(command, finished, request_, complaint):
+    assert f"promptkd: {complaint}" in command("generate", finished, request_, status=1)
+
+
+def test_a_place_for_scores_is_looked_at_before_any_work(command, finished, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    data = finished.parent / "train.jsonl"
+    for output in (tmp_path / "file", tmp_path / "file" / "below"):
+        text = command("evaluate", finished, "--data", data, "--output", output, status=1)
+        assert f"{tmp_path}/file is a file, no directory. Choose another output." in text
+        assert "responses to" not in text
 
 
 def test_init_student_says_what_it_dropped_and_where_the_student_is(command, tmp_path):

@@ -197,6 +197,7 @@ def test_another_order_or_other_data_in_the_same_directory_is_refused(whole, pai
         (("--tune-teacher", "half"), "--tune-teacher is 'half'; known: whole, lora."),
         (("--budget", "soon"), "--budget is 'soon'. Write a number and s, m or h"),
         (("--method", "promptdk"), "did you mean 'promptkd'"),
+        (("--layers", "3"), "--layers 3: the teacher has 3 layers, so a student keeps 1 to 2 of"),
         (("--set", "warmup.optimization.max_steps=2"), "'warmup' is no setting"),
     ],
 )

@@ -88,6 +88,13 @@ def test_nothing_moves_is_found_in_student_and_teacher():
     assert codes([step(n, kl_teacher_plain=1e-7) for n in range(1, 21)]) == ["PK305"]
 
 
+def test_a_loss_that_leaves_all_before_is_found():
+    assert codes([step(1), step(2, loss=60.0)]) == ["PK306"]
+    assert codes([step(1), step(2, loss=10.0)]) == []
+    assert codes([step(1, loss=0.01), step(2, loss=0.5)]) == []
+    assert codes([step(1, loss=60.0), step(2)]) == []
+
+
 def test_a_finding_is_said_once_and_not_again_after_a_resume():
     rows = [step(n, num_empty=16) for n in range(1, 4)]
     watch = Watch()

@@ -6,13 +6,24 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedTokenizerFast,
+)
 
 import runs
 import tiny
 from promptkd.adapters import add_lora
 from promptkd.errors import UserError
-from promptkd.models.loading import dtype_of, load_model, load_tokenizer, stop_ids
+from promptkd.models.loading import (
+    dtype_of,
+    load_language_model,
+    load_model,
+    load_tokenizer,
+    stop_ids,
+)
 
 
 @pytest.fixture
@@ -209,3 +220,21 @@ def test_an_adapter_of_another_model_is_refused(saved, tmp_path):
 def test_shapes_unlike_the_configuration_are_said_in_words_of_our_own(saved):
     edit(saved / "config.json", vocab_size=50)
     assert "its weights have other shapes than its config.json says" in refused(saved)
+
+
+def test_a_vision_language_checkpoint_speaks_as_its_text_part(tmp_path):
+    text = {"vocab_size": 104, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    text |= {"sliding_window": 16, "query_pre_attn_scalar": 8, "eos_token_id": 0}
+    seen = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "patch_size": 14}
+    seen |= {"num_attention_heads": 2, "image_size": 28}
+    config = AutoConfig.for_model(
+        "gemma3", text_config=text, vision_config=seen, mm_tokens_per_image=4
+    )
+    whole = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+    tiny.randomise(whole, seed=2).eval().save_pretrained(tmp_path)
+    tiny.tokenizer().save_pretrained(tmp_path)
+    ids = torch.tensor([[5, 40, 9, 70, 12]])
+    with torch.no_grad():
+        own = load_language_model(str(tmp_path), "fp32").module(ids).logits
+        torch.testing.assert_close(own, whole(ids).logits, atol=1e-5, rtol=1e-4)

@@ -161,6 +161,61 @@ def test_csv_that_would_lose_rows_is_refused_with_its_line(tmp_path, text, compl
         read_examples([write(tmp_path / "d.csv", text)])
 
 
+def test_rows_of_different_kinds_stand_in_one_file(tmp_path):
+    """Whatever the other rows have; files with columns fill what a row hasn't with null."""
+    turns = [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}]
+    rows = [
+        {"prompt": "Why?", "completion": "So.", "messages": None},
+        {"messages": turns, "prompt": None, "completion": None},
+        {"instruction": "Why?", "output": "So.", "messages": []},
+        {"question": "Why?", "answer": "So."},
+    ]
+    single, chat, *others = rows_of(tmp_path, *rows)
+    assert single == Example("Why?", responses=("So.",))
+    assert chat == Example("Why?", responses=("So.",), messages=tuple(turns[:1]))
+    assert others == [single, single]
+    table = datasets.Dataset.from_list(rows[:2])
+    assert read_examples(table) == [single, chat]
+    mapped = ColumnsSection(request="q")
+    path = write(tmp_path / "m.jsonl", "\n".join(map(json.dumps, [{"q": "Why?"}, rows[1]])))
+    assert [e.instruction for e in read_examples([path], mapped)] == ["Why?", "Why?"]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "\ud800"},
+        {"instruction": "a", "input": "\ud800"},
+        {"instruction": "a", "output": ["b", "\udfff"]},
+        {"instruction": "a", "system": "\ud800"},
+        {"instruction": "a", "history": [["b", "\ud800"]]},
+        {
+            "messages": [
+                {"role": "user", "content": "a"},
+                {"role": "assistant", "content": "\ud800"},
+            ]
+        },
+        {"instruction": "a", "notes": "\ud800"},
+    ],
+    ids=str,
+)
+def test_half_a_character_in_any_text_of_a_row_is_refused(tmp_path, row):
+    path = write(tmp_path / "d.jsonl", json.dumps(row))
+    with pytest.raises(UserError, match=r"d\.jsonl:1: the text holds \\ud"):
+        read_examples([path], teacher_context="notes" if "notes" in row else None)
+
+
+@pytest.mark.parametrize("place", ["in a turn", "after it"])
+def test_half_a_character_of_a_chat_template_is_refused(place):
+    tokenizer = tiny.tokenizer()
+    half = "{{ '\ud800' }}"
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + (
+        half + "{% endfor %}" if place == "in a turn" else "{% endfor %}" + half
+    )
+    with pytest.raises(UserError, match=r"holds \\ud800 alone"):
+        encoder(tokenizer, "chat").request_ids(Example("Why?"))
+
+
 def test_half_a_character_is_named_by_file_and_line(tmp_path):
     with pytest.raises(UserError, match=r"d\.jsonl:2: the text holds \\ud800 alone, half of a"):
         read_examples(

@@ -10,6 +10,7 @@ import torch
 
 from promptkd.data import Batch, EncodedExample
 from promptkd.errors import UserError
+from promptkd.methods import build_method
 from promptkd.micro_batches import pad, split_by_length
 from promptkd.models.language_model import PADDING
 from promptkd.replay import AdaptiveReplay, Repeated, from_json, to_json
@@ -164,7 +165,14 @@ def test_a_corpus_without_passages_is_refused(tmp_path):
     path = tmp_path / "corpus.txt"
     path.write_text("\nx\n")
     with pytest.raises(UserError, match="no line of two words"):
-        Corpus(str(path)).generate(batch(), generators(), {})
+        Corpus(str(path))
+
+
+def test_a_corpus_that_is_no_utf_8_is_refused_before_any_step(tmp_path):
+    path = tmp_path / "corpus.txt"
+    path.write_bytes("caf\xe9 au lait\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"corpus\.txt is not UTF-8 text .*Convert it"):
+        build_method("minillm", corpus=str(path))
 
 
 # -- sources with memory

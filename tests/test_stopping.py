@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import runs
@@ -14,7 +15,7 @@ import tiny
 from promptkd.config import recipe_from_dict
 from promptkd.errors import NotFinite, UserError
 from promptkd.methods import build_method
-from promptkd.training.checkpoints import saved_checkpoints, step_of
+from promptkd.training.checkpoints import load_step, saved_checkpoints, step_of
 from promptkd.training.divergence import is_sane
 from promptkd.training.lock import locked
 from promptkd.training.run_directory import RunDirectory
@@ -166,13 +167,15 @@ def test_a_run_that_diverged_says_the_command_that_goes_back_and_it_works(pair, 
     sentence = str(diverged.value)
     command = sentence.partition("promptkd train ")[2].split()
 
-    assert command[1:3] == ["--restart-from", "6"]
-    assert command[3] == "optimization.learning_rate=5e+29"
-    outcome = runs.run(["train", *command[:3], "optimization.learning_rate=0.0005"], tmp_path)
+    assert "The run diverged: its steps were too long (learning_rate 1e+30)." in sentence
+    assert command[1:] == ["--restart-from", "6", "optimization.learning_rate=0.001"]
+    saved = load_step(tmp_path / "run" / "checkpoints", 6)
+    assert all(torch.isfinite(t).all() for t in saved.tensors["student"].values())
+    outcome = runs.run(["train", *command], tmp_path)
     assert outcome.status == 0, outcome.stderr
     record = json.loads((tmp_path / "run" / "environment.json").read_text())
     assert [change["after_step"] for change in record["changes"]] == [6, 6]
-    assert record["changes"][1]["changed"] == ["optimization.learning_rate 1e+30 -> 0.0005"]
+    assert record["changes"][1]["changed"] == ["optimization.learning_rate 1e+30 -> 0.001"]
 
 
 def test_a_step_without_a_checkpoint_is_refused_with_those_there_are(pair, tmp_path):

@@ -48,8 +48,10 @@ class LoRA:
     learns = True
 
     def __post_init__(self) -> None:
-        if self.r < 1 or self.alpha < 1:
-            raise ValueError(f"r is {self.r} and alpha {self.alpha}: both are at least 1.")
+        if not (1 <= self.r <= 4096 and 1 <= self.alpha <= 10**6):
+            raise ValueError(
+                f"r is {self.r} and alpha {self.alpha}: r lies in [1, 4096], alpha in [1, 1e6]."
+            )
 
     def build(self, model: LanguageModel, tokenizer: Any) -> Teacher:
         config = add_lora(model.module, self.r, self.alpha, self.target_modules, self.seed)
@@ -257,11 +259,18 @@ class PrefixTeacher(PlainTeacher):
 
 
 def load_prefix(model: LanguageModel, directory: Path) -> PrefixTeacher:
-    """The prefix teacher that was saved in ``directory``."""
+    """The prefix teacher that was saved in ``directory``.
+
+    Raises:
+        UserError: if its configuration and its numbers don't belong together.
+    """
     config = adapter_config(directory)
     flat = load_soft_prompt(directory)
-    shape = len(flat), config.num_layers, 2, config.num_attention_heads, -1
-    return PrefixTeacher(model, flat.view(shape).permute(1, 2, 3, 0, 4).to(model.device))
+    try:
+        pairs = flat.view(len(flat), config.num_layers, 2, config.num_attention_heads, -1)
+    except (RuntimeError, TypeError) as error:
+        raise UserError(f"{directory} is damaged ({error}). Train the run again.") from None
+    return PrefixTeacher(model, pairs.permute(1, 2, 3, 0, 4).to(model.device))
 
 
 def _save(config: peft.PeftConfig, state: dict[str, Tensor], directory: Path, name: str) -> None:

@@ -16,6 +16,19 @@ WORDS_FOR_NO_SPACE = ("No space left", "Disk quota", "File too large", "PytorchS
 """How torch and safetensors hand on what the system said, in errors of their own."""
 
 
+def check_place(path: Path) -> None:
+    """Refuse, before any work, a directory that can't be written.
+
+    Raises:
+        UserError: naming what stands in the way.
+    """
+    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise UserError(f"{path}: {nearest} is a file, no directory. Choose another output.")
+    if not os.access(nearest, os.W_OK):
+        raise UserError(f"{path}: {nearest} can't be written to. Choose another output.")
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 file, whole or not at all; a file that was there before is replaced.
 

@@ -193,4 +193,10 @@ CHECKS = (
         meaning="The adapted teacher stays where it began: KL(p_P‖p) is almost zero.",
         remedy="Raise `optimization.teacher_learning_rate` (10 to 100 times for a soft prompt).",
     ),
+    Check(
+        "PK306",
+        "warning",
+        meaning="The loss left all that was before: the steps are too long, and the run diverges.",
+        remedy="Stop it, and go back with lower rates: `--restart-from STEP`.",
+    ),
 )

@@ -239,7 +239,8 @@ def _fault(key: str, item: Any) -> str:
     reason = item["msg"].removeprefix("Value error, ").removesuffix(".")
     if isinstance(item["input"], dict) and item["type"] == "value_error":  # of several keys
         return f"'{key}': {reason}." if key else f"{reason}."
-    return f"'{key}' is {shown(item['input'])}: {reason}."
+    end = "" if reason.endswith("?") else "."
+    return f"'{key}' is {shown(item['input'])}: {reason}{end}"
 
 
 RESERVED_OPTIONS = {

@@ -19,7 +19,7 @@ from promptkd.bars import progress_bar
 from promptkd.config import ColumnsSection
 from promptkd.data import Encoder, given_rows, read_examples, training_set
 from promptkd.errors import UserError
-from promptkd.files import whole_directory, write_json
+from promptkd.files import check_place, whole_directory, write_json
 from promptkd.keys import validate
 from promptkd.micro_batches import split_by_length
 from promptkd.models.language_model import LanguageModel, proven
@@ -121,6 +121,7 @@ def init_student(
 
 def _empty(output: str | Path) -> Path:
     place = Path(output)
+    check_place(place)
     if place.exists() and any(place.iterdir()):
         raise UserError(f"{place} exists and is not empty. Choose another output.")
     return place

@@ -291,6 +291,7 @@ class Corpus(Stateless):
             raise ValueError(f"corpus {self.path} does not exist. Name a text file.")
         if self.max_tokens < 2:
             raise ValueError(f"max_tokens is {self.max_tokens}: a passage has at least two tokens.")
+        _passages(self.path)  # what can't be read is refused here, not in the first step
 
     def asks_student(self, batch: Batch, generators: Generators, state: State) -> bool:
         return False

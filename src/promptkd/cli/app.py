@@ -69,10 +69,13 @@ def _run(given: Any, received: list[int]) -> None:
     try:
         app(given)
     except SystemExit as end:
-        if end.__context__ and isinstance(end.__context__.__cause__, KeyboardInterrupt):
+        aborted = end.__context__ and end.__context__.__cause__  # click takes both for Ctrl-C
+        if isinstance(aborted, KeyboardInterrupt):
             number = received[0] if received else signal.SIGINT
             sentence = "interrupted. What was saved is intact: the same command goes on."
             _end(sentence, 128 + number)
+        if isinstance(aborted, EOFError):
+            _end(_defect(aborted), DEFECT)
         raise
     except UserError as error:
         _end(str(error), FAILED)

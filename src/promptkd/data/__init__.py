@@ -5,7 +5,7 @@ knows. Inside there are only requests and responses; token ids are lists of inte
 """
 
 from promptkd.data.batches import Batch, batch_of_step, steps_of_epochs
-from promptkd.data.encoding import EncodedExample, Encoder, date_of_run
+from promptkd.data.encoding import EncodedExample, Encoder, date_of_run, template_of_run
 from promptkd.data.examples import Example, content_digest
 from promptkd.data.overlap import Overlap, overlap, split_by_digest
 from promptkd.data.reading import given_rows, read_examples, read_noted
@@ -41,5 +41,6 @@ __all__ = [
     "template_difference",
     "template_findings",
     "template_of",
+    "template_of_run",
     "training_set",
 ]

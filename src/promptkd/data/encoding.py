@@ -51,17 +51,43 @@ class EncodedExample:
 
 
 def date_of_run(directory: str | Path) -> datetime.date | None:
-    """The date as of which a run renders its requests, as recorded; None before it began."""
-    path = Path(directory) / "environment.json"
-    record = read_json(path, [])
-    if not record or "date" not in record:
+    """The date as of which a run renders its requests, as recorded; None before it began.
+
+    Raises:
+        UserError: if the record is damaged.
+    """
+    record = _record_of_run(directory)
+    if "date" not in record:
         return None
     try:
         return datetime.date.fromisoformat(record["date"])
     except (TypeError, ValueError):
         raise UserError(
-            f"{path} has the date {record['date']!r}, written by somebody else. Write YYYY-MM-DD."
+            f"{Path(directory) / 'environment.json'} has the date {record['date']!r}, written by "
+            "somebody else. Write YYYY-MM-DD."
         ) from None
+
+
+def template_of_run(directory: str | Path, template: str) -> str:
+    """What a run's ``auto`` stood for when it began, whatever became of its student's files.
+
+    Raises:
+        UserError: if the record is damaged.
+    """
+    known = _record_of_run(directory).get("template")
+    return known if template == "auto" and isinstance(known, str) else template
+
+
+def _record_of_run(directory: str | Path) -> dict[str, Any]:
+    path = Path(directory) / "environment.json"
+    record = read_json(path, [])
+    if record is None and path.exists():
+        raise UserError(
+            f"{path} is damaged, so nobody can say how and as of which day the run's requests were "
+            "rendered. Put a copy of it back, or remove it: it is then today, and "
+            "data.template: auto what the tokenizer has."
+        )
+    return record or {}
 
 
 class Encoder:
@@ -108,12 +134,16 @@ class Encoder:
         *,
         date: datetime.date | None = None,
         max_response_tokens: int | None = None,
+        template: str | None = None,
     ) -> "Encoder":
-        """The recipe's template and limits, with the tokenizer of any of its models."""
+        """The recipe's template and limits, with the tokenizer of any of its models.
+
+        ``template``: what the recipe's stood for, in a run.
+        """
         data = recipe.data
         return cls(
             tokenizer,
-            template=data.template,
+            template=template or data.template,
             max_request_tokens=data.max_request_tokens,
             max_response_tokens=max_response_tokens or data.longest_response,
             template_options=data.template_options,
@@ -271,6 +301,9 @@ def end_of_turn(tokenizer: Any, options: dict[str, Any]) -> int | None:
 
     Found in the template's own rendering of a short conversation. A template that refuses it says
     so when it meets a real one.
+
+    Raises:
+        UserError: if the template writes half of a character.
     """
     answer = "promptkd"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
@@ -278,6 +311,7 @@ def end_of_turn(tokenizer: Any, options: dict[str, Any]) -> int | None:
         text = apply_chat_template(tokenizer, turns, "", **options)
     except UserError:
         return None
+    refuse_lone_surrogates(text, "What the chat template writes: ")
     after = text.rpartition(answer)[2].lstrip()
     ids = tokenizer(after, add_special_tokens=False).input_ids if after else []
     added = tokenizer.added_tokens_decoder

@@ -18,7 +18,7 @@ from promptkd.distillation.stages import measure_step, purpose, run_stage
 from promptkd.errors import UserError
 from promptkd.evaluation.named_models import run_of
 from promptkd.evaluation.records import Scores, ScoresByData, ScoresByModel
-from promptkd.files import read_json, whole_directory, write_json, write_text
+from promptkd.files import check_place, read_json, whole_directory, write_json, write_text
 from promptkd.generation.response_cache import fingerprint
 from promptkd.given import GivenModel
 from promptkd.models.loading import load_model, load_tokenizer, save_model, text_config
@@ -154,6 +154,7 @@ def _begin(
     mapped = settings.get("columns", {})
     rows = read_rows(*data, validate(ColumnsSection, mapped, prefix="data.columns."))
     place = order.output / "order.json"
+    check_place(order.output)
     record = order.to_dict() | {"digest of the data": rows.digest()}
     record |= {f"digest of the {who}": fingerprint(name.thing) for who, name in given.items()}
     known = read_json(place, [])

@@ -4,7 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from promptkd.errors import UserError
-from promptkd.evaluation.results import MEASURED, Evaluation, own_evaluations, totals
+from promptkd.evaluation.results import (
+    MEASURED,
+    Evaluation,
+    own_evaluations,
+    refuse_partial,
+    totals,
+)
 from promptkd.evaluation.statistics import paired_difference
 from promptkd.run import Place
 
@@ -82,7 +88,8 @@ def compare(first: Place, second: Place) -> Differences:
         second: likewise.
 
     Raises:
-        UserError: if one has no evaluation, or no data set was asked in the same way of both.
+        UserError: if one has no evaluation, or a damaged one, or no data set was asked in the same
+            way of both.
     """
     own, other = (_evaluations(Path(place)) for place in (first, second))
     rows = Differences()
@@ -113,7 +120,11 @@ def _evaluations(place: Path) -> dict[str, Evaluation]:
     if not place.is_dir():
         raise UserError(f"{place} is no directory. Name a run, or what evaluate wrote to.")
     directory = place / "evaluation" if (place / "evaluation").is_dir() else place
-    found = {evaluation.name: evaluation for evaluation in own_evaluations(directory)}
+    notes: list[str] = []
+    made = [refuse_partial(directory, own) for own in own_evaluations(directory, notes)]
+    found = {evaluation.name: evaluation for evaluation in made}
+    if not found and notes:
+        raise UserError(f"{notes[0]} Evaluate again.")
     if not found:
         is_run = (place / "recipe.yaml").is_file()
         missing = f"{place} --data FILE" if is_run else f"MODEL --data FILE --output {place}"

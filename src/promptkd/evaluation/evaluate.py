@@ -19,6 +19,7 @@ from promptkd.evaluation.records import Scores, ScoresByData, ScoresByModel
 from promptkd.evaluation.results import Evaluation, save_evaluation
 from promptkd.evaluation.scorer import Scorer
 from promptkd.evaluation.size_and_speed import size_and_speed
+from promptkd.files import check_place
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.generation.vllm_engine import VLLMEngine
 from promptkd.given import is_lost, same
@@ -123,6 +124,8 @@ def answer(
     Raises:
         UserError: if that is a column which the data lack.
     """
+    if output is not None:
+        check_place(output)
     loaded = _load(model, questions, by_teacher)
     results, measured = ScoresByData(), {}
     for name, rows in questions.rows.items():

@@ -15,6 +15,7 @@ from promptkd.data import (
     given_rows,
     read_examples,
     reads,
+    template_of_run,
 )
 from promptkd.errors import UserError
 from promptkd.generation.sampling import GenerationSettings
@@ -134,9 +135,9 @@ def load_run(
     storage = Storage(recipe.teacher.quantization, recipe.teacher.offload)
     student, teacher = load_pair(str(directory), name_of_teacher, tokenizer, precision, storage)
     assert teacher is not None, "there is one"
-    encoder = Encoder.of_recipe(
-        recipe, tokenizer, date=date_of_run(directory), max_response_tokens=max_new_tokens
-    )
+    asked = {"date": date_of_run(directory), "max_response_tokens": max_new_tokens}
+    template = template_of_run(directory, recipe.data.template)
+    encoder = Encoder.of_recipe(recipe, tokenizer, template=template, **asked)
     for model, name in ((student, f"{directory}"), (teacher, name_of_teacher)):
         lengths = encoder.max_request_tokens, encoder.max_response_tokens
         check_context(model.module.config, *lengths, name)

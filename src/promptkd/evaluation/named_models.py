@@ -18,7 +18,7 @@ def run_of(place: Place) -> TrainedRun:
     directory = Path(place)
     if (directory / "recipe.yaml").is_file():
         return TrainedRun.of(place)
-    models = _of_distillation(directory)
+    models = models_of_distillation(directory)
     if models:
         *_, student, _ = models.values()  # the order of distillation.plan: the teacher is last
         return TrainedRun.of(student)
@@ -37,7 +37,7 @@ def named_models(run: TrainedRun, names: Sequence[str]) -> dict[str, str]:
     known = {"start": run.recipe.student.model}
     if run.recipe.teacher:
         known["teacher"] = run.recipe.teacher_model(run.path)
-    of_all = _of_distillation(run.path.parent)
+    of_all = models_of_distillation(run.path.parent)
     known |= {name: model for name, model in of_all.items() if Path(model) != run.path}
     for name in names:
         if name not in known:
@@ -45,8 +45,15 @@ def named_models(run: TrainedRun, names: Sequence[str]) -> dict[str, str]:
     return {name: known[name] for name in names}
 
 
-def _of_distillation(directory: Path) -> Mapping[str, str]:
-    """The models that the stage ``scores`` of ``distill`` asks; none elsewhere."""
+def models_of_distillation(directory: Path) -> Mapping[str, str]:
+    """The models that the stage ``scores`` of ``distill`` asks, the teacher last; none elsewhere.
+
+    Raises:
+        UserError: if the stage is damaged.
+    """
     for stage in (directory / "stages").glob("*-scores.yaml"):
-        return read_keys(stage, "Stage").get("models", {})
+        models = read_keys(stage, "Stage").get("models")
+        if not isinstance(models, dict) or len(models) < 2:
+            raise UserError(f"Stage {stage} is damaged: it names no models. Put a copy back.")
+        return {str(name): str(model) for name, model in models.items()}
     return {}

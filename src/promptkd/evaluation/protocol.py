@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from promptkd.config import ColumnsSection, TeacherSection
-from promptkd.data import Encoder, Example, date_of_run, given_rows, read_examples
+from promptkd.data import (
+    Encoder,
+    Example,
+    date_of_run,
+    given_rows,
+    read_examples,
+    template_of_run,
+)
 from promptkd.errors import UserError
 from promptkd.evaluation.metrics import (
     METRICS,
@@ -91,7 +98,7 @@ class Protocol:
         if run:
             recipe, data = run.recipe, run.recipe.data
             own = cls(
-                template=data.template,
+                template=template_of_run(run.path, data.template),
                 template_options=data.template_options,
                 columns=data.columns,
                 max_request_tokens=data.max_request_tokens,

@@ -5,7 +5,7 @@ from pathlib import Path
 from promptkd.bars import progress_bar
 from promptkd.errors import UserError
 from promptkd.evaluation.records import Scores, ScoresByData
-from promptkd.evaluation.results import own_evaluations, save_evaluation
+from promptkd.evaluation.results import own_evaluations, refuse_partial, save_evaluation
 from promptkd.run import Place
 
 
@@ -22,13 +22,14 @@ def rescore(directory: Place, notes: list[str] | None = None) -> ScoresByData:
         What each ``NAME.json`` holds now, by NAME, or FOLDER/NAME for other models' below.
 
     Raises:
-        UserError: if there are no predictions.
+        UserError: if there are no predictions, or not all that were scored.
     """
-    place = Path(directory)
+    place, notes = Path(directory), [] if notes is None else notes
     if (place / "evaluation").is_dir():
         place = place / "evaluation"
     folders = (place, *sorted(path for path in place.rglob("*") if path.is_dir()))
-    kept = [(f, own) for f in folders for own in own_evaluations(f, notes) if own.predictions]
+    found = [(f, own) for f in folders for own in own_evaluations(f, notes) if own.predictions]
+    kept = [(folder, refuse_partial(folder, own)) for folder, own in found]
     results = ScoresByData()
     with progress_bar(kept, desc="scoring anew", unit="evaluation") as shown:
         for folder, found in shown:
@@ -36,5 +37,8 @@ def rescore(directory: Place, notes: list[str] | None = None) -> ScoresByData:
             save_evaluation(folder, again)
             results[str((folder / found.name).relative_to(place))] = Scores(again.to_dict())
     if not results:
-        raise UserError(f"{directory} holds no predictions. Name a run that was evaluated.")
+        damaged = f"{notes[0]} " if notes else ""
+        raise UserError(
+            f"{damaged}{directory} holds no predictions. Name a run that was evaluated."
+        )
     return results

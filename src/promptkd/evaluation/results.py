@@ -152,6 +152,11 @@ class Evaluation:
     scores: dict[str, Score] = field(default_factory=dict)
     predictions: tuple[Prediction, ...] = ()
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether every response is there, one per request and seed."""
+        return len(self.predictions) == self.num_examples * len(self.seeds)
+
     def mean(self, score: str) -> float | None:
         return self.scores[score].mean if score in self.scores else None
 
@@ -349,10 +354,30 @@ def read_evaluation(path: Path, notes: list[str] | None = None) -> Evaluation | 
         shown = ", ".join(map(str, damaged[:3]))
         notes.append(f"{lines}: {len(damaged)} damaged lines are left out (line {shown}).")
     try:
-        return Evaluation.of_record(path.stem, record, predictions)
+        found = Evaluation.of_record(path.stem, record, predictions)
     except (TypeError, KeyError):
         notes.append(f"{path} is an evaluation of another version, and is not shown.")
         return None
+    if lines.exists() and not found.is_whole:
+        num_scored = found.num_examples * len(found.seeds)
+        notes.append(f"{lines} holds {len(predictions)} of the {num_scored} responses scored.")
+    return found
+
+
+def refuse_partial(directory: Path, evaluation: Evaluation) -> Evaluation:
+    """An evaluation whose responses are to be computed with, if none is missing.
+
+    Raises:
+        UserError: if its predictions are damaged: what is left would give another number.
+    """
+    if evaluation.is_whole:
+        return evaluation
+    num_scored = evaluation.num_examples * len(evaluation.seeds)
+    raise UserError(
+        f"{directory / evaluation.name}.predictions.jsonl holds {len(evaluation.predictions)} of "
+        f"the {num_scored} responses that were scored: it was damaged. Put a copy of it back, or "
+        f"remove it with {evaluation.name}.json and evaluate again."
+    )
 
 
 def read_predictions(path: Path) -> tuple[list[Prediction], list[int]]:

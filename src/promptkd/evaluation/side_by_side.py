@@ -11,11 +11,18 @@ from tqdm.auto import tqdm
 from promptkd.adapters import load_prefix
 from promptkd.bars import progress_bar
 from promptkd.config import Recipe
-from promptkd.data import Encoder, Example, date_of_run
+from promptkd.data import (
+    Encoder,
+    Example,
+    adopt_chat_template,
+    date_of_run,
+    template_of_run,
+)
 from promptkd.errors import UserError
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.given import is_lost
+from promptkd.models.damage import reason_of
 from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.loading import (
     adapter_config,
@@ -65,17 +72,19 @@ def generate(
         UserError: if the directory isn't a finished run.
     """
     place = Path(run)
-    _check_finished(place)
+    _check(place, request)
     recipe = TrainedRun.of(run).recipe
-    decoding = GenerationSettings.of_recipe(recipe)
-    if temperature is not None:
-        decoding = replace(decoding, temperature=temperature)
+    otherwise = {} if temperature is None else {"temperature": temperature}
+    decoding = replace(GenerationSettings.of_recipe(recipe), **otherwise)
+    template, date = template_of_run(place, recipe.data.template), date_of_run(place)
+    students = load_tokenizer(str(place))
     responders, responses = [*_responders(place, recipe)], Responses()
     with progress_bar(total=len(responders), unit="model") as bar:
         for author, name, adapter in responders:
             bar.set_description(f"the {author} responds")
             tokenizer = load_tokenizer(name)
-            encoder = Encoder.of_recipe(recipe, tokenizer, date=date_of_run(place))
+            adopt_chat_template(tokenizer, students)  # a teacher without one was asked by it
+            encoder = Encoder.of_recipe(recipe, tokenizer, date=date, template=template)
             model, front = _load_responder(name, adapter, recipe.precision)
             stop = {*stop_ids(tokenizer, model.module), encoder.eos_token_id}
             engine = TransformersEngine(model, sorted(stop))
@@ -102,7 +111,9 @@ def _responders(run: Path, recipe: Recipe) -> Iterator[tuple[str, str, Path | No
     yield "student", str(run), None
 
 
-def _check_finished(run: Path) -> None:
+def _check(run: Path, request: str) -> None:
+    if not request.strip():
+        raise UserError("The request is empty. Say what the models are asked.")
     if not (run / "student").is_dir() or not (run / "recipe.yaml").is_file():
         raise UserError(f"{run} is not a finished run: it has no student/. Name a run directory.")
 
@@ -116,13 +127,21 @@ def _load_responder(
     module: Any = load_model(name, dtype, device)
     kind = adapter_config(adapter).peft_type if adapter else None
     if kind == peft.PeftType.LORA:
-        module = peft.PeftModel.from_pretrained(module, str(adapter)).merge_and_unload()
+        module = _with_lora(module, str(adapter))
     model = proven(LanguageModel(module, embedding_rows(module), dtype), name)
     if adapter and kind == peft.PeftType.PROMPT_TUNING:
         return model, {"soft_prompt": load_soft_prompt(adapter).to(device)}
     if adapter and kind == peft.PeftType.PREFIX_TUNING:
         return model, {"prefix": load_prefix(model, adapter)}
     return model, {}
+
+
+def _with_lora(module: Any, adapter: str) -> Any:
+    try:
+        return peft.PeftModel.from_pretrained(module, adapter).merge_and_unload()
+    except Exception as error:  # of every kind, as the file may be damaged in any way
+        reason = reason_of(error)
+        raise UserError(f"{adapter} is damaged ({reason}). Train the run again.") from None
 
 
 def _check_length(request_ids: Sequence[int], at_most: int) -> None:

@@ -44,8 +44,11 @@ def suite_of_mapping(raw: Any, what: str) -> dict[str, list[str]]:
     for name, sources in raw.items():
         if not all(isinstance(source, str) for source in listed(sources)) or not sources:
             raise UserError(f"{what}: '{name}' is {sources!r}, which is no data. {form}")
-        if "/" in str(name):
-            raise UserError(f"{what}: '{name}' names files of scores. Leave out the slash.")
+        if "/" in str(name) or not str(name).isprintable():
+            raise UserError(
+                f"{what}: {str(name)!r} names files of scores. Leave out slashes and what can't be "
+                "printed."
+            )
     return {str(name): listed(sources) for name, sources in raw.items()}
 
 

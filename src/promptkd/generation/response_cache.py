@@ -32,6 +32,8 @@ def fingerprint(module: nn.Module) -> str:
 class ResponseCache:
     """Token ids by (author, request, decoding, seed); several processes may use it at once.
 
+    SQLite doesn't see a wrong byte in a row, so each carries a digest of its ids.
+
     Raises:
         UserError: from every method, if the file is damaged or the disk is full.
     """
@@ -43,30 +45,46 @@ class ResponseCache:
         self._path = directory / "responses.sqlite"
         if self._path.is_dir():
             raise UserError(f"The response cache {self._path} is a directory. Remove it.")
-        self._database = sqlite3.connect(self._path, timeout=60)
-        self._execute("CREATE TABLE IF NOT EXISTS token_ids (key TEXT PRIMARY KEY, ids TEXT)")
+        try:
+            self._database = sqlite3.connect(self._path, timeout=60)
+        except sqlite3.Error as error:
+            raise self._unusable(error) from None
+        self._execute(
+            "CREATE TABLE IF NOT EXISTS responses (key TEXT PRIMARY KEY, ids TEXT, digest TEXT)"
+        )
 
     def key(self, request_ids: Sequence[int], decoding: dict[str, Any], seed: int) -> str:
-        content = json.dumps([self.author, list(request_ids), decoding, seed], sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+        content = [self.author, list(request_ids), decoding, seed]
+        return _digest(json.dumps(content, sort_keys=True))
 
     def __contains__(self, key: str) -> bool:
-        return bool(self._execute("SELECT 1 FROM token_ids WHERE key = ?", key))
+        return bool(self._execute("SELECT 1 FROM responses WHERE key = ?", key))
 
     def get(self, key: str) -> tuple[int, ...]:
         """A response, its stop token included if its author ended it."""
-        ((ids,),) = self._execute("SELECT ids FROM token_ids WHERE key = ?", key)
+        ((ids, digest),) = self._execute("SELECT ids, digest FROM responses WHERE key = ?", key)
+        if digest != _digest(f"{key} {ids}"):
+            raise self._unusable("a response is not as it was written")
         return tuple(json.loads(ids))
 
     def put(self, key: str, token_ids: Sequence[int]) -> None:
-        self._execute("INSERT OR REPLACE INTO token_ids VALUES (?, ?)", key, json.dumps(token_ids))
+        ids = json.dumps(list(token_ids))
+        row = key, ids, _digest(f"{key} {ids}")
+        self._execute("INSERT OR REPLACE INTO responses VALUES (?, ?, ?)", *row)
 
     def _execute(self, statement: str, *values: str | int) -> list[Any]:
         try:
             with self._database:
                 return self._database.execute(statement, values).fetchall()
-        except sqlite3.DatabaseError as error:
-            raise UserError(
-                f"The response cache {self._path}: {error}. Free some space if the disk is full, "
-                "or remove the file; its responses are then written again."
-            ) from None
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            raise self._unusable(error) from None
+
+    def _unusable(self, reason: object) -> UserError:
+        return UserError(
+            f"The response cache {self._path}: {reason}. Free some space if the disk is full, "
+            "or remove the file; its responses are then written again."
+        )
+
+
+def _digest(content: str) -> str:
+    return hashlib.sha256(content.encode()).hexdigest()

@@ -125,7 +125,9 @@ class TokenSampler:
         sums = blocks.sum(-1).cumsum(-1)
         threshold = uniforms[:, None] * sums[:, -1:]
         if not torch.isfinite(threshold).all():
-            raise NotFinite("What the model says next is NaN or infinite: its weights diverged.")
+            raise NotFinite(
+                "What the model says next is NaN or infinite: its weights are too large."
+            )
         block = _first_above(sums, threshold)
         threshold = (threshold - F.pad(sums, (1, 0)).gather(1, block)).clamp_min_(0)
         within = blocks[torch.arange(len(blocks), device=block.device), block[:, 0]].cumsum(-1)

@@ -146,7 +146,9 @@ class KeptReplies:
             self._database.execute("INSERT OR REPLACE INTO replies VALUES (?, ?)", (key, reply))
 
     def close(self) -> None:
-        self._database.close()
+        """Between two replies: a thread that was left behind may be writing one."""
+        with self._lock:
+            self._database.close()
 
 
 def shortened(text: str, limit: int = 200) -> str:

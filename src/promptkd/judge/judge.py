@@ -8,17 +8,23 @@ import sqlite3
 import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
+from multiprocessing import TimeoutError
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import Any
 
 from promptkd.bars import progress_bar
 from promptkd.errors import UserError
-from promptkd.evaluation.results import Prediction, read_predictions
+from promptkd.evaluation.results import (
+    Prediction,
+    read_evaluation,
+    read_predictions,
+    refuse_partial,
+)
 from promptkd.evaluation.suites import PAPER_SEEDS, name_of
-from promptkd.files import write_json, write_json_lines
+from promptkd.files import check_place, write_json, write_json_lines
 from promptkd.judge.client import Endpoint, JudgeSettings, KeptReplies, RequestFailed, shortened
 from promptkd.judge.protocols import (
     INSTRUCTIONS,
@@ -129,9 +135,9 @@ def judge(
     place, other = Path(run), None if against is None else Path(against)
     _check_protocol(asked.protocol, other)
     endpoint, chosen = Endpoint(asked), Selection(data, seeds, num_examples)
+    check_place(directory := Path(output or place / "judge"))
     rows = _predictions(place, chosen)
     questions = _questions(rows, _opponents(rows, place, other, chosen), asked.protocol)
-    directory = Path(output or place / "judge")
     judgements = _judge_all(questions, endpoint, directory)
     opponent = "references" if other is None else str(other)
     result = {"model": str(place), "against": opponent, "data": data}
@@ -224,7 +230,8 @@ def _judge_all(
             endpoint.client,
             closing(KeptReplies(path)) as kept,
             progress_bar(total=len(texts), desc="judge", unit="question") as progress,
-            ThreadPoolExecutor(endpoint.settings.max_concurrency) as pool,
+            # Its threads are daemons: who stops waits for no answer that is still to come.
+            ThreadPool(endpoint.settings.max_concurrency) as pool,
         ):
 
             def ask(text: str) -> Judgement | None:
@@ -237,7 +244,7 @@ def _judge_all(
                     progress.update()
                 return judgement
 
-            asked = dict(zip(texts, pool.map(ask, texts), strict=True))
+            asked = dict(zip(texts, _in_turn(pool.imap(ask, texts)), strict=True))
     except (sqlite3.Error, OSError) as error:
         raise UserError(
             f"The judge's replies can't be kept in {path} ({error}). "
@@ -249,6 +256,16 @@ def _judge_all(
         done = f"{num_replied} of {len(texts)} questions are done and kept in {directory}"
         raise _no_reply(endpoint, watch.in_a_row[-1], done)
     return judgements
+
+
+def _in_turn(results: Any) -> Iterator[Any]:
+    """Waits in short pieces: a signal that comes just before a wait doesn't end it."""
+    while True:
+        with suppress(TimeoutError):
+            try:
+                yield results.next(timeout=0.2)
+            except StopIteration:
+                return
 
 
 def _no_reply(endpoint: Endpoint, failure: RequestFailed, done: str) -> UserError:
@@ -305,6 +322,10 @@ def _predictions(run: Path, chosen: Selection) -> dict[Pair, Prediction]:
         raise UserError(
             f"{path}:{damaged[0]}: not a prediction. Remove the file; they are generated again."
         )
+    if not found:
+        raise UserError(f"{path} holds no responses. Remove the file; they are generated again.")
+    if made := read_evaluation(path.with_name(f"{name_of(data)}.json")):
+        refuse_partial(path.parent, made)
     rows = {(prediction.seed, prediction.index): prediction for prediction in found}
     missing = sorted(set(seeds or ()) - {seed for seed, _ in rows})
     if missing:

@@ -1,10 +1,13 @@
 """Held-out scores on the student's model card, with intervals, beside start and teacher."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from promptkd.errors import UserError
 from promptkd.evaluation.results import Score
 from promptkd.files import write_text
 from promptkd.numbers import like
@@ -23,12 +26,16 @@ SPLIT = "test"
 
 
 def add_held_out_scores(run: Run, sets: Sequence[DataSet]) -> None:
-    """Write them into ``student/README.md`` of the run, in place of those of an earlier report."""
+    """Write them into ``student/README.md`` of the run, in place of those of an earlier report.
+
+    Raises:
+        UserError: if the card is damaged.
+    """
     place = run.path / "student" / "README.md"
     measured = [(own, data) for data in sets if (own := data.of_run(run))]
     if not measured or not place.is_file():
         return
-    card = ModelCard.load(place)
+    card = _read(place)
     metadata = cast("ModelCardData", card.data)
     known = [r for r in metadata.eval_results or [] if r.dataset_split != SPLIT]
     metadata.eval_results = known + [
@@ -37,6 +44,19 @@ def add_held_out_scores(run: Run, sets: Sequence[DataSet]) -> None:
     metadata.model_name = metadata.model_name or run.label
     card.text = _with_section(card.text, _section(run, [data for _, data in measured]))
     write_text(place, str(card))
+
+
+def _read(place: Path) -> ModelCard:
+    try:
+        if place.read_text(encoding="utf-8").strip():
+            return ModelCard.load(place)
+        reason = "it is empty"
+    except (ValueError, TypeError, yaml.YAMLError) as error:
+        reason = str(error).partition("\n")[0]
+    raise UserError(
+        f"The page is written, but not the scores on the card: {place} is damaged ({reason}). Put "
+        "a copy of it back, or remove it."
+    )
 
 
 def _result(name: str, own: Model, data: DataSet) -> EvalResult:

@@ -4,7 +4,7 @@ A run that was stopped, was never evaluated or lost its last line is still worth
 every file but the recipe may be missing, and what could not be read becomes a note on the page.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +16,8 @@ from promptkd.evaluation.results import Evaluation, read_evaluations
 from promptkd.files import read_json, read_json_lines
 
 Row = dict[str, Any]
+SECTIONS = {"student", "teacher", "method", "data", "sampling", "optimization", "evaluation"}
+"""Keys of recipe.yaml that have keys of their own."""
 CALLED = {"start": "start", "warm-up": "other", "teacher": "teacher"}
 """Directories of scores whose names say whose they are, and the roles of these models."""
 
@@ -52,7 +54,7 @@ class Run:
 
     @property
     def method(self) -> str:
-        return str(self.recipe.get("method", {}).get("name", "unknown method"))
+        return str((self.recipe.get("method") or {}).get("name", "unknown method"))
 
     @property
     def kept_step(self) -> int | None:
@@ -131,12 +133,7 @@ def read_run(path: Path, label: str) -> Run:
     Raises:
         UserError: if recipe.yaml isn't one.
     """
-    try:
-        recipe = yaml.safe_load((path / "recipe.yaml").read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}/recipe.yaml is not valid YAML: {error}") from None
-    if not isinstance(recipe, dict):
-        raise UserError(f"{path}/recipe.yaml holds no keys, so {path} is not a run of promptkd.")
+    recipe = _read_recipe(path / "recipe.yaml")
     notes: list[str] = []
     rows = read_lines(path / "metrics.jsonl", notes)
     steps = {row["step"]: row for row in rows if "loss" in row}
@@ -147,6 +144,11 @@ def read_run(path: Path, label: str) -> Run:
     if summary is None:
         of = f" of {planned}" if planned else ""
         notes.append(f"{label} is not finished: it stands at step {max(steps, default=0)}{of}.")
+    elif len(steps) < (taken := summary.get("steps", 0)):
+        notes.append(
+            f"{path}/metrics.jsonl holds {len(steps)} of the {taken} steps that were taken: curves "
+            "and costs are of these alone."
+        )
     judgements = {
         file.stem: content
         for file in sorted((path / "judge").glob("*.json"))
@@ -160,7 +162,7 @@ def read_run(path: Path, label: str) -> Run:
         steps=tuple(steps[step] for step in sorted(steps)),
         validations=tuple(validations[step] for step in sorted(validations)),
         exposures=tuple(exposures[step] for step in sorted(exposures)),
-        samples=tuple(read_lines(path / "samples.jsonl", notes)),
+        samples=_read_samples(path / "samples.jsonl", validations.keys(), notes),
         summary=summary,
         evaluations=tuple(read_evaluations(path / "evaluation", notes)),
         exposure_bias=read_json(path / "exposure_bias.json", notes),
@@ -168,6 +170,30 @@ def read_run(path: Path, label: str) -> Run:
         judgements=judgements,
         notes=tuple(notes),
     )
+
+
+def _read_samples(path: Path, evaluated: Collection[int], notes: list[str]) -> tuple[Row, ...]:
+    """A few responses of every evaluation, by its step."""
+    samples = read_lines(path, notes)
+    lost = {*evaluated} - {row["step"] for row in samples}
+    if lost and path.exists():
+        notes.append(f"{path} lacks the responses of {len(lost)} evaluations.")
+    return tuple(samples)
+
+
+def _read_recipe(path: Path) -> Row:
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(recipe, dict):
+        raise UserError(f"{path} holds no keys, so {path.parent} is not a run of promptkd.")
+    if "output" not in recipe:  # the last key of all
+        raise UserError(f"{path} is cut: 'output' is missing. Put a copy of it back.")
+    for key in SECTIONS & recipe.keys():
+        if not isinstance(recipe[key] or {}, dict):
+            raise UserError(f"{path} is damaged: '{key}' has no keys of its own.")
+    return recipe
 
 
 def read_lines(path: Path, notes: list[str]) -> list[Row]:

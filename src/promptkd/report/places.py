@@ -4,9 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import yaml
-
 from promptkd.errors import UserError
+from promptkd.evaluation.named_models import models_of_distillation
 from promptkd.evaluation.results import read_evaluation
 from promptkd.files import read_json
 from promptkd.report.data import DataSet, Named, Run, data_sets, read_run
@@ -51,9 +50,7 @@ def read_subject(paths: Sequence[Path]) -> Subject:
     others: list[Named] = []
     seconds: dict[str, float] = {}
     for path in paths:
-        scored = sorted((path / "stages").glob("*-scores.yaml"))
-        if (path / "order.json").is_file() and scored:
-            models = yaml.safe_load(scored[0].read_text(encoding="utf-8"))["models"]
+        if (path / "order.json").is_file() and (models := models_of_distillation(path)):
             run_paths.append(path / [*models][-2])  # the last but the teacher
             others += _evaluations_below(path / "scores")
             seconds |= _seconds(path / "stages")
@@ -104,7 +101,8 @@ def _seconds(directory: Path) -> dict[str, float]:
     """What each finished stage of a whole path took, in their order."""
     marks = sorted(directory.glob("*.done.json"), key=lambda f: int(f.name.partition("-")[0]))
     found = {mark.name.partition("-")[2].removesuffix(".done.json"): mark for mark in marks}
-    return {name: (read_json(mark, []) or {}).get("seconds", 0.0) for name, mark in found.items()}
+    records = {name: read_json(mark, []) for name, mark in found.items()}
+    return {name: own["seconds"] for name, own in records.items() if own and "seconds" in own}
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:

@@ -125,7 +125,7 @@ def study_from_dict(raw: dict[str, Any]) -> Study:
     _refuse_decided("base", study.base, DECIDED)
     base = study.base_recipe
     for label, changes in study.methods.items():
-        if label in TAKEN or label[:1] in ("", ".") or set(label) & set('/\\:*?"<>|'):
+        if label in TAKEN or label[:1] in ("", ".") or not _is_a_name(label):
             raise UserError(
                 f"The method '{label}' can't have this label: it names a directory of the study, "
                 f"where {', '.join(TAKEN)} are taken. Choose another one."
@@ -158,6 +158,10 @@ def planned_runs(study: Study) -> list[PlannedRun]:
         for seed in study.seeds
         for label in study.methods
     ]
+
+
+def _is_a_name(label: str) -> bool:
+    return label.isprintable() and not set(label) & set('/\\:*?"<>|')
 
 
 def _refuse_decided(where: str, keys: dict[str, Any], decided: Iterable[str]) -> None:

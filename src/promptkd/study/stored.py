@@ -15,7 +15,12 @@ import typer
 
 from promptkd.data import read_examples
 from promptkd.errors import UserError
-from promptkd.evaluation.results import Evaluation, read_evaluation, rows_digest
+from promptkd.evaluation.results import (
+    Evaluation,
+    read_evaluation,
+    refuse_partial,
+    rows_digest,
+)
 from promptkd.files import write_bytes, write_json, write_json_lines, write_text
 from promptkd.report.cost import cost_of_steps
 from promptkd.report.data import read_lines
@@ -122,8 +127,18 @@ def _scores(directory: Path, study: Study, rescore: bool) -> dict[str, Evaluatio
 
 def _read(directory: Path, study: Study) -> list[Evaluation]:
     places = (directory / f"{name}.json" for name in study.evaluation.suite)
-    found = (read_evaluation(place) if place.is_file() else None for place in places)
-    return [own.also_scored_by(study.evaluation.metrics) for own in found if own]
+    found = [_whole(place) for place in places if place.is_file()]
+    return [own.also_scored_by(study.evaluation.metrics) for own in found]
+
+
+def _whole(place: Path) -> Evaluation:
+    """Raises UserError for a damaged one: a table without it would be of fewer seeds."""
+    notes: list[str] = []
+    found = read_evaluation(place, notes)
+    if found is None:
+        said = notes[0] if notes else f"{place} is no evaluation."
+        raise UserError(f"{said} Put a copy of it back, or remove it: the study scores it again.")
+    return refuse_partial(place.parent, found)
 
 
 def _rescored(found: Evaluation, study: Study) -> Evaluation:

@@ -1,7 +1,6 @@
 """The directory of a run: whose it is, what is written there, and when."""
 
 import copy
-import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from promptkd.config import Recipe
 from promptkd.data import Encoder, Example
 from promptkd.errors import UserError
 from promptkd.files import (
+    check_place,
     read_json,
     recover_replaced,
     whole_directory,
@@ -29,6 +29,9 @@ from promptkd.training.identity import AS_IT_WAS, Change, Resuming, changes, che
 from promptkd.training.model_card import Frame, Validated, model_card
 from promptkd.training.setup import Setup
 from promptkd.training.tracking import JsonLines, environment
+
+HIGHEST_RATE_ADVISED = 1e-3
+"""Half of a rate beyond all reason is beyond it, too."""
 
 
 class RunDirectory:
@@ -64,7 +67,7 @@ class RunDirectory:
             found = changes(known["identity"], identity(self.recipe, self.method))
             check(found, self.resuming, str(self.path))
             return found
-        _check_place(self.path)
+        check_place(self.path)
         own = {".writing-environment.json", lock.NAME}
         if self.path.exists() and any(entry.name not in own for entry in self.path.iterdir()):
             raise UserError(
@@ -168,15 +171,27 @@ class RunDirectory:
         return notes
 
     def way_back(self, step: int) -> str:
-        """What to type when step number ``step`` (counted from 0) diverged."""
-        rates = ["learning_rate", *["teacher_learning_rate"] * (self.method.adaptation is not None)]
-        lower = [
-            f"optimization.{rate}={getattr(self.recipe.optimization, rate) / 2:g}" for rate in rates
-        ]
+        """Why a run isn't finite after ``step`` steps, and what to type."""
+        adapts = self.method.adaptation is not None
+        names = ["learning_rate", *["teacher_learning_rate"] * adapts]
+        rates = {name: getattr(self.recipe.optimization, name) for name in names}
+        if step == 0 and not adapts:
+            return (
+                "No step was taken yet, so no rate is at fault: the models give this on the "
+                "recipe's data. Look at these rows, try precision=fp32, or name other models."
+            )
+        why = "The run diverged: its steps were too long" if step else "The teacher moved too far"
+        sane = self.last_sane_checkpoint(step)
+        place = f"the checkpoint of step {sane}" if sane else "the start"
+        with_ = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+        lower = (
+            f"optimization.{name}={min(rate / 2, HIGHEST_RATE_ADVISED):g}"
+            for name, rate in rates.items()
+        )
         return (
-            f"Go back to before it diverged, with lower rates: promptkd train "
-            f"{self.path / 'recipe.yaml'} --restart-from {self.last_sane_checkpoint(step)} "
-            f"{' '.join(lower)}"
+            f"{why} ({with_}). The latest weights with a loss like those before are those of "
+            f"{place}. Go back to them with lower rates: promptkd train "
+            f"{self.path / 'recipe.yaml'} --restart-from {sane} {' '.join(lower)}"
         )
 
     def losses(self) -> dict[int, float]:
@@ -262,19 +277,6 @@ def _differing(known: dict[str, Any], contents: dict[str, str]) -> list[str]:
     """Names of contents that aren't as they are on record."""
     before = known.get("contents", contents)
     return [n for n in sorted({*before, *contents}) if before.get(n) != contents.get(n)]
-
-
-def _check_place(path: Path) -> None:
-    """Refuse, before anything is loaded, a place where no run can be written.
-
-    Raises:
-        UserError: naming what stands in the way.
-    """
-    nearest = next(place for place in (path, *path.absolute().parents) if place.exists())
-    if not nearest.is_dir():
-        raise UserError(f"{path}: {nearest} is a file, no directory. Choose another output.")
-    if not os.access(nearest, os.W_OK):
-        raise UserError(f"{path}: {nearest} can't be written to. Choose another output.")
 
 
 def _frame(encoder: Encoder) -> Frame:

@@ -4,7 +4,8 @@ The trainer names no method. Everything random in a step derives from (seed, ste
 run that was stopped and started again is the run that was not.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -137,13 +138,19 @@ class Trainer:
 
     def _step(self) -> dict[str, Any]:
         self.roll_call.phase = f"step {self.step_number + 1}"
-        try:
+        with self._way_back():
             row = self.take_step(self.step_number)
-        except NotFinite as error:
-            raise NotFinite(f"{error} {self.directory.way_back(self.step_number)}") from None
         self.step_number += 1
         self._log(row)
         return row
+
+    @contextmanager
+    def _way_back(self) -> Iterator[None]:
+        """Whatever isn't finite is said with what to type."""
+        try:
+            yield
+        except NotFinite as error:
+            raise NotFinite(f"{error} {self.directory.way_back(self.step_number)}") from None
 
     def _stop_if_asked(self) -> None:
         """Between two steps; what was learnt is saved before."""
@@ -172,7 +179,8 @@ class Trainer:
         if self.validator is None:
             return
         self.roll_call.phase = f"the evaluation after step {self.step_number}"
-        found = self.validator.score(self.step_number)
+        with self._way_back():
+            found = self.validator.score(self.step_number)
         if "cross_entropy" in found.scores:
             self.sources.observe(found.scores["cross_entropy"])
         self._log({"step": found.step, "evaluation": found.scores})
@@ -186,7 +194,8 @@ class Trainer:
 
     def _measure_exposure_bias(self) -> None:
         assert self.validator, "refused before the first step"
-        curve = self.validator.exposure_curve()
+        with self._way_back():
+            curve = self.validator.exposure_curve()
         self._log({"step": self.step_number, "exposure_bias": curve.to_dict()})
 
     def _save_student(self, scores: dict[str, float]) -> None:

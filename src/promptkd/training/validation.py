@@ -1,12 +1,13 @@
 """Scores of the student while it trains, and which student is kept."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from promptkd.config import Recipe
 from promptkd.criteria import SMALLER_IS_BETTER
 from promptkd.data import Dataset
-from promptkd.errors import UserError
+from promptkd.errors import NotFinite, UserError
 from promptkd.evaluation.exposure_bias import curve_in_training, generate_responses
 from promptkd.evaluation.exposure_curves import Curve
 from promptkd.evaluation.metrics import is_text_metric
@@ -56,7 +57,11 @@ class Validator:
         self._teacher_responses: list[list[Rollout]] = []
 
     def score(self, step: int) -> Validation:
-        """Of the student after ``step`` optimizer steps."""
+        """Of the student after ``step`` optimizer steps.
+
+        Raises:
+            NotFinite: if a score is NaN or infinite.
+        """
         engine, models = self._setup.engine, self._setup.models
         asked = models.comparable and self._setup.requests.validates_teacher
         teacher = models.plain_teacher if asked else None
@@ -64,6 +69,10 @@ class Validator:
         with models.gathered(teacher=False), bar:
             scores, predictions = self._scorer.score(engine, models.whole_student, teacher, (SEED,))
         means = {name: score.mean for name, score in scores.items()}
+        if endless := [name for name, mean in means.items() if not math.isfinite(mean)]:
+            raise NotFinite(
+                f"On the validation data {', '.join(endless)} is not finite after step {step}."
+            )
         return Validation(step=step, scores=means, predictions=predictions)
 
     def exposure_curve(self) -> Curve:

@@ -5,6 +5,7 @@ A history is the lines of metrics.jsonl: steps, and evaluations between them.
 
 import math
 from collections.abc import Iterator, Sequence
+from statistics import median
 from typing import Any
 
 from promptkd.findings import Finding
@@ -13,6 +14,8 @@ Rows = Sequence[dict[str, Any]]
 
 WINDOW = 10
 """Steps that are averaged before they are compared."""
+LARGEST_RISE = 10.0
+"""Nats per token: about the cross-entropy of a model that knows nothing of its vocabulary."""
 UNMOVED = 1e-5
 """Nats: a teacher this near to itself has not been moved by its adaptation."""
 
@@ -30,6 +33,7 @@ def training_warnings(history: Rows) -> list[Finding]:
         *_teacher_follows(steps, scores),
         *_student_stands(steps),
         *_teacher_stands(steps),
+        *_diverges(steps),
     ]
 
 
@@ -124,6 +128,21 @@ def _teacher_stands(steps: Rows) -> Iterator[Finding]:
             f"step {steps[-1]['step']}: the adapted teacher stays where it began (KL(p_P||p) "
             f"{_mean(moved[-WINDOW:]):.1e} nats). Raise optimization.teacher_learning_rate: 10 to "
             "100 times for a soft prompt.",
+        )
+
+
+def _diverges(steps: Rows) -> Iterator[Finding]:
+    """A loss ten times the median of those before, and by more nats than a new task costs."""
+    if len(steps) < 2:
+        return
+    *before, last = (row["loss"] for row in steps)
+    usual = median(map(abs, before))
+    if last > max(10 * usual, usual + LARGEST_RISE):
+        yield Finding(
+            "PK306",
+            f"step {steps[-1]['step']}: the loss is {last:.3g} nats, after a median of "
+            f"{usual:.3g}: the run diverges, its steps are too long. Stop it, and go back to a "
+            "checkpoint before with lower rates: --restart-from STEP.",
         )
 
 
