@@ -119,6 +119,7 @@ TURNED = {
     "judge/client.py": "RequestFailed",  # by judge, which counts and shows them
     "models/frozen.py": "NotImplementedError",  # a derivative that autograd never asks for
     "records.py": "AttributeError",
+    "vllm_options.py": "ValueError",  # by pydantic, in keys
     "__init__.py": "AttributeError",  # as Python asks of missing names
     "cli/app.py": "KeyboardInterrupt",
     "training/stopping.py": "KeyboardInterrupt",  # both: by main

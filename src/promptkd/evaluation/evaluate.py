@@ -118,8 +118,7 @@ def answer(
 ) -> ScoresByData:
     """Load a model, let it answer, and save what came of it, if there is a place for it.
 
-    Args:
-        by_teacher: the model is the run's teacher, and reads what it taught with.
+    ``by_teacher``: the model is the run's teacher, and reads what it taught with.
 
     Raises:
         UserError: if that is a column which the data lack.
@@ -129,28 +128,18 @@ def answer(
     loaded = _load(model, questions, by_teacher)
     results, measured = ScoresByData(), {}
     for name, rows in questions.rows.items():
-        asked = loaded
-        if loaded.briefed and not reads(rows, questions.protocol.context):
-            column = questions.protocol.context
-            if by_teacher:
-                raise UserError(
-                    f"{name} has no '{column}', which the teacher reads. Score the teacher on "
-                    "data that have it, or without it as a model: evaluate MODEL --like RUN."
-                )
-            tqdm.write(f"{name} has no '{column}': no KL to the teacher, which reads it")
-            asked = replace(loaded, teacher=None, teacher_name=None, briefed=None)
+        asked = _as_readable(loaded, name, rows, questions.protocol.context)
         scorer = asked.scorer(rows, questions, ranks)
-        with scorer.bar(asked.engine, f"responses to {name}", len(questions.seeds)):
-            scores, predictions = scorer.score(
-                asked.engine, asked.student, asked.teacher, questions.seeds
-            )
+        engine, seeds = asked.engine, questions.seeds
+        with scorer.bar(engine, f"responses to {name}", len(seeds)):
+            scores, predictions = scorer.score(engine, asked.student, asked.teacher, seeds)
         requests = [e.request_of(asked.is_briefed) for e in scorer.data.examples]
         measured = measured or size_and_speed(
             model,
             asked.student,
             requests,
             questions.protocol.decoding,
-            {questions.protocol.engine: asked.engine},
+            {questions.protocol.engine: engine},
         )
         if ranks.rank == 0:
             tqdm.write(f"{name}: {scorer.data.summary()}")
@@ -158,7 +147,7 @@ def answer(
             name=name,
             model=model,
             data=tuple(questions.sources[name]),
-            seeds=questions.seeds,
+            seeds=seeds,
             size_and_speed=measured,
             scores=scores,
             predictions=tuple(predictions),
@@ -217,6 +206,23 @@ class Loaded:
             "decoding": scorer.decoding.to_dict(),
             "dtype": str(self.student.dtype).removeprefix("torch."),
         }
+
+
+def _as_readable(loaded: Loaded, name: str, rows: Sequence[Example], column: str | None) -> Loaded:
+    """Without a teacher to compare with, where the data lack the column that only it reads.
+
+    Raises:
+        UserError: if it is the teacher itself that answers.
+    """
+    if not loaded.briefed or reads(rows, column):
+        return loaded
+    if loaded.by_teacher:
+        raise UserError(
+            f"{name} has no '{column}', which the teacher reads. Score the teacher on data that "
+            "have it, or without it as a model: evaluate MODEL --like RUN."
+        )
+    tqdm.write(f"{name} has no '{column}': no KL to the teacher, which reads it")
+    return replace(loaded, teacher=None, teacher_name=None, briefed=None)
 
 
 def _load(model: str, questions: Questions, by_teacher: bool) -> Loaded:

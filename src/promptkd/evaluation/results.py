@@ -153,9 +153,9 @@ class Evaluation:
     predictions: tuple[Prediction, ...] = ()
 
     @property
-    def is_whole(self) -> bool:
-        """Whether every response is there, one per request and seed."""
-        return len(self.predictions) == self.num_examples * len(self.seeds)
+    def num_lost(self) -> int:
+        """Responses that aren't there: of one per request and seed."""
+        return self.num_examples * len(self.seeds) - len(self.predictions)
 
     def mean(self, score: str) -> float | None:
         return self.scores[score].mean if score in self.scores else None
@@ -358,9 +358,8 @@ def read_evaluation(path: Path, notes: list[str] | None = None) -> Evaluation | 
     except (TypeError, KeyError):
         notes.append(f"{path} is an evaluation of another version, and is not shown.")
         return None
-    if lines.exists() and not found.is_whole:
-        num_scored = found.num_examples * len(found.seeds)
-        notes.append(f"{lines} holds {len(predictions)} of the {num_scored} responses scored.")
+    if lines.exists() and found.num_lost:
+        notes.append(f"{lines} lacks {found.num_lost} of the responses that were scored.")
     return found
 
 
@@ -370,13 +369,12 @@ def refuse_partial(directory: Path, evaluation: Evaluation) -> Evaluation:
     Raises:
         UserError: if its predictions are damaged: what is left would give another number.
     """
-    if evaluation.is_whole:
+    if not evaluation.num_lost:
         return evaluation
-    num_scored = evaluation.num_examples * len(evaluation.seeds)
     raise UserError(
-        f"{directory / evaluation.name}.predictions.jsonl holds {len(evaluation.predictions)} of "
-        f"the {num_scored} responses that were scored: it was damaged. Put a copy of it back, or "
-        f"remove it with {evaluation.name}.json and evaluate again."
+        f"{directory / evaluation.name}.predictions.jsonl lacks {evaluation.num_lost} of the "
+        "responses that were scored: it was damaged. Put a copy of it back, or remove it with "
+        f"{evaluation.name}.json and evaluate again."
     )
 
 

@@ -61,18 +61,7 @@ class VLLMEngine:
         self._learns = learns
         self._proven = False
         self._sleeps, self._is_asleep = vllm_options.sleeps(dict(options)), False
-        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are pushed within the process
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_CACHE_GIB))
-        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-        try:
-            vllm: Any = importlib.import_module("vllm")
-        except ImportError:
-            raise UserError(
-                "sampling.engine is vllm, which is not installed. "
-                "Run: pip install 'promptkd[vllm]' (on a CPU as docs/quickstart.md says), "
-                "or use sampling.engine=transformers."
-            ) from None
+        vllm = _import_vllm()
         self._parameters = vllm.SamplingParams
         with tempfile.TemporaryDirectory() as directory, _own_threads_back():
             config = copy.deepcopy(model.module.config)
@@ -251,6 +240,26 @@ def _row(parameters: Any, request: list[int] | None, response: list[int]) -> _Ro
     if not parameters.extra_args:  # vLLM tries itself out before it starts
         return None
     return _Row(**parameters.extra_args, request=request or [], response=response)
+
+
+def _import_vllm() -> Any:
+    """vLLM, told to stay within this process.
+
+    Raises:
+        UserError: if it isn't installed.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # weights are pushed within the process
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_CACHE_GIB))
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    try:
+        return importlib.import_module("vllm")
+    except ImportError:
+        raise UserError(
+            "sampling.engine is vllm, which is not installed. "
+            "Run: pip install 'promptkd[vllm]' (on a CPU as docs/quickstart.md says), "
+            "or use sampling.engine=transformers."
+        ) from None
 
 
 @contextmanager

@@ -148,7 +148,7 @@ class StudyScorer:
             expected = settings | {"data": sources, "num_examples": len(rows)}
             references = {row.index: row.references for row in found.predictions}
             if (
-                found.is_whole
+                not found.num_lost
                 and all(getattr(found, key) == value for key, value in expected.items())
                 and references == {i: row.responses for i, row in enumerate(rows)}
                 and not (trained.is_file() and _time(written) < _time(trained))

@@ -85,7 +85,7 @@ class Setup:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedPair:
     """What is known once the models are read and checked; see ``Setup``."""
 
     models: Models
@@ -112,13 +112,13 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     preflight.check_batch(recipe.optimization.global_batch_size, len(requests.data), ranks.number)
     sharded = recipe.sharding == "fsdp"
 
-    def load() -> Loaded:
+    def load() -> LoadedPair:
         models = _load_models(*_as_loaded(recipe, device), method=method, requests=requests)
         if recipe.evaluation.exposure_bias_every_steps:
             preflight.check_exposure_bias(requests.validation, models.comparable, ranks.number)
         stop = _stop_set(requests, models, say)
         found = _check_pair(recipe, requests, models, stop, say)
-        return Loaded(models, stop, found, weights=models.digests() if sharded else {})
+        return LoadedPair(models, stop, found, weights=models.digests() if sharded else {})
 
     loaded = by_first(load) if sharded else load()
     models, stop = loaded.models, loaded.stop
