@@ -100,7 +100,7 @@ def main(pair: Pair, repeats: int) -> None:
         for name, (number, other) in SIDES.items():
             given = recipe(pair, place / name / "run", **sizes | other)
             given["sharding"] = "fsdp" if name == SHARED else "none"
-            groups[name] = OnRanks(__file__, given, number, place / name)
+            groups[name] = OnRanks(__file__, given, number, place=place / name)
         for group in groups.values():  # load, and take the first step
             group.ask("0")
         talked = groups["two replicas"].ask("talk")[0]
