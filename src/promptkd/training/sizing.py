@@ -234,15 +234,15 @@ def standing_bytes(plan: Plan) -> dict[str, float]:
 
 
 def _gathered(plan: Plan) -> float:
-    """Of sharded models, what is whole at the end of the student's backward pass.
+    """Of sharded models, what is whole when the student's backward pass begins.
 
-    The teacher's ends (embeddings, head); the student's, their gradient, and its copy that is
-    being summed; two layers. Weights are gathered as they are stored: 4 bytes of a student that
-    learns whole, else 2.
+    The teacher's ends (embeddings, head), the student's and their gradient, and two layers. At the
+    pass's end the gradient's copy that is being summed takes the place of the graph. Weights are
+    gathered as they are stored: 4 bytes of a student that learns whole, else 2.
     """
     own, other = plan.student, plan.teacher
-    stored, moved = (2, 0) if plan.lora else (4, 8)
-    whole = (stored + moved) * own.ends + 2 * stored * own.layer
+    stored, gradient = (2, 0) if plan.lora else (4, 4)
+    whole = (stored + gradient) * own.ends + 2 * stored * own.layer
     return whole + (2 * (other.ends + 2 * other.layer) if other else 0)
 
 
