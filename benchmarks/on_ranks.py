@@ -8,9 +8,11 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -85,10 +87,19 @@ class OnRanks:
     """A script of this folder on ``number`` processes; each line that it reads is answered by one.
 
     Args:
-        place: for its recipe and what the processes say.
+        place: for its recipe.
+        environment: more variables.
     """
 
-    def __init__(self, script: str, given: dict[str, Any], number: int, place: Path):
+    def __init__(
+        self,
+        script: str,
+        given: dict[str, Any],
+        number: int,
+        *,
+        place: Path,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ):
         place.mkdir(parents=True, exist_ok=True)
         path = place / "recipe.yaml"
         path.write_text(yaml.safe_dump(given))
@@ -102,11 +113,13 @@ class OnRanks:
             "LOCAL_WORLD_SIZE": str(number),
             "GLOO_SOCKET_IFNAME": "lo",
             "OMP_NUM_THREADS": "1",
+            "PROMPTKD_PATIENCE": "600",
         }
         self._processes = [
             subprocess.Popen(
                 [sys.executable, script, str(path)],
-                env=os.environ | common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env={**os.environ, **common, **environment}
+                | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

@@ -29,7 +29,7 @@ SMALL = Pair(student=1, teacher=2, width=192)
 BATCH, MICRO_BATCH_TOKENS = 16, 1024
 REPEATS = 3
 LIMIT = 330
-"""Seconds after which no further turn begins."""
+"""Seconds after which no further turn begins, the first aside."""
 SIDES: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
     "one, half the batch": (1, {"global_batch_size": BATCH // 2}),
@@ -100,14 +100,14 @@ def main(pair: Pair, repeats: int) -> None:
         for name, (number, other) in SIDES.items():
             given = recipe(pair, place / name / "run", **sizes | other)
             given["sharding"] = "fsdp" if name == SHARED else "none"
-            groups[name] = OnRanks(__file__, given, number, place / name)
+            groups[name] = OnRanks(__file__, given, number, place=place / name)
         for group in groups.values():  # load, and take the first step
             group.ask("0")
         talked = groups["two replicas"].ask("talk")[0]
         turns: dict[str, list[dict[str, float]]] = {name: [] for name in groups}
         for number in range(1, repeats + 1):
             for name, group in groups.items():
-                if time.perf_counter() - begun < LIMIT:
+                if number == 1 or time.perf_counter() - begun < LIMIT:
                     answers = group.ask(str(number))
                     turns[name].append({key: max(a[key] for a in answers) for key in answers[0]})
                     print(name, turns[name][-1], flush=True)

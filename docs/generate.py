@@ -291,6 +291,27 @@ def weak_scaling_table() -> str:
     return "\n".join(rows)
 
 
+def measured_ranks() -> str:
+    """What benchmarks/ranks.py measured, beside the same runs by the equations."""
+    files = sorted((ROOT / "benchmarks" / "results").glob("ranks.*.json"))
+    if not files:
+        return "Not measured yet: `python benchmarks/ranks.py` does it in six minutes."
+    found = json.loads(files[0].read_text())
+    machine, faster = found["machine"], found["times_faster"]
+    rows = [
+        f"Measured on {machine['processor']}, {machine['precision']}, {machine['commit']}:\n",
+        "| processes of one thread | s a step | by the model | times faster | by the model |",
+        "|---|---|---|---|---|",
+    ]
+    for name, own in found["seconds"].items():
+        said, twice = sum(found["seconds_by_model"][name].values()), found["times_faster_by_model"]
+        cells = own["whole"], said, faster[name], twice[name]
+        rows.append(f"| {name} | {' | '.join(f'{cell:.2f}' for cell in cells)} |")
+    kept = f"{found['weak_scaling']:.0%}, by the model {found['weak_scaling_by_model']:.0%}"
+    rows.append(f"\nWith as many rows each, two replicas keep of one's speed {kept}.")
+    return "\n".join(rows)
+
+
 def leaves(tree: dict[str, Any], keys: tuple[str, ...] = ()) -> Iterable[tuple[Any, float]]:
     """Every number in nested dictionaries, after the keys that lead to it."""
     for key, value in tree.items():
@@ -315,6 +336,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "cards": cards,
     "eight gpus": eight_gpus,
     "weak scaling": weak_scaling_table,
+    "ranks": measured_ranks,
 }
 
 

@@ -37,7 +37,9 @@ SMOL10 = Shape(10, 576, 1536, queries=576, keys=192, vocabulary=49152, tied=True
 SMALL = Shape(28, 1536, 8960, queries=1536, keys=256, vocabulary=151936, tied=True)
 LARGE = Shape(28, 3584, 18944, queries=3584, keys=512, vocabulary=152064, tied=False)
 PAIR = Plan(SMALL, LARGE, batch=64, request=512, response=512, longest=1031)
-MEASURED = Path(__file__).parents[1] / "benchmarks" / "results" / "phases.bf16.json"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
+MEASURED = RESULTS / "phases.bf16.json"
+SHARDED = RESULTS / "sharded_memory.bf16.json"
 KINDS = {
     "gkd": {"adapts": False},
     "with_student": {"together": True},
@@ -86,6 +88,20 @@ def test_the_seconds_of_measured_steps_come_out_within_a_tenth(kind):
 
     assert sum(ours.values()) == pytest.approx(measured["seconds"]["whole"], rel=0.1)
     assert ours["teacher"] == pytest.approx(measured["seconds"]["teacher"], rel=0.1)
+
+
+def test_the_bytes_of_measured_sharded_ranks_come_out_within_15_percent():
+    """Random weights, 170 and 396 million; rows of at most 64 + 16 tokens, one on each rank."""
+    measured = json.loads(SHARDED.read_text())
+    student = Shape(8, 1152, 3072, queries=1152, keys=384, vocabulary=49152, tied=True)
+    pair = {"student": student, "teacher": replace(student, layers=24)}
+    ours = Plan(**pair, batch=2, request=64, response=16, longest=87, ranks=2, device="cpu")
+    computed = peak_bytes(replace(ours, sharded=True), 128)
+
+    for rank in measured["bytes"]:
+        assert rank["step"] == pytest.approx(sum(computed.values()), rel=0.15)
+    whole = sum(peak_bytes(ours, 128).values())
+    assert max(rank["step"] for rank in measured["bytes"]) < 0.85 * whole
 
 
 def test_the_pair_of_a_whole_card_takes_what_was_computed_by_hand():

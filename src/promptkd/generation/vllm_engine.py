@@ -67,22 +67,7 @@ class VLLMEngine:
             config = copy.deepcopy(model.module.config)
             config.get_text_config().vocab_size = model.vocabulary  # the shared rows alone
             config.save_pretrained(directory)
-            given: dict[str, Any] = {"enforce_eager": True}
-            if model.device.type == "cuda":
-                given["gpu_memory_utilization"] = vllm_options.SHARE
-                if torch.distributed.is_initialized():  # else every rank's engine takes card 0
-                    given["distributed_executor_backend"] = "external_launcher"
-            given |= {
-                "skip_tokenizer_init": True,
-                "load_format": "dummy",
-                "dtype": str(model.dtype).removeprefix("torch."),
-                "max_model_len": max_tokens,
-                "generation_config": "vllm",
-                "disable_log_stats": True,
-                "async_scheduling": False,  # a token is chosen by all that came before it
-                "logits_processors": [_chosen_tokens()],
-                **options,
-            }
+            given = self._set_by_the_run(max_tokens) | dict(options)
             try:
                 self._engine = vllm.LLM(directory, **given)
             except TypeError as error:
@@ -90,6 +75,26 @@ class VLLMEngine:
                     f"sampling.vllm is {dict(options)}, which vLLM doesn't take: {error}. "
                     "Leave out what it doesn't know."
                 ) from None
+
+    def _set_by_the_run(self, max_tokens: int) -> dict[str, Any]:
+        """Options of ``vllm.LLM``; the recipe's go before ``enforce_eager`` and the share."""
+        model = self._model
+        of_gpu: dict[str, Any] = {}
+        if model.device.type == "cuda":
+            of_gpu["gpu_memory_utilization"] = vllm_options.SHARE
+            if torch.distributed.is_initialized():  # else every rank's engine takes card 0
+                of_gpu["distributed_executor_backend"] = "external_launcher"
+        return of_gpu | {
+            "enforce_eager": True,
+            "skip_tokenizer_init": True,
+            "load_format": "dummy",
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "max_model_len": max_tokens,
+            "generation_config": "vllm",
+            "disable_log_stats": True,
+            "async_scheduling": False,  # a token is chosen by all that came before it
+            "logits_processors": [_chosen_tokens()],
+        }
 
     def generate(
         self,

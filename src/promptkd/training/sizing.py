@@ -210,9 +210,10 @@ def standing_bytes(plan: Plan) -> dict[str, float]:
     """What a rank holds whatever the micro-batch.
 
     Of a student of N weights that learns whole: 4 N of fp32 weights, 4 N of gradient, 8 N of
-    AdamW; of LoRA's 2 N in bf16 (its adapters, about a hundredth, count 16 bytes a weight). Of a
-    frozen teacher 2 N, or what its linear layers are held in. Sharded, each is divided by the
-    ranks, adapters aside; see ``_gathered``.
+    AdamW, and 2 N that its graph keeps of the weights in bf16, as they were multiplied; of LoRA's
+    2 N (its adapters, about a hundredth, count 16 bytes a weight). Of a frozen teacher 2 N, or
+    what its linear layers are held in. Sharded, each is divided by the ranks, what the graph
+    keeps and adapters aside; see ``_gathered``.
     """
     own, parts = plan.student, plan.ranks if plan.sharded else 1
     trained = own.weights * (0.01 if plan.lora else 1)
@@ -223,6 +224,8 @@ def standing_bytes(plan: Plan) -> dict[str, float]:
     if plan.teacher:
         bits = 0.0 if plan.offload else BITS[plan.quantization]
         held["teacher"] = (bits / 8 * plan.teacher.trunk + 2 * plan.teacher.ends) / parts
+    if not plan.lora:
+        held["student in bf16"] = 2 * (own.layer if plan.checkpointed else own.trunk)
     if plan.sharded:
         held["gathered"] = _gathered(plan)
     if plan.vllm and not plan.vllm_sleeps:
@@ -231,15 +234,15 @@ def standing_bytes(plan: Plan) -> dict[str, float]:
 
 
 def _gathered(plan: Plan) -> float:
-    """Of sharded models, what is whole at the end of the student's backward pass.
+    """Of sharded models, what is whole when the student's backward pass begins.
 
-    The teacher's ends (embeddings, head); the student's, their gradient, and its copy that is
-    being summed; two layers. Weights are gathered as they are stored: 4 bytes of a student that
-    learns whole, else 2.
+    The teacher's ends (embeddings, head), the student's and their gradient, and two layers. At the
+    pass's end the gradient's copy that is being summed takes the place of the graph. Weights are
+    gathered as they are stored: 4 bytes of a student that learns whole, else 2.
     """
     own, other = plan.student, plan.teacher
-    stored, moved = (2, 0) if plan.lora else (4, 8)
-    whole = (stored + moved) * own.ends + 2 * stored * own.layer
+    stored, gradient = (2, 0) if plan.lora else (4, 4)
+    whole = (stored + gradient) * own.ends + 2 * stored * own.layer
     return whole + (2 * (other.ends + 2 * other.layer) if other else 0)
 
 
@@ -270,11 +273,11 @@ def kept_per_token(plan: Plan) -> float:
 def peak_bytes(plan: Plan, tokens: int) -> dict[str, float]:
     """The most that a rank holds: while it writes, or learns from micro-batches of ``tokens``.
 
-    What only the other of the two needs isn't there: no gathered ends and losses while writing.
+    What only learning needs isn't there while writing.
     """
     held = standing_bytes(plan)
     learning = held | {"graphs": tokens * kept_per_token(plan)}
-    of_learning = {"gathered", "losses"}
+    of_learning = {"gathered", "losses", "student in bf16"}
     writing = {name: size for name, size in held.items() if name not in of_learning}
     writing["writing"] = writing_bytes(plan)
     return max(learning, writing, key=lambda parts: sum(parts.values()))
