@@ -235,6 +235,13 @@ def test_where_there_are_references_half_of_the_requests_learn_from_them(tmp_pat
     assert found[False] == {"name": "promptkd"}
 
 
+def test_all_models_are_scored_and_timed_with_the_engine_that_is_asked_for(tmp_path):
+    facts = Facts(num_layers=4, width=576, num_rows=100, has_references=True, lengths={})
+    asked = Order("t", tmp_path, settings={"sampling": {"engine": "vllm"}})
+    for order, engine in ((asked, "vllm"), (Order("t", tmp_path), None)):
+        assert plan(order, facts)["scores"].get("engine") == engine
+
+
 def test_rates_fall_with_the_width_of_the_models():
     facts = Facts(4, width=1152, num_rows=400, has_references=True, lengths={})
     narrow = Facts(4, width=576, num_rows=400, has_references=True, lengths={})

@@ -130,13 +130,13 @@ def test_a_lucky_seed_is_not_believed(tmp_path):
     assert first_heading(page) == (
         "No method is established as the best of 3 on reminders (60 requests, seed 10)."
     )
-    text = html.unescape(page.read_text())
+    text = html.unescape(page.read_text()).replace("\u00a0", " ")
     assert "seed-2 in numbers" not in text
     [own] = re.findall(r'<th scope="row">promptkd</th>(.*?)</tr>', text, re.DOTALL)[:1]
     assert "not established" in own
     assert 'class="best"' not in text
     gkd = re.findall(r'<th scope="row">gkd</th>(.*?)</tr>', text, re.DOTALL)[0]
-    assert re.search(r"\+4\.\d<small>\[\d\.\d,\s\d\.\d\] p\s", gkd)
+    assert re.search(r"\+4\.\d<small>\[\d\.\d, \d\.\d\] p ", gkd)
 
 
 def test_a_method_ahead_in_every_seed_is_said_to_be_best(tmp_path):

@@ -100,7 +100,8 @@ def test_an_engine_with_other_weights_than_the_students_is_refused(engines, monk
 def test_the_weights_of_a_model_that_does_not_learn_are_pushed_once(engines, monkeypatch):
     _, ours, _ = engines
     pushed: list[int] = []
-    monkeypatch.setattr(ours, "_push_weights", lambda: pushed.append(1))
+    push = ours._push_weights
+    monkeypatch.setattr(ours, "_push_weights", lambda: (pushed.append(1), push()))
     for learns, times in ((True, 2), (False, 1)):
         pushed.clear()
         monkeypatch.setattr(ours, "_learns", learns)

@@ -232,7 +232,7 @@ class _Builder:
 
     def _asking(self) -> dict[str, Any]:
         names = ("template", "template_options", "max_request_tokens", "max_response_tokens")
-        decoding = ("temperature", "top_p", "top_k")
+        decoding = ("engine", "temperature", "top_p", "top_k")
         data, sampling = self.common["data"], self.common["sampling"]
         return {
             **{name: data[name] for name in names if name in data},
