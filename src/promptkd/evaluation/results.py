@@ -375,8 +375,8 @@ def refuse_partial(directory: Path, evaluation: Evaluation) -> Evaluation:
     num_scored = evaluation.num_examples * len(evaluation.seeds)
     raise UserError(
         f"{directory / evaluation.name}.predictions.jsonl holds {len(evaluation.predictions)} of "
-        f"the {num_scored} responses that were scored: it was damaged. Put a copy of it back, or "
-        f"remove it with {evaluation.name}.json and evaluate again."
+        f"the {num_scored} responses that were scored: it is missing or damaged. Put a copy of "
+        f"it back, or remove it with {evaluation.name}.json and evaluate again."
     )
 
 
