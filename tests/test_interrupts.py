@@ -97,14 +97,14 @@ def test_a_signal_ends_a_command_in_a_sentence_with_nothing_half_written(
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
 def test_who_stops_the_judge_waits_for_no_answer(place, capfd, number):
-    with JudgeServer(lambda asked: says("5 5", delay=60)) as server:
+    with JudgeServer(lambda asked: says("5 5", delay=600)) as server:
         AT.update(event="socket.connect", text="127.0.0.1", signal=number.name)
         started = time.monotonic()
         address = f"--base-url {server.base_url} --model grader"
         typed(place, "judge", f"RUN --data DATA {address}", status=128 + number)
         took = time.monotonic() - started
 
-    assert took < 30
+    assert took < 300  # of a busy machine; the answer comes after 600
     assert "promptkd: interrupted." in capfd.readouterr().err
     assert not list((place / "run" / "judge").glob("*.json"))
 

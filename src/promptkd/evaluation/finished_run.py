@@ -135,7 +135,7 @@ def load_run(
     storage = Storage(recipe.teacher.quantization, recipe.teacher.offload)
     student, teacher = load_pair(str(directory), name_of_teacher, tokenizer, precision, storage)
     assert teacher is not None, "there is one"
-    asked = {"date": date_of_run(directory), "max_response_tokens": max_new_tokens}
+    asked: Any = {"date": date_of_run(directory), "max_response_tokens": max_new_tokens}
     template = template_of_run(directory, recipe.data.template)
     encoder = Encoder.of_recipe(recipe, tokenizer, template=template, **asked)
     for model, name in ((student, f"{directory}"), (teacher, name_of_teacher)):

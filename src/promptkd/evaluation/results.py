@@ -373,8 +373,8 @@ def refuse_partial(directory: Path, evaluation: Evaluation) -> Evaluation:
         return evaluation
     raise UserError(
         f"{directory / evaluation.name}.predictions.jsonl lacks {evaluation.num_lost} of the "
-        "responses that were scored: it was damaged. Put a copy of it back, or remove it with "
-        f"{evaluation.name}.json and evaluate again."
+        "responses that were scored: it is missing or damaged. Put a copy of it back, or remove it "
+        f"with {evaluation.name}.json and evaluate again."
     )
 
 
