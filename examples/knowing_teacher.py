@@ -12,10 +12,12 @@ BETRAYALS = re.compile(
     r"|as (given|provided|mentioned) (above|in the)|the (hint|solution) (above|given|says))\b",
     re.IGNORECASE,
 )
-ENDS = re.compile(r"[.!?]+(?=\s|$)")
-WORD = re.compile(r"[^\W\d_]+")
-OPENING = 4
-"""The topic is named within so many words."""
+ENDS = re.compile(r"(?<=[.!?])\s+")
+WORD = re.compile(r"[^\W\d_]{4,}")
+LABELLED = re.compile(r"([^\W\d_]+): +(\S.*)", re.DOTALL)
+MOST_SENTENCES = 2
+ASKING = {"what", "when", "where", "which", "whose", "could", "would", "should", "give", "list"}
+ASKING |= {"name", "some", "tell", "that", "this", "with", "from", "there", "these", "have", "does"}
 
 
 def leaks(response: str, references: Sequence[str], example: Mapping[str, Any]) -> float:
@@ -28,15 +30,32 @@ def leaks(response: str, references: Sequence[str], example: Mapping[str, Any]) 
 
 
 def follows_style(response: str, references: Sequence[str], example: Mapping[str, Any]) -> float:
-    """100 for one or two sentences that begin with the topic, a word of the request.
+    """100 for a word of the request, a colon, and one or two sentences.
 
     >>> asked = {"request": "What is the capital of Italy?"}
-    >>> follows_style("Italy's capital is Rome. It is old.", (), asked)
+    >>> follows_style("Capital: Italy's capital is Rome. It is old.", (), asked)
     100.0
-    >>> follows_style("I think it is Rome.", (), asked)
+    >>> follows_style("Italy's capital is Rome.", (), asked)
     0.0
     """
-    sentences = [part for part in ENDS.split(response) if part.strip()]
-    asked = {word for word in WORD.findall(example["request"].lower()) if len(word) > 3}
-    opening = WORD.findall(response.lower())[:OPENING]
-    return 100.0 * (1 <= len(sentences) <= 2 and any(word in asked for word in opening))
+    found = LABELLED.fullmatch(response.strip())
+    asked = {word.lower() for word in WORD.findall(example["request"])}
+    return 100.0 * (
+        found is not None
+        and found[1].lower() in asked
+        and len(ENDS.split(found[2])) <= MOST_SENTENCES
+    )
+
+
+def in_style(request: str, reference: str) -> str | None:
+    """The reference as the guide wants it; None where the request names no topic.
+
+    >>> in_style("What is the capital of Italy?", "It is Rome. Rome is old. It is big.")
+    'Capital: It is Rome. Rome is old.'
+    """
+    words = [word for word in WORD.findall(request) if word.lower() not in ASKING]
+    if not words:
+        return None
+    topic = max(words, key=len)
+    kept = " ".join(ENDS.split(reference.strip())[:MOST_SENTENCES])
+    return f"{topic[0].upper()}{topic[1:]}: {kept}"
