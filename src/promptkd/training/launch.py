@@ -1,9 +1,12 @@
 """How a run was started: on how many processes, where, and with what it is asked."""
 
 import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 
 from promptkd.data import Encoder
 from promptkd.errors import UserError
@@ -25,8 +28,9 @@ def refuse_unknown_launch() -> None:
     for variable, name in SHARDERS.items():
         if os.environ.get(variable, "false").lower() == "true":
             raise UserError(
-                f"The launcher asks for {name}, which promptkd doesn't follow: every process keeps "
-                "both models whole. Launch without it: torchrun --nproc_per_node N -m promptkd ..."
+                f"The launcher asks for {name}, which promptkd doesn't follow. Launch without it: "
+                "torchrun --nproc_per_node N -m promptkd ..., with sharding: fsdp in the recipe if "
+                "the processes shall share the models out."
             )
     asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if asked != "no":
@@ -57,3 +61,17 @@ def describe(
         "max_response_tokens": encoder.max_response_tokens,
         "date": encoder.date.isoformat(),
     }
+
+
+def started(trackers: Sequence[str], place: Path) -> Accelerator:
+    """This process as its launcher started it, on the CPU where there is no GPU.
+
+    Args:
+        trackers: accelerate's names.
+        place: a directory for what they write.
+    """
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        log_with=list(trackers) or None,
+        project_dir=str(place),
+    )

@@ -2,6 +2,8 @@
 
 import copy
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from promptkd.adapters import merged, save_lora
 from promptkd.composition import Method
 from promptkd.config import Recipe
 from promptkd.data import Encoder, Example
-from promptkd.errors import UserError
+from promptkd.errors import NotFinite, UserError
 from promptkd.files import (
     check_place,
     read_json,
@@ -170,8 +172,19 @@ class RunDirectory:
             )
         return notes
 
-    def way_back(self, step: int) -> str:
-        """Why a run isn't finite after ``step`` steps, and what to type."""
+    @contextmanager
+    def way_back(self, step: int) -> Iterator[None]:
+        """Whatever isn't finite after ``step`` steps is said with what to type.
+
+        Raises:
+            NotFinite: in place of one that is raised within.
+        """
+        try:
+            yield
+        except NotFinite as error:
+            raise NotFinite(f"{error} {self._way_back(step)}") from None
+
+    def _way_back(self, step: int) -> str:
         adapts = self.method.adaptation is not None
         names = ["learning_rate", *["teacher_learning_rate"] * adapts]
         rates = {name: getattr(self.recipe.optimization, name) for name in names}

@@ -4,22 +4,18 @@ The trainer names no method. Everything random in a step derives from (seed, ste
 run that was stopped and started again is the run that was not.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from typing import Any
-
-import torch
-from accelerate import Accelerator
-from tqdm.auto import tqdm
 
 from promptkd.composition import Method
 from promptkd.config import Recipe
-from promptkd.errors import NotFinite, Stopped, UserError
+from promptkd.errors import Stopped, UserError
 from promptkd.objects import has_objects
 from promptkd.ranks import Ranks
 from promptkd.training.forecast import Schedule
 from promptkd.training.identity import AS_IT_WAS, Resuming
-from promptkd.training.launch import refuse_unknown_launch
+from promptkd.training.journal import Journal
+from promptkd.training.launch import refuse_unknown_launch, started
 from promptkd.training.lock import locked
 from promptkd.training.rehearsal import Rehearsal, rehearse
 from promptkd.training.roll_call import RollCall
@@ -31,10 +27,6 @@ from promptkd.training.stopping import StopRequest
 from promptkd.training.tracking import check_trackers
 from promptkd.training.training_step import TrainingStep
 from promptkd.training.validation import Best, Validator
-from promptkd.training.warnings import Watch
-
-NUM_SAMPLES = 4
-"""Responses of each evaluation that are kept in samples.jsonl."""
 
 
 class Trainer:
@@ -55,17 +47,13 @@ class Trainer:
         self.method = method
         self.directory = RunDirectory(recipe, method, resuming)
         check_trackers(recipe.tracking)
-        self.accelerator = Accelerator(
-            cpu=not torch.cuda.is_available(),
-            log_with=list(recipe.tracking) or None,
-            project_dir=str(self.directory.path / "tracking"),
-        )
+        self.accelerator = started(recipe.tracking, self.directory.path / "tracking")
         self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
         self.is_main = self.accelerator.is_main_process
+        self.journal = Journal(self.directory, self.accelerator)
         self.roll_call = RollCall(self.ranks)
         self.best = Best(recipe)
         self.sources = SourceStates(method, self.ranks)
-        self.watch = Watch()
         self.stop = StopRequest()
         self.step_number = 0
         self.took: dict[str, float] = {}
@@ -74,19 +62,14 @@ class Trainer:
                 self.directory.refuse_others(contents(recipe, method, self.accelerator.device))
             return
         with self.roll_call.held():
-            self.parts = set_up(recipe, method, self.accelerator.device, self.ranks, self.say)
-        metric = recipe.evaluation.metric
-        self.validator = (
-            Validator(self.parts, self.ranks, metric) if self.parts.requests.validation else None
-        )
+            self.parts = set_up(
+                recipe, method, self.accelerator.device, self.ranks, self.journal.say
+            )
+        self.validator = Validator.of(self.parts, self.ranks, recipe.evaluation.metric)
         self.take_step = TrainingStep(
             recipe, method, setup=self.parts, sources=self.sources, ranks=self.ranks
         )
         self.state = RunState(self.parts, self.best, self.sources)
-
-    def say(self, sentence: str) -> None:
-        if self.is_main:
-            tqdm.write(sentence)
 
     def run(self) -> None:
         """Train to the end, from the latest good checkpoint if there is one.
@@ -96,7 +79,7 @@ class Trainer:
             Stopped: when a signal asked for an end.
         """
         if self.directory.finished:
-            self.say(f"{self.directory.path} is finished; nothing to do.")
+            self.journal.say(f"{self.directory.path} is finished; nothing to do.")
             return
         with self.roll_call.held(), locked(self.directory.path) if self.is_main else nullcontext():
             with self.stop.listening():
@@ -114,9 +97,8 @@ class Trainer:
 
     def _train(self) -> None:
         max_steps, recipe = self.parts.max_steps, self.recipe
-        if self.recipe.tracking:
-            self.accelerator.init_trackers("promptkd")
-        schedule, say = Schedule.of(recipe, max_steps), self.say if self.is_main else None
+        self.journal.open()
+        schedule, say = Schedule.of(recipe, max_steps), self.journal.say if self.is_main else None
         with StepsBar(self.method.name, schedule, done=self.step_number, say=say) as progress:
             if self.step_number == 0:
                 self._validate()
@@ -138,19 +120,11 @@ class Trainer:
 
     def _step(self) -> dict[str, Any]:
         self.roll_call.phase = f"step {self.step_number + 1}"
-        with self._way_back():
+        with self.directory.way_back(self.step_number):
             row = self.take_step(self.step_number)
         self.step_number += 1
-        self._log(row)
+        self.journal.add(row)
         return row
-
-    @contextmanager
-    def _way_back(self) -> Iterator[None]:
-        """Whatever isn't finite is said with what to type."""
-        try:
-            yield
-        except NotFinite as error:
-            raise NotFinite(f"{error} {self.directory.way_back(self.step_number)}") from None
 
     def _stop_if_asked(self) -> None:
         """Between two steps; what was learnt is saved before."""
@@ -163,40 +137,24 @@ class Trainer:
                 again += " without --restart-from"
             raise Stopped(f"Stopped by {received.name} after {done}; {again} goes on.", received)
 
-    def _log(self, row: dict[str, Any]) -> None:
-        if self.is_main:
-            self.directory.metrics.append([row])
-            for finding in self.watch.add(row):
-                self.say(str(finding))
-        if self.recipe.tracking:
-            scores = {f"eval_{name}": value for name, value in row.get("evaluation", {}).items()}
-            own = row.keys() - {"evaluation", "exposure_bias"}
-            numbers = {name: row[name] for name in row if name in own}
-            self.accelerator.log(numbers | scores, step=row["step"])
-
     def _validate(self) -> None:
         """Score the student on the validation data, if there is any; keep it if it is the best."""
         if self.validator is None:
             return
         self.roll_call.phase = f"the evaluation after step {self.step_number}"
-        with self._way_back():
+        with self.directory.way_back(self.step_number):
             found = self.validator.score(self.step_number)
         if "cross_entropy" in found.scores:
             self.sources.observe(found.scores["cross_entropy"])
-        self._log({"step": found.step, "evaluation": found.scores})
-        said = ", ".join(f"{name} {value:.3f}" for name, value in found.scores.items())
-        self.say(f"step {found.step}: {said}")
-        if self.is_main:
-            shown = found.predictions[:NUM_SAMPLES]
-            self.directory.samples.append({"step": found.step, **p.to_row()} for p in shown)
+        self.journal.add_scores(found)
         if self.best.offer(found):
             self._save_student(found.scores)
 
     def _measure_exposure_bias(self) -> None:
         assert self.validator, "refused before the first step"
-        with self._way_back():
+        with self.directory.way_back(self.step_number):
             curve = self.validator.exposure_curve()
-        self._log({"step": self.step_number, "exposure_bias": curve.to_dict()})
+        self.journal.add({"step": self.step_number, "exposure_bias": curve.to_dict()})
 
     def _save_student(self, scores: dict[str, float]) -> None:
         with self.parts.models.saved_student() as module:
@@ -215,19 +173,17 @@ class Trainer:
         directory, contents = self.directory, self.parts.contents()
         saved, complaints = directory.load_checkpoint()
         for complaint in complaints:
-            self.say(f"warning: {complaint}")
+            self.journal.say(f"warning: {complaint}")
         if saved:
             self.state.load(saved)
             self.step_number = saved.step
-            self.say(f"resuming {directory.path} after step {saved.step}")
+            self.journal.say(f"resuming {directory.path} after step {saved.step}")
         for change in directory.changes:
-            self.say(f"from here on: {change}")
+            self.journal.say(f"from here on: {change}")
         self.accelerator.wait_for_everyone()
         if self.is_main:
             directory.claim(contents, self.parts.about, self.step_number)
-            for note in directory.rewind(self.step_number if saved else -1):
-                self.say(f"warning: {note}")
-            self.watch = Watch(directory.metrics.read() if saved else ())
+        self.journal.go_on(self.step_number if saved else None)
         if directory.restarts and saved:
             self.best.forget()
             self._save_checkpoint()
@@ -239,6 +195,5 @@ class Trainer:
             summary = self.parts.summary() | self.took | {"best": self.best.found or None}
             self.directory.finish(summary)
         self.accelerator.wait_for_everyone()
-        if self.recipe.tracking:
-            self.accelerator.end_training()
-        self.say(f"finished: {self.directory.path}")
+        self.journal.close()
+        self.journal.say(f"finished: {self.directory.path}")

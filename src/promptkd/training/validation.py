@@ -43,7 +43,7 @@ class Validator:
 
     def __init__(self, setup: Setup, ranks: Ranks, metric: str):
         requests = setup.requests
-        assert requests.validation is not None, "the trainer makes one only where there is data"
+        assert requests.validation is not None, "of makes one only where there is data"
         self._setup = setup
         self._scorer = Scorer(
             data=requests.validation,
@@ -55,6 +55,11 @@ class Validator:
             metrics=(metric,) if is_text_metric(metric) else (),
         )
         self._teacher_responses: list[list[Rollout]] = []
+
+    @classmethod
+    def of(cls, setup: Setup, ranks: Ranks, metric: str) -> "Validator | None":
+        """None without validation data."""
+        return cls(setup, ranks, metric) if setup.requests.validation else None
 
     def score(self, step: int) -> Validation:
         """Of the student after ``step`` optimizer steps.
