@@ -47,7 +47,7 @@ def of_rank(path: Path) -> None:
     torch.set_num_threads(1)
     given = load_recipe(path)
     trainer = Trainer(given, build_method(given.method.name))
-    request = statistics.mean(len(e.request_ids) for e in trainer.parts.data.examples)
+    request = statistics.mean(len(e.request_ids) for e in trainer.parts.requests.data.examples)
     for line in sys.stdin:
         if line.strip() == "talk":
             print(json.dumps(talk()), flush=True)

@@ -47,7 +47,7 @@ def of_rank(path: Path) -> None:
         "loading": loading,
         "standing": standing,
         "step": resident("VmHWM") - before,
-        "student_parameters": num_parameters(trainer.parts.student.module),
+        "student_parameters": num_parameters(trainer.parts.models.student.module),
     }
     print(json.dumps(row), flush=True)
 
