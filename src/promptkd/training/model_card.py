@@ -49,18 +49,19 @@ class Validated:
 def model_card(recipe: Recipe, method: str, frame: Frame, measured: Validated) -> str:
     """Markdown with Hugging Face's front matter: what was distilled from what, how, how well."""
     teacher = recipe.teacher.model if recipe.teacher else None
-    of = public_name(teacher) if teacher else "no teacher"
+    start = public_name(recipe.student.model)
+    title = f"Student of {public_name(teacher)}" if teacher else f"{start}, fine-tuned"
+    towards = f" towards the teacher `{public_name(teacher)}`" if teacher else ""
     metadata = _metadata(recipe, measured)
     lines = [
         "---",
         metadata.to_yaml().rstrip(),
         "---",
         "",
-        f"# Student of {of}",
+        f"# {title}",
         "",
-        f"Distilled with promptkd, method `{recipe.method.name}`, from the start "
-        f"`{public_name(recipe.student.model)}` towards the teacher `{of}`; this is step "
-        f"{measured.step}.",
+        f"Made with promptkd, method `{recipe.method.name}`, from the start `{start}`{towards}; "
+        f"this is step {measured.step}.",
         "",
         *_gaps(metadata, recipe),
         "```python",
