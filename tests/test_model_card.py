@@ -6,12 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.repocard_data import (
     eval_results_to_model_index,
     model_index_to_eval_results,
 )
+from peft import AutoPeftModelForCausalLM
 
 import runs
 import tiny
@@ -115,6 +117,19 @@ def test_the_snippet_writes_from_another_directory(student, tmp_path):
     )
     asked = "user: What is knowledge distillation?\nassistant: "
     assert done.stdout.rstrip().endswith(f"ENDS {asked!r}")
+
+
+def test_adapters_load_from_elsewhere_though_the_recipe_names_relative_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = trained(Path(), lora={"r": 4}).absolute().parent
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+
+    for adapter, base in (("student", "student"), ("teacher_adapter", "teacher")):
+        config = peft.PeftConfig.from_pretrained(str(run / adapter))
+        assert config.base_model_name_or_path == str(tmp_path / base)
+    assert AutoPeftModelForCausalLM.from_pretrained(str(run / "student")).num_parameters() > 0
 
 
 def test_a_model_comes_from_what_its_directory_was_made_of(tmp_path):

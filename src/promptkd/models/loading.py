@@ -259,6 +259,16 @@ def model_directory(name: str) -> str:
     return str(student) if _holds_model(student) else name
 
 
+def adapter_base(name: str) -> str:
+    """What an adapter names its base by: a hub id, or a directory's whole path.
+
+    PEFT looks for the base from where it is called, so a relative path would load from one
+    directory only.
+    """
+    directory = model_directory(name)
+    return str(Path(directory).resolve()) if Path(directory).is_dir() else name
+
+
 def stop_ids(tokenizer: Any, module: PreTrainedModel) -> tuple[int, ...]:
     """Every token that ends a response: one set for writing, masks and evaluation."""
     ids = {tokenizer.eos_token_id}

@@ -24,7 +24,7 @@ from promptkd.files import (
     write_text,
 )
 from promptkd.given import of_object
-from promptkd.models.loading import dtype_of, model_directory, save_model
+from promptkd.models.loading import adapter_base, dtype_of, save_model
 from promptkd.training import checkpoints, lock
 from promptkd.training.divergence import is_sane
 from promptkd.training.identity import AS_IT_WAS, Change, Resuming, changes, check, identity
@@ -252,7 +252,7 @@ class RunDirectory:
         with whole_directory(self.path / "student", "student") as directory:
             lora = self.recipe.student.lora
             if lora and not lora.merge:
-                save_lora(module, directory, model_directory(self.recipe.student.model))
+                save_lora(module, directory, adapter_base(self.recipe.student.model))
             else:
                 self._save_whole(module, setup, directory)
             setup.requests.tokenizer.save_pretrained(directory)
@@ -268,7 +268,7 @@ class RunDirectory:
             with whole_directory(self.path / "teacher_adapter", "adapter") as directory:
                 name = self.recipe.teacher_model(self.path)
                 _, came_from = of_object(name)
-                teacher.save(directory, came_from or name)
+                teacher.save(directory, adapter_base(came_from or name))
 
     def _save_whole(self, module: PreTrainedModel, setup: Setup, directory: Path) -> None:
         """A model with its tokenizer, in the precision that the student came in."""
