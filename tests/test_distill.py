@@ -13,8 +13,10 @@ import tiny
 from promptkd.data import overlap, read_examples
 from promptkd.distillation.data import read_rows, to_row
 from promptkd.distillation.plan import Facts, Order, plan
+from promptkd.distillation.scores import score_models
 from promptkd.distillation.teacher_check import verdict
 from promptkd.errors import UserError
+from promptkd.files import write_json_lines
 from runs import Moment
 
 NAMES = ["teacher-check", "student-init", "warm-up", "promptkd", "scores", "report"]
@@ -223,7 +225,47 @@ def test_a_context_is_read_by_the_teacher_of_every_student_and_by_no_student(tmp
     made = plan(Order("t", tmp_path, context="guide.txt"), facts)
     assert made["warm-up"]["teacher"] == made["promptkd"]["teacher"]
     assert made["promptkd"]["teacher"] == {"model": "t", "system": "guide.txt"}
+    for stage in ("teacher-check", "scores"):  # where the teacher is asked as it teaches
+        assert made.pop(stage)["system"] == "guide.txt"
     assert "guide.txt" not in str({**made, "warm-up": None, "promptkd": None})
+
+
+def test_scores_ask_the_teacher_with_what_only_it_reads(tmp_path):
+    student, teacher = map(str, tiny.save_pair(tmp_path, chat_template=True))
+    lines = tiny.write_data(tmp_path / "d").read_text().splitlines()
+    guide, rows = "A guide.", [json.loads(line) for line in lines]
+
+    def scores(name: str, told: bool, system: str | None = None) -> dict[str, dict[str, Any]]:
+        front = [{"role": "system", "content": guide}] if told else []
+        data = tmp_path / f"{name}.jsonl"
+        write_json_lines(data, [{"messages": [*front, *turns(row)]} for row in rows])
+        found = score_models(
+            {"student": student, "teacher": teacher},
+            str(data),
+            str(tmp_path / name),
+            system=system,
+            seeds=(1,),
+            num_examples=4,
+            teacher=teacher,
+            template="chat",
+            max_request_tokens=64,
+            max_response_tokens=16,
+        )
+        return {
+            who: {score: each["mean"] for score, each in own["scores"].items()}
+            for who, own in found.items()
+        }
+
+    def turns(row: dict[str, str]) -> list[dict[str, str]]:
+        said = {"user": row["instruction"], "assistant": row["output"]}
+        return [{"role": role, "content": content} for role, content in said.items()]
+
+    briefed, plain, all_told = scores("a", False, guide), scores("b", False), scores("c", True)
+    assert briefed["teacher"]["cross_entropy"] == all_told["teacher"]["cross_entropy"]
+    assert briefed["teacher"]["cross_entropy"] != plain["teacher"]["cross_entropy"]
+    assert briefed["student"]["cross_entropy"] == plain["student"]["cross_entropy"]
+    kl = "reverse_kl_to_teacher"
+    assert briefed["student"][kl] != plain["student"][kl]
 
 
 def test_where_there_are_references_half_of_the_requests_learn_from_them(tmp_path):

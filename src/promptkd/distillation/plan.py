@@ -209,9 +209,12 @@ class _Builder:
         )
 
     def _teacher_section(self) -> dict[str, Any]:
-        """The teacher as students learn from it, with what only it reads."""
-        system = {"system": self.order.context} if self.order.context else {}
-        return {"model": self.teacher, **system}
+        """The teacher as students learn from it."""
+        return {"model": self.teacher, **self._briefing()}
+
+    def _briefing(self) -> dict[str, Any]:
+        """What only the teacher reads."""
+        return {"system": self.order.context} if self.order.context else {}
 
     def place(self, stage: str) -> str:
         return str(self.order.output / stage)
@@ -247,6 +250,7 @@ class _Builder:
             "data": str(self.order.output / "data" / f"{rows}.jsonl"),
             "seeds": [10],
             **more,
+            **self._briefing(),
             **self._asking(),
             "output": self.place(name),
         }

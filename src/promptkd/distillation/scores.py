@@ -1,11 +1,14 @@
 """Several models on one data set by one protocol, as a table."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from promptkd.config import TeacherSection
 from promptkd.data import Encoder, evaluation_set, read_examples
-from promptkd.evaluation.evaluate import evaluate
+from promptkd.evaluation.evaluate import answer
+from promptkd.evaluation.protocol import Protocol, Questions
 from promptkd.files import read_json
 from promptkd.models.loading import load_tokenizer
 from promptkd.report.savings import Savings
@@ -25,19 +28,32 @@ def score_models(
     data: str,
     output: str,
     *,
+    system: str | None = None,
+    seeds: Sequence[int],
+    num_examples: int,
     teacher: str = "",
     **asked: Any,
 ) -> dict[str, dict[str, Any]]:
     """Each model's evaluation, as its NAME.json has it; by label.
 
-    What is already there from an interrupted call isn't measured again.
+    What is already there from an interrupted call isn't measured again. ``system``: a message that
+    only "teacher" reads, when it answers and when the others are compared with it.
     """
+    protocol = Protocol.of(None, asked)
+    if system is not None:
+        name = models["teacher"]
+        briefed = TeacherSection(model=name, system=system)
+        protocol = replace(protocol, teacher=briefed, teacher_model=name)
+    questions = Questions.of(
+        data, protocol, seeds=seeds, num_examples=num_examples, teacher=teacher
+    )
     found = {}
     for label, model in models.items():
         place = Path(output) / label
         record = read_json(place / f"{Path(data).stem}.json", [])
         if record is None:
-            record = evaluate(model, data, teacher=teacher, output=place, **asked)
+            is_teacher = label == "teacher"
+            (record,) = answer(model, questions, place, by_teacher=is_teacher).values()
         found[label] = record
     return found
 

@@ -1,5 +1,6 @@
-"""Faster CPU matmuls for a handful of tokens: generation in 12 % (bf16) to 27 % (fp32) less time.
+"""Faster CPU matmuls for a handful of tokens: whole bf16 steps 1.1 times as fast.
 
+Generation alone takes 12 % (bf16) to 27 % (fp32) less time (benchmarks/kernel_gains.py for steps).
 Every generated token reads every weight, and torch's ``linear`` reaches a quarter of the memory's
 speed. One with weights laid out anew takes half to nine tenths of the time; where they
 can't be, because they are about to learn, fp32 gains nearly as much by a product cut into blocks of
