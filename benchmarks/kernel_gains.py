@@ -2,7 +2,8 @@
 
 8 requests x 128 new tokens, ``with_student``, written by the transformers engine; a process for
 each side, which takes one kernel out before the models are prepared. Without ours, attention is
-transformers' ``sdpa`` over padded rows. ``times_faster``: with it. Writes results/kernel_gains.*.json.
+transformers' ``sdpa`` over padded rows. ``times_faster``: with
+it. Writes results/kernel_gains.*.json.
 """
 
 from collections.abc import Callable
