@@ -25,7 +25,6 @@ from promptkd.evaluation.exposure_curves import (
     exposure_curve,
     exposure_intervals,
 )
-from promptkd.evaluation.finished_run import load_run
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.models.language_model import LanguageModel
@@ -288,24 +287,6 @@ def test_the_authors_option_of_a_run_blocks_repeated_6_grams_in_a_file_of_its_ow
     assert result["decoding"]["no_repeat_ngram_size"] == 6
     assert result["num_examples"] == 3
     assert len(result["error_bar"]) == len(result["excess"]) == NUM_STEPS
-
-
-def test_the_curve_in_training_is_the_curve_of_the_run(run):
-    expected = exposure_bias(run, seeds=(7,))
-    finished = load_run(run, "this test")
-    data = evaluation_set(read_examples(finished.recipe.data.validation), finished.encoder)
-    decoding = finished.decoding()
-    by_teacher = write(finished.teacher, data, (7,), decoding=decoding)
-    engine = TransformersEngine(finished.student, finished.stop)
-    own = generate_responses(engine, data, decoding, (7,))
-    curve = curve_in_training(
-        own,
-        by_teacher,
-        finished.student,
-        finished.teacher,
-        num_steps=decoding.max_new_tokens,
-    )
-    assert curve.to_dict()["excess"] == pytest.approx(expected["excess"])
 
 
 def measuring_every_two_steps(directory):
