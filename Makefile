@@ -43,8 +43,8 @@ lint: $(STAMP)  ## style, formatting and the direction of imports, without chang
 types: $(STAMP)  ## static types
 	$(BIN)/basedpyright
 
-test: $(STAMP)  ## the default tests
-	$(BIN)/python -m pytest
+test: $(STAMP)  ## the default tests, on all cores
+	$(BIN)/python -m pytest -n logical --maxprocesses 8 --dist worksteal
 
 fmt: $(STAMP)  ## format and mend what ruff can
 	$(BIN)/ruff check --fix .

@@ -93,7 +93,7 @@ class Command:
         assert self.process.pid is not None
         os.kill(self.process.pid, number)
 
-    def wait(self, seconds: float = 60) -> Outcome:
+    def wait(self, seconds: float = 300) -> Outcome:
         self.process.join(seconds)
         hangs = self.process.exitcode is None
         if hangs:
@@ -124,7 +124,7 @@ def train_on_ranks(
     directory.mkdir(parents=True, exist_ok=True)
     paths = [write_recipe(directory, raw, f"{index}.yaml") for index, raw in enumerate(recipes)]
     commands = start_on_ranks([EACH, *paths], directory, num_ranks)
-    return [command.wait(seconds=600) for command in commands]
+    return [command.wait(seconds=900) for command in commands]
 
 
 def start_on_ranks(
@@ -153,7 +153,7 @@ def start_on_ranks(
     ]
 
 
-def wait(condition: Callable[[], bool], seconds: float = 60) -> None:
+def wait(condition: Callable[[], bool], seconds: float = 300) -> None:
     """Until it holds, which must be within ``seconds``."""
     deadline = time.monotonic() + seconds
     while not condition():

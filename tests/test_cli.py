@@ -29,6 +29,7 @@ COMMANDS = (
     "study",
     "report",
     "generate",
+    "distill",
     "demo",
 )
 

@@ -1,4 +1,4 @@
-"""Every method keeps the same promises, on every architecture."""
+"""Every method keeps the same promises; what differs between models, on every architecture."""
 
 import json
 import math
@@ -32,6 +32,10 @@ VARIANTS = {
     "promptkd_with_prefix": {"name": "promptkd", "teacher": "prefix"},
     "gkd_with_text_prompt": {"name": "gkd", "teacher": "text_prompt"},
 }
+
+EVERYWHERE = ("promptkd", *VARIANTS, "minillm", "taid", "sdft")
+"""Every kind of teacher and of author, which meet the architecture; other methods differ in what
+is done with log-probabilities."""
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +95,14 @@ def options_of(name):
     return VARIANTS.get(name, {"name": name, **OPTIONS.get(name, {})})
 
 
-@pytest.mark.parametrize("architecture", tiny.ARCHITECTURES)
-@pytest.mark.parametrize("name", [*METHODS, *VARIANTS])
+@pytest.mark.parametrize(
+    ("name", "architecture"),
+    [
+        (name, architecture)
+        for name in [*METHODS, *VARIANTS]
+        for architecture in (tiny.ARCHITECTURES if name in EVERYWHERE else ("gpt2", "llama"))
+    ],
+)
 def test_method_moves_the_student_and_leaves_the_teachers_weights_alone(
     pairs, tmp_path, name, architecture
 ):
@@ -118,21 +128,12 @@ def test_method_moves_the_student_and_leaves_the_teachers_weights_alone(
         assert not torch.equal(value, before[name]), name
 
 
-@pytest.mark.parametrize(
-    ("name", "architecture"),
-    [
-        *((name, "llama") for name in METHODS),
-        *(
-            ("promptkd", architecture)
-            for architecture in tiny.ARCHITECTURES
-            if architecture != "llama"
-        ),
-    ],
-)
-def test_the_same_seed_gives_the_same_run_bit_for_bit(pairs, tmp_path, name, architecture):
+@pytest.mark.parametrize("architecture", [a for a in tiny.ARCHITECTURES if a != "llama"])
+def test_the_same_seed_gives_the_same_run_bit_for_bit(pairs, tmp_path, architecture):
+    """On llama, for every method, a run that was stopped equals one that wasn't, below."""
     first, second = tmp_path / "first", tmp_path / "second"
     for output in (first, second):
-        train(recipe(pairs[architecture], output, options_of(name)))
+        train(recipe(pairs[architecture], output, options_of("promptkd")))
     assert [row["loss"] for row in steps(first)] == [row["loss"] for row in steps(second)]
     for key, value in student(first).items():
         assert torch.equal(student(second)[key], value), key

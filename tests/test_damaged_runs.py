@@ -1,8 +1,11 @@
 """Damaged files of a finished run: a sentence that names the file, or the result of whole ones."""
 
+import contextlib
+import io
 import json
 import shutil
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -61,6 +64,21 @@ def place(tmp_path_factory) -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def undamaged(place, tmp_path_factory) -> Callable[[str], tuple[dict[str, object], str]]:
+    """The scores and the words of a command on the whole run; each is run once."""
+
+    @cache
+    def of(command: str) -> tuple[dict[str, object], str]:
+        run, said = tmp_path_factory.mktemp("whole") / "run", io.StringIO()
+        shutil.copytree(place / "run", run)
+        with contextlib.redirect_stdout(said):
+            assert typed(command, place, run) == 0
+        return results(run), said.getvalue().replace(str(run), "")
+
+    return of
+
+
 @pytest.fixture
 def damaged(place, tmp_path):
     """Damages a file of a copy of the run, which it gives."""
@@ -98,18 +116,16 @@ def results(run: Path) -> dict[str, object]:
     ("command", "name"), MATRIX, ids=lambda v: v.split()[0] if " " in v else Path(v).name
 )
 def test_a_command_on_a_damaged_file_is_refused_by_name_or_equal(
-    place, damaged, capfd, tmp_path, command, name
+    place, undamaged, damaged, capfd, command, name
 ):
-    shutil.copytree(place / "run", tmp_path / "whole")
-    assert typed(command, place, tmp_path / "whole") == 0
-    expected, said = results(tmp_path / "whole"), capfd.readouterr().out
+    expected, said = undamaged(command)
     for way in WAYS:
         run = damaged(name, way)
         code = typed(command, place, run)
         out, err = capfd.readouterr()
         if code == 0:
             assert results(run) == expected, way
-            assert out.replace(str(run), "") == said.replace(str(tmp_path / "whole"), ""), way
+            assert out.replace(str(run), "") == said, way
         else:
             sentence = err.rpartition("promptkd: ")[2]
             assert (code, "Traceback" in err) == (1, False), (way, err)

@@ -204,27 +204,12 @@ def test_the_template_none_is_the_text_alone():
     assert encoder("none").render(Example("Add.")) == "Add."
 
 
-def test_the_chat_template_is_the_tokenizers_own():
-    chat = encoder("chat", chat_template=True)
-
-    assert chat.render(Example("Add them.", "2")) == "user: Add them.\n\n2\nassistant: "
-    turns = (USER, ASSISTANT, {"role": "user", "content": "So?"})
-    assert chat.render(Example("So?", messages=turns)) == (
-        "user: Why?\nassistant: Because.\nuser: So?\nassistant: "
-    )
-
-
 def test_a_template_file_is_jinja_over_instruction_and_input(tmp_path):
     path = tmp_path / "quiz.jinja"
     path.write_text("Q: {{ instruction }}{% if input %} ({{ input }}){% endif %}\nA:\n")
 
     assert encoder(str(path)).render(Example("Why?", "hint")) == "Q: Why? (hint)\nA:\n"
     assert encoder(str(path)).render(Example("Why?")) == "Q: Why?\nA:\n"
-
-
-def test_the_chat_template_is_refused_for_a_tokenizer_without_one():
-    with pytest.raises(UserError, match="this tokenizer has no chat template"):
-        encoder("chat")
 
 
 def test_an_unknown_template_is_refused():
@@ -259,11 +244,14 @@ def test_a_template_file_that_leaves_out_the_input_is_refused_where_there_is_one
         encoder(str(path)).render(Example("Why?", "because"))
 
 
-def test_several_turns_need_the_chat_template():
-    turns = (USER, ASSISTANT, USER)
-
-    with pytest.raises(UserError, match=r"needs data\.template: chat"):
-        encoder("alpaca").render(Example("Why?", messages=turns))
+def test_template_files_run_in_a_sandbox(tmp_path):
+    path = tmp_path / "t.jinja"
+    path.write_text("{{ instruction.__class__.__mro__ }}")
+    with pytest.raises(UserError, match="fails"):
+        encoder(str(path)).render(Example("Why?"))
+    path.write_bytes("{{ instruction }} \xe9".encode("latin-1"))
+    with pytest.raises(UserError, match="is not UTF-8 text"):
+        encoder(str(path)).render(Example("Why?"))
 
 
 def test_a_response_ends_with_eos_unless_it_was_cut():

@@ -95,27 +95,22 @@ def test_the_same_command_on_a_finished_path_changes_nothing(whole, pair, tmp_pa
     assert runs.everything(output) == before
 
 
-@pytest.mark.parametrize(
-    "moment",
-    [
+def test_killed_in_every_stage_the_same_command_ends_as_if_it_had_not_been(whole, pair, tmp_path):
+    typed = arguments(pair, tmp_path / "out", "--layers", 2)
+    moments = (
         Moment("open", "3-warm-up.yaml"),
         Moment("open", "1-teacher-check.done.json"),
         Moment("os.rename", "student-init"),
-        Moment("os.rename", "step-000001"),
-        Moment("os.rename", "step-000001", 2),
+        Moment("os.rename", "warm-up/checkpoints/.writing-step-000001"),
+        Moment("os.rename", "promptkd/checkpoints/.writing-step-000001"),
         Moment("open", "5-scores.done.json"),
         Moment("open", "report.html"),
-    ],
-    ids=lambda moment: f"{moment.text} {moment.occurrence}",
-)
-def test_killed_in_any_stage_the_same_command_ends_as_if_it_had_not_been(
-    whole, pair, tmp_path, moment
-):
-    typed = arguments(pair, tmp_path / "out", "--layers", 2)
-    killed = runs.run(typed, tmp_path / "first", dies_at=moment)
-    assert killed.status == -9
-    assert not (tmp_path / "out" / "report.html").exists()
-    again = runs.run(typed, tmp_path / "second")
+    )
+    for moment in moments:
+        killed = runs.run(typed, tmp_path / "killed", dies_at=moment)
+        assert killed.status == -9, f"{moment.text}: {killed.stderr}"
+        assert not (tmp_path / "out" / "report.html").exists()
+    again = runs.run(typed, tmp_path / "again")
     assert again.status == 0, again.stderr
     for name in ("warm-up", "promptkd"):
         assert runs.result(tmp_path / "out" / name) == runs.result(whole[0] / name)

@@ -3,6 +3,7 @@
 import ast
 from collections import defaultdict
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -11,10 +12,10 @@ MANY_PARAMETERS = ("cli", "methods.py", "api.py")
 """Where parameters are the options of a command or of a method."""
 
 
-def trees(*folders: str) -> Iterator[tuple[str, ast.Module]]:
-    for folder in folders:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            yield str(path.relative_to(ROOT)), ast.parse(path.read_text())
+@cache
+def trees(*folders: str) -> list[tuple[str, ast.Module]]:
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    return [(str(path.relative_to(ROOT)), ast.parse(path.read_text())) for path in paths]
 
 
 def functions(*folders: str) -> Iterator[tuple[str, ast.FunctionDef]]:
@@ -35,6 +36,15 @@ def length_of_chain(node: ast.expr) -> int:
     while isinstance(node, ast.Attribute):
         length, node = length + 1, node.value
     return length
+
+
+def test_no_file_is_longer_than_one_can_read_at_a_time():
+    lengths = {
+        str(path.relative_to(ROOT)): len(path.read_text().splitlines())
+        for folder in ("src", "tests", "examples", "docs", "benchmarks")
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert {path: length for path, length in lengths.items() if length > 400} == {}
 
 
 def test_no_function_is_longer_than_a_screen():

@@ -75,8 +75,15 @@ def typed(place: Path, name: str, arguments: str, status: int) -> None:
     assert end.value.code == status
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda n: n.name)
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    ("name", "number"),
+    [
+        *((name, signal.SIGINT) for name in COMMANDS),
+        ("train", signal.SIGTERM),
+        ("evaluate", signal.SIGTERM),
+    ],
+    ids=lambda value: getattr(value, "name", value),
+)
 def test_a_signal_ends_a_command_in_a_sentence_with_nothing_half_written(
     place, capfd, name, number
 ):

@@ -8,12 +8,9 @@ import time
 import datasets
 import pytest
 
-import tiny
 from promptkd.config import ColumnsSection
 from promptkd.data import (
-    Encoder,
     Example,
-    evaluation_set,
     read_examples,
     read_noted,
 )
@@ -26,10 +23,6 @@ EXPECTED = [Example(f"Say {i}.", responses=(f"{i}.",)) for i in range(3)]
 def write(path, text):
     path.write_text(text, encoding="utf-8")
     return str(path)
-
-
-def encoder(tokenizer, template, **options):
-    return Encoder(tokenizer, template, 50, 50, template_options=options)
 
 
 def rows_of(tmp_path, *rows):
@@ -205,17 +198,6 @@ def test_half_a_character_in_any_text_of_a_row_is_refused(tmp_path, row):
         read_examples([path], teacher_context="notes" if "notes" in row else None)
 
 
-@pytest.mark.parametrize("place", ["in a turn", "after it"])
-def test_half_a_character_of_a_chat_template_is_refused(place):
-    tokenizer = tiny.tokenizer()
-    half = "{{ '\ud800' }}"
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}" + (
-        half + "{% endfor %}" if place == "in a turn" else "{% endfor %}" + half
-    )
-    with pytest.raises(UserError, match=r"holds \\ud800 alone"):
-        encoder(tokenizer, "chat").request_ids(Example("Why?"))
-
-
 def test_half_a_character_is_named_by_file_and_line(tmp_path):
     with pytest.raises(UserError, match=r"d\.jsonl:2: the text holds \\ud800 alone, half of a"):
         read_examples(
@@ -226,56 +208,6 @@ def test_half_a_character_is_named_by_file_and_line(tmp_path):
                 )
             ]
         )
-
-
-def test_a_template_that_refuses_a_conversation_is_quoted_with_file_and_line(tmp_path):
-    tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = (
-        "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-        "{{ messages[0].content }}"
-    )
-    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
-    examples = rows_of(tmp_path, {"messages": turns})
-    with pytest.raises(
-        UserError, match=r'd\.jsonl:1: .* refuses the turns system, user: "no system'
-    ):
-        evaluation_set(examples, encoder(tokenizer, "auto"))
-
-
-def test_auto_is_the_chat_template_where_there_is_one():
-    assert encoder(tiny.tokenizer(chat_template=True), "auto").template == "chat"
-    assert encoder(tiny.tokenizer(), "auto").template == "alpaca"
-
-
-def test_template_options_reach_the_chat_template():
-    tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = "{{ messages[0].content }}{% if thinking %} think{% endif %}"
-    chat = encoder(tokenizer, "chat", thinking=True)
-    assert chat.render(Example("Why?")) == "Why? think"
-
-
-def test_references_end_as_the_chat_template_ends_a_turn_and_only_once():
-    tokenizer = tiny.tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content }}<pad>\n{% endfor %}"
-        "{% if add_generation_prompt %}assistant: {% endif %}"
-    )
-    chat = encoder(tokenizer, "chat")
-    assert chat.eos_token_id == tiny.PAD
-    assert chat.response_ids("a")[-1] == tiny.PAD
-    assert chat.response_ids("a<eos>").count(tiny.EOS) == 0
-    assert encoder(tokenizer, "none").response_ids("a<eos>").count(tiny.EOS) == 1
-    quoting = evaluation_set([Example("What is <pad>?")], encoder(tokenizer, "none"))
-    assert "1 with special tokens in their texts" in quoting.summary()
-
-
-def test_template_files_run_in_a_sandbox(tmp_path):
-    path = write(tmp_path / "t.jinja", "{{ instruction.__class__.__mro__ }}")
-    with pytest.raises(UserError, match="fails"):
-        encoder(tiny.tokenizer(), path).render(Example("Why?"))
-    (tmp_path / "latin.jinja").write_bytes("{{ instruction }} \xe9".encode("latin-1"))
-    with pytest.raises(UserError, match="is not UTF-8 text"):
-        encoder(tiny.tokenizer(), str(tmp_path / "latin.jinja")).render(Example("Why?"))
 
 
 USER = {"role": "user", "content": "Why?"}

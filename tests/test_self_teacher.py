@@ -16,7 +16,7 @@ from promptkd import api
 from promptkd.divergences import generalized_jsd, kl
 from promptkd.errors import UserError
 from promptkd.evaluation.exposure_bias import exposure_bias
-from promptkd.methods import opcd
+from promptkd.methods import gkd, opcd
 from test_context import (
     BATCH,
     RATES,
@@ -198,8 +198,8 @@ def test_a_teacher_that_teaches_nothing_is_refused(pair, tmp_path, method, teach
 
 
 def test_opcd_is_gkd_over_a_teacher_that_must_know_more():
-    assert opcd().needs_context
-    assert BATCH == 4
+    assert opcd().terms == gkd().terms
+    assert (opcd().needs_context, gkd().needs_context) == (True, False)
 
 
 # -- lengths that grow

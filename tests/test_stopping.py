@@ -50,12 +50,20 @@ def last_step(output: Path) -> int:
     return step_of(saved_checkpoints(output / "checkpoints")[-1])
 
 
+@pytest.fixture(scope="module")
+def whole(pair, tmp_path_factory) -> dict[str, Any]:
+    """The result of a run that nobody stopped."""
+    return runs.result(runs.train(recipe(pair, tmp_path_factory.mktemp("whole") / "run")))
+
+
 @pytest.mark.parametrize(
     ("number", "status"),
     [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 128 + signal.SIGUSR1)],
     ids=lambda value: getattr(value, "name", ""),
 )
-def test_a_signal_saves_the_step_and_the_same_command_goes_on(pair, tmp_path, number, status):
+def test_a_signal_saves_the_step_and_the_same_command_goes_on(
+    pair, whole, tmp_path, number, status
+):
     raw = recipe(pair, tmp_path / "run")
     command = start(raw, tmp_path / "first", num_lines=3)
     command.kill(number)
@@ -68,8 +76,7 @@ def test_a_signal_saves_the_step_and_the_same_command_goes_on(pair, tmp_path, nu
     assert f"{said}; the same command goes on." in outcome.stderr
     assert "Traceback" not in outcome.stderr
     runs.train(raw)
-    whole = runs.train(recipe(pair, tmp_path / "whole"))
-    assert runs.result(tmp_path / "run") == runs.result(whole)
+    assert runs.result(tmp_path / "run") == whole
 
 
 def test_a_signal_to_one_rank_stops_all_of_them_with_everything_saved(pair, tmp_path):

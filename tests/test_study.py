@@ -1,8 +1,6 @@
 """Methods x seeds: validated before anything runs, never done twice, summed up in one table."""
 
-import contextlib
 import gzip
-import io
 import json
 import re
 import shutil
@@ -11,21 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import yaml
 
 import runs
 import tiny
-from promptkd.cli import main
 from promptkd.config import load_recipe
-from promptkd.errors import UserError
-from promptkd.evaluation.results import Evaluation, Prediction, Score
 from promptkd.evaluation.statistics import mean_and_deviation
-from promptkd.evaluation.two_levels import estimate, holm
-from promptkd.study.file import ScoringSection, Study, load_study, planned_runs, study_from_dict
-from promptkd.study.findings import Findings, Line
+from promptkd.evaluation.two_levels import estimate
+from promptkd.study.file import study_from_dict
 from promptkd.study.run import StudyScorer
-from promptkd.study.table import Failure, study_table
 from runs import Moment
+from studies import raw_study, save_models_and_data, study, write
 
 EXPLODING = {"optimizer": "sgd", "learning_rate": 1e30, "max_grad_norm": 1e30, "max_steps": 3}
 SCORES = ("held out.json", "held out.predictions.jsonl")
@@ -33,54 +26,7 @@ SCORES = ("held out.json", "held out.predictions.jsonl")
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory) -> Path:
-    directory = tmp_path_factory.mktemp("pair")
-    tiny.save_pair(directory)
-    tiny.write_data(directory / "train.jsonl", 6)
-    tiny.write_data(directory / "held_out.jsonl", 5)
-    tiny.write_data(directory / "other.jsonl", 2)
-    return directory
-
-
-def raw_study(pair: Path, output: Path, **changes: Any) -> dict[str, Any]:
-    """Two methods with two seeds, three steps each, scored on two data sets."""
-    steps = {"max_steps": 3, "learning_rate": 5e-2}
-    base = tiny.recipe(pair, data={"max_response_tokens": 12}, optimization=steps)
-    del base["method"], base["output"]
-    return {
-        "base": base,
-        "methods": {
-            "kd": {"method": {"name": "kd"}},
-            "gkd": {"method": {"name": "gkd"}, "optimization": {"learning_rate": 0.1}},
-        },
-        "seeds": [0, 1],
-        "evaluation": {
-            "suite": {"held out": f"{pair}/held_out.jsonl", "other": f"{pair}/other.jsonl"},
-            "seeds": [10, 20],
-            "num_examples": 4,
-        },
-        "baseline": "kd",
-        "output": str(output),
-        **changes,
-    }
-
-
-def write(place: Path, raw: dict[str, Any]) -> str:
-    path = place / "study.yaml"
-    path.write_text(yaml.safe_dump(raw, sort_keys=False))
-    return str(path)
-
-
-def study(place: Path, raw: dict[str, Any]) -> runs.Outcome:
-    """Run the command with a study file in ``place``."""
-    stdout, stderr = io.StringIO(), io.StringIO()
-    with (
-        contextlib.redirect_stdout(stdout),
-        contextlib.redirect_stderr(stderr),
-        pytest.raises(SystemExit) as end,
-    ):
-        main(["study", write(place, raw)])
-    assert isinstance(end.value.code, int)
-    return runs.Outcome(end.value.code, stdout.getvalue(), stderr.getvalue())
+    return save_models_and_data(tmp_path_factory.mktemp("pair"))
 
 
 def models_and_scores(output: Path) -> dict[str, tuple[str, int]]:
@@ -425,236 +371,3 @@ def test_a_run_that_fails_leaves_the_others_and_only_changed_rows_are_scored_aga
     anew = {name for name in before if after[name] != before[name]}
     places = ("gkd/seed-3/evaluation", "start", "teacher")
     assert anew == {f"{place}/{name}" for place in places for name in SCORES}
-
-
-# -- what is refused before anything is written
-
-
-@pytest.mark.parametrize(
-    ("changes", "complaint"),
-    [
-        (
-            {"methods": {"kd": {"method": {"name": "kd"}}, "p": {"method": {"lenght": 3}}}},
-            "methods.p: unknown key 'method.lenght'; did you mean 'length'?",
-        ),
-        (
-            {"methods": {"kd": {"method": {"name": "kdd"}}}, "baseline": "start"},
-            "methods.kd: unknown method 'kdd'; did you mean 'kd'?",
-        ),
-        (
-            {"evaluation": {"suite": {"a": "/nowhere/a.jsonl"}}},
-            "/nowhere/a.jsonl",
-        ),
-    ],
-)
-def test_a_study_that_cannot_work_writes_nothing(pair, tmp_path, changes, complaint):
-    outcome = study(tmp_path, raw_study(pair, tmp_path / "study", **changes))
-
-    assert outcome.status == 1
-    assert complaint in outcome.stderr
-    assert not (tmp_path / "study").exists()
-
-
-def test_several_processes_are_told_how_to_share_a_study(pair, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    outcome = study(tmp_path, raw_study(pair, tmp_path / "study"))
-
-    assert outcome.status == 1
-    assert f"beside its directory ({tmp_path}/study/LABEL/seed-N.yaml)" in outcome.stderr
-    assert not (tmp_path / "study").exists()
-
-
-def test_what_a_run_would_find_before_its_first_step_is_found_before_the_first_run(pair, tmp_path):
-    raw = raw_study(pair, tmp_path / "study")
-    raw["base"]["data"]["train"] = str(tiny.write_data(tmp_path / "t.jsonl", 4, with_output=False))
-    raw["methods"] = dict(reversed(raw["methods"].items()))
-    outcome = study(tmp_path, raw)
-
-    assert outcome.status == 1
-    assert "methods.kd: The method 'kd' learns from reference responses" in outcome.stderr
-    assert not (tmp_path / "study").exists()
-
-
-@pytest.mark.parametrize(
-    ("changes", "complaint"),
-    [
-        ({"baseline": "gdk"}, "baseline is 'gdk'; did you mean 'gkd'?"),
-        ({"baselin": "kd"}, "unknown key 'baselin'; did you mean 'baseline'?"),
-        ({"seed": 1}, "unknown key 'seed'; did you mean 'seeds'?"),
-        ({"seeds": [1, 1]}, "'seeds' is [1, 1]: a seed stands there twice"),
-        ({"seeds": []}, "'seeds' is []: "),
-        (
-            {"evaluation": {"suite": {"a": "a"}, "num_exampels": 3}},
-            "unknown key 'evaluation.num_exampels'; did you mean 'num_examples'?",
-        ),
-        ({"evaluation": {"suite": {"a": 3}}}, "'evaluation.suite': 'a' is 3, which is no data"),
-        ({"evaluation": {"suite": {"a/b": "a"}}}, "'a/b' names files of scores"),
-        ({"evaluation": {}}, "'evaluation.suite' is missing from the study file"),
-        ({"methods": {"kd": {}}}, "'methods.kd.method' is missing"),
-        ({"methods": {"teacher": {"method": {"name": "kd"}}}}, "can't have this label"),
-        ({"methods": {"a/b": {"method": {"name": "kd"}}}}, "can't have this label"),
-        (
-            {"methods": {"kd": {"method": {"name": "kd"}, "optimization": {"lr": 1}}}},
-            "unknown key 'methods.kd.optimization.lr'; did you mean 'learning_rate'?",
-        ),
-        (
-            {"methods": {"kd": {"method": {"name": "kd"}, "seed": 1}}},
-            "'methods.kd.seed': the study decides it, by its 'seeds'",
-        ),
-        (
-            {"methods": {"kd": {"method": {"name": "kd"}, "student": {"model": "other"}}}},
-            "'methods.kd.student.model' is 'other', the base's is ",
-        ),
-        ({"base": {"student": {"model": "s"}}}, "'base.data' is missing from the recipe"),
-        ({"base": {"seed": 1}}, "'base.seed': the study decides it, by its 'seeds'"),
-        ({"base": "none.yaml"}, "Recipe none.yaml: No such file"),
-    ],
-)
-def test_a_wrong_study_file_is_refused_when_read(pair, changes, complaint):
-    with pytest.raises(UserError) as refusal:
-        study_from_dict(raw_study(pair, Path("study"), **changes))
-    assert complaint in str(refusal.value)
-
-
-# -- the study file
-
-
-def test_a_base_may_be_a_recipe_file_and_methods_change_parts_of_it(pair, tmp_path):
-    recipe = tiny.recipe(pair, method={"name": "sft"}, output="runs/sft", seed=9)
-    (tmp_path / "suite.yaml").write_text("a: a.jsonl\n")
-    raw = raw_study(pair, Path("runs/study"), base=runs.write_recipe(tmp_path, recipe))
-    raw["evaluation"] = {"suite": str(tmp_path / "suite.yaml")}
-    loaded = load_study(write(tmp_path, raw))
-
-    planned = planned_runs(loaded)
-    assert [run.name for run in planned] == [
-        "kd, seed 0",
-        "gkd, seed 0",
-        "kd, seed 1",
-        "gkd, seed 1",
-    ]
-    kd, gkd = planned[0].recipe, planned[1].recipe
-    assert (gkd.method.name, gkd.seed, gkd.output) == ("gkd", 0, "runs/study/gkd/seed-0")
-    assert (kd.optimization.learning_rate, gkd.optimization.learning_rate) == (1e-2, 0.1)
-    assert gkd.optimization.max_steps == recipe["optimization"]["max_steps"]
-    assert loaded.evaluation.seeds == (10, 20, 30, 40, 50)
-    assert loaded.evaluation.suite == {"a": ["a.jsonl"]}
-
-
-def test_the_study_page_shows_every_key_with_its_default():
-    page = (Path(__file__).parents[1] / "docs" / "study.md").read_text()
-    (block,) = re.findall(r"(?ms)^```yaml study\n(.*?)^```$", page)
-    written = yaml.safe_load(block)
-    study_from_dict(written)
-    assert written.keys() == Study.model_fields.keys()
-    assert written["evaluation"].keys() == ScoringSection.model_fields.keys()
-    free = {line.split(":")[0].strip() for line in block.splitlines() if "# example" in line}
-    for section, model in ((written, Study), (written["evaluation"], ScoringSection)):
-        for key, field in model.model_fields.items():
-            if not field.is_required() and key not in free:
-                value = section[key]
-                assert (tuple(value) if isinstance(value, list) else value) == field.default, key
-
-
-# -- the table
-
-
-def line(label: str, *shifts: float, role: str = "run") -> Line:
-    """Twenty requests; every training seed answers as the one before, better by its shift."""
-    base = [10.0 + (7 * i) % 20 for i in range(20)]
-    evaluations = []
-    for shift in shifts:
-        values = [value + shift for value in base]
-        rows = tuple(
-            Prediction(
-                index=i,
-                seed=1,
-                request="q",
-                response="a",
-                references=("r",),
-                num_tokens=1,
-                ended=True,
-                scores={"rouge_l": value},
-            )
-            for i, value in enumerate(values)
-        )
-        evaluation = Evaluation(
-            name="data",
-            model=label,
-            data=("data.jsonl",),
-            num_examples=20,
-            template="none",
-            max_request_tokens=24,
-            decoding={},
-            seeds=(1,),
-            scores={"rouge_l": Score(mean=sum(values) / 20)},
-            predictions=rows,
-        )
-        evaluations.append({"data": evaluation})
-    seeds = tuple(range(len(shifts))) if role == "run" else ()
-    return Line(label, role, seeds, tuple(evaluations))
-
-
-def rows_of(*lines: Line, baseline: str) -> dict[str, tuple[str, ...]]:
-    found = Findings.of(lines, ["data"], baseline)
-    table = study_table(found, 2, [Failure("c", 1, "it is broken.")])
-    assert table.caption.endswith("Failed: c, seed 1: it is broken.")
-    return {
-        row[0].text: tuple(f"{cell.text} {cell.detail}".strip() for cell in row[1:])
-        for row in table.rows
-    }
-
-
-def test_only_a_difference_clear_of_zero_over_training_seeds_too_is_called_one():
-    """Every request gains the same, so that only the training seeds' spread is left."""
-    start = line("start", 0, role="start")
-    lines = line("a", 2.9, 3.1), line("b", 1, 3), line("c", 2), start
-    rows = rows_of(*lines, baseline="start")
-
-    assert rows["a"][:2] == ("2", rows["a"][1])
-    assert rows["a"][1].startswith("22.5 ± 0.1 [")
-    assert rows["a"][2] == "+3.0 [1.7, 4.3] p 0.042"
-    assert rows["b"][2] == "+2.0 [−10.7, 14.7] not established"
-    assert rows["c"][:2] == ("1 of 2", rows["c"][1])
-    assert rows["c"][2] == "+2.0 [2.0, 2.0] p < 0.001"
-    assert "±" not in rows["c"][1]
-    assert rows["start"] == ("–", rows["start"][1], "–", "–")
-
-
-def test_verdicts_are_corrected_over_the_methods_and_not_over_start_and_teacher():
-    start, teacher = line("start", -9, role="start"), line("teacher", 9, role="teacher")
-    lines = line("a", 2.9, 3.1), line("b", 0.1, 0.3, 0), line("c", 5, 5.1), line("base", 0, 0.1)
-    found = Findings.of([*lines, start, teacher], ["data"], "base")
-    gains = {label: own["rouge_l"] for label, own in found.gains.items()}
-
-    assert gains["start"].p_corrected is gains["teacher"].p_corrected is None
-    methods = [gains[label] for label in "abc"]
-    assert [g.p_corrected for g in methods] == holm([g.estimate.p_value for g in methods])
-    assert {g.num_comparisons for g in methods} == {3}
-    assert gains["b"].estimate.num_seeds == 2, "those that both were trained with"
-    for gain in methods:
-        assert gain.detectable == gain.estimate.detectable(3)
-    caption = study_table(found, 2, []).caption
-    assert "at level 0.05 / 3: " in caption
-
-
-def test_a_baseline_whose_runs_all_failed_leaves_nothing_to_compare():
-    rows = rows_of(line("a", 1, 3), line("b"), baseline="b")
-
-    assert rows["b"] == ("0 of 2", "–", "–", "–")
-    assert rows["a"][2] == "not comparable"
-
-
-def test_a_method_is_bold_only_if_it_is_clear_of_every_other():
-    lines = line("a", 2, 2.1), line("b", 0, 0.1), line("teacher", 9, role="teacher")
-    table = study_table(Findings.of(lines, ["data"], "b"), 2, [])
-    assert [row[0].text for row in table.rows if any(cell.best for cell in row)] == ["a"]
-    equal = study_table(Findings.of([*lines, line("c", 2, 2.2)], ["data"], "b"), 2, [])
-    assert not any(cell.best for row in equal.rows for cell in row)
-
-
-def test_the_interval_of_a_share_ends_where_shares_end():
-    found = Findings.of([line("a", 70, 40), line("b", 0, 1)], ["data"], "b")
-    scores = found.scores["a"]
-    assert scores is not None
-    assert scores["rouge_l"].interval_95 == (0.0, 100.0)

@@ -106,16 +106,16 @@ def test_tools_need_the_chat_template():
 
 
 @pytest.mark.parametrize(
-    ("fault", "verb"),
+    ("fault", "said"),
     [
-        ("{{ 1 / 0 }}", "fails on"),
-        ("{{ messages[9].content }}", "fails on"),
-        ("{% for m in messages %}", "fails on"),
-        ("{{ raise_exception('never') }}", "refuses"),
+        ("{{ 1 / 0 }}", "fails on the turns user"),
+        ("{{ messages[9].content }}", "fails on the turns user"),
+        ("{% for m in messages %}", "fails on the turns user"),
+        ("{{ raise_exception('never') }}", 'refuses the turns user: "never'),
     ],
 )
-def test_whatever_a_chat_template_raises_is_quoted_with_file_and_line(fault, verb):
-    with pytest.raises(UserError, match=rf"d\.jsonl:7: the chat template {verb} the turns user"):
+def test_whatever_a_chat_template_raises_is_quoted_with_file_and_line(fault, said):
+    with pytest.raises(UserError, match=rf"d\.jsonl:7: the chat template {said}"):
         encoder(fault).render(Example("Why?", messages=(USER,), where="d.jsonl:7"))
 
 
@@ -229,3 +229,49 @@ def test_a_run_renders_its_requests_as_of_the_day_it_began(tmp_path):
 def test_a_mark_of_the_byte_order_is_no_part_of_a_request(tmp_path):
     (tmp_path / "t.jinja").write_bytes("\ufeffQ: {{ instruction }}".encode())
     assert encoder(None, str(tmp_path / "t.jinja")).render(SINGLE) == "Q: Why?"
+
+
+@pytest.mark.parametrize("place", ["in a turn", "after it"])
+def test_half_a_character_of_a_chat_template_is_refused(place):
+    half = "{{ '\ud800' }}"
+    template = "{% for m in messages %}{{ m.content }}" + (
+        half + "{% endfor %}" if place == "in a turn" else "{% endfor %}" + half
+    )
+    with pytest.raises(UserError, match=r"holds \\ud800 alone"):
+        encoder(template).request_ids(SINGLE)
+
+
+def test_auto_is_the_chat_template_where_there_is_one():
+    assert encoder(TURNS).template == "chat"
+    assert encoder(None).template == "alpaca"
+
+
+def test_the_chat_template_is_the_tokenizers_own():
+    chat = encoder(tiny.CHAT_TEMPLATE)
+    assert chat.render(Example("Add them.", "2")) == "user: Add them.\n\n2\nassistant: "
+    turns = (USER, {"role": "assistant", "content": "So."}, {"role": "user", "content": "So?"})
+    assert chat.render(Example("So?", messages=turns)) == (
+        "user: Why?\nassistant: So.\nuser: So?\nassistant: "
+    )
+
+
+def test_several_turns_need_the_chat_template():
+    turns = (USER, {"role": "assistant", "content": "So."}, USER)
+    with pytest.raises(UserError, match=r"needs data\.template: chat"):
+        encoder(None, "alpaca").render(Example("Why?", messages=turns))
+
+
+def test_template_options_reach_the_chat_template():
+    thinks = "{{ messages[0].content }}{% if thinking %} think{% endif %}"
+    assert encoder(thinks, thinking=True).render(SINGLE) == "Why? think"
+
+
+def test_references_end_as_the_chat_template_ends_a_turn_and_only_once():
+    chat = encoder(TURNS + ASSISTANT)
+    assert chat.eos_token_id == tiny.PAD
+    assert chat.response_ids("a")[-1] == tiny.PAD
+    assert chat.response_ids("a<eos>").count(tiny.EOS) == 0
+    plain = encoder(None, "none")
+    assert plain.response_ids("a<eos>").count(tiny.EOS) == 1
+    quoting = evaluation_set([Example("What is <pad>?")], plain)
+    assert "1 with special tokens in their texts" in quoting.summary()
