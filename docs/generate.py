@@ -194,7 +194,13 @@ def summary(path: Path) -> str:
 
 
 FACTORS = {"times_faster", "against_generate", "against_gkd"}
-SHARES = {"share_of_peak", "against_authors_order", "against_trl", "against_whole_logits"}
+SHARES = {
+    "share_of_peak",
+    "against_authors_order",
+    "against_trl",
+    "against_whole_logits",
+    "of_forecast",
+}
 PRECISIONS = ("bf16", "fp32")
 
 

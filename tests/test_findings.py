@@ -120,6 +120,7 @@ def test_a_forecast_adds_up_steps_evaluations_and_saving():
         seconds_checkpoint=4,
         bytes_checkpoint=1000,
         bytes_student=250,
+        seconds_loading=7,
     )
     schedule = Schedule(max_steps=100, evaluation_every=40, checkpoint_every=50, checkpoints_kept=1)
     expected = forecast(measured, schedule)
@@ -127,7 +128,7 @@ def test_a_forecast_adds_up_steps_evaluations_and_saving():
     assert expected.seconds_steps == 10 + 99 * 2
     assert expected.seconds_evaluations == (1 + 3) * 30  # before, after 40, 80 and 100
     assert expected.seconds_saving == 2 * 4 + 3 * 0.25 * 4
-    assert expected.seconds == 208 + 120 + 11
+    assert expected.seconds == 7 + 208 + 120 + 11
     assert expected.bytes_disk == 2 * 1000 + 2 * 250
 
 
@@ -139,8 +140,8 @@ def test_the_forecast_of_a_rehearsal_is_of_the_order_of_what_the_run_takes(tmp_p
     raw["data"] |= {"validation": str(tmp_path / "valid.jsonl")}
     recipe, method = recipe_from_dict(raw), build_method("promptkd")
     expected = Trainer(recipe, method).rehearse()["forecast"]
-    trainer = Trainer(recipe, method)
     started = time.perf_counter()
+    trainer = Trainer(recipe, method)
     trainer.run()
     took = time.perf_counter() - started
     said = json.loads((tmp_path / "run" / "summary.json").read_text())

@@ -4,6 +4,7 @@ Keys follow Hugging Face's names where one exists. Defaults are those of PromptK
 (arXiv:2402.12842, appendix A and the authors' script) unless a field says otherwise.
 """
 
+import os
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -328,6 +329,11 @@ class Recipe(Section):
     tracking: tuple[Tracker, ...] = Field(default=(), description="accelerate's trackers")
     seed: int = Field(default=0, ge=0, lt=2**32)
     output: Name
+
+    @field_validator("output")
+    @classmethod
+    def _at_home(cls, value: str) -> str:
+        return os.path.expanduser(value)
 
     @model_validator(mode="after")
     def _one_reader_per_column(self) -> "Recipe":

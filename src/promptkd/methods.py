@@ -372,8 +372,10 @@ def build_method(name: str, **options: Any) -> Method:
         method = checked(**options)
     except ValidationError as error:
         raise UserError(option_faults(error, "method.")) from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"method '{name}': {error}") from None
+    except (ValueError, TypeError, UserError) as error:
+        blamed = [f"method.{key}" for key, value in options.items() if f"'{value}'" in str(error)]
+        key = blamed[0] if len(blamed) == 1 else f"method '{name}'"
+        raise UserError(f"{key}: {error}") from None
     if not isinstance(method, Method):
         raise UserError(f"method '{name}' returned {type(method).__name__}, not a promptkd Method.")
     return method

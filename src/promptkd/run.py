@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from promptkd.config import Recipe, load_recipe
+from promptkd.errors import UserError
 from promptkd.files import read_json, read_json_lines
 
 Place = str | os.PathLike[str]
 """Of a run: its directory, or the run itself."""
+LEFT = ("environment.json", "metrics.jsonl", "summary.json", "student", "evaluation", "checkpoints")
+"""What a run that has begun leaves beside its recipe."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,18 @@ class TrainedRun:
         if isinstance(place, cls):
             return place
         return cls(Path(place), load_recipe(Path(place) / "recipe.yaml"))
+
+    @classmethod
+    def finished(cls, place: Place) -> "TrainedRun":
+        """The same of a run that has a student.
+
+        Raises:
+            UserError: saying what stands there instead.
+        """
+        path = Path(place)
+        if lacking := lacks_of_run(path, finished=True):
+            raise UserError(f"{path} is not a finished run: {lacking}.")
+        return cls.of(place)
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -87,3 +102,37 @@ class TrainedRun:
 
     def __repr__(self) -> str:
         return f"{self.recipe.method.name} run in {self.path}: {self.outcome}"
+
+
+def lacks_of_run(path: Path, *, finished: bool = False) -> str:
+    """Why a path is no run, or no finished one, and what to name instead; "" if it is."""
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        return f"it {what}. Name a run's directory"
+    if (path / "recipe.yaml").is_file():
+        again = f"promptkd train {path / 'recipe.yaml'}"
+        if not any((path / name).exists() for name in LEFT):
+            return f"it has a recipe and nothing else, so it hasn't begun. Begin it: {again}"
+        if finished and not (path / "student").is_dir():
+            return f"it has no student/ yet. Let its training finish: {again}"
+        if finished and not any((path / "student").iterdir()):
+            return "its student/ is empty. Put a copy of it back, or train the run again"
+        return ""
+    if runs := runs_in(path):
+        several = f"{len(runs)} runs, such as {runs[0]}" if len(runs) > 1 else f"the run {runs[0]}"
+        return f"it has no recipe.yaml, but holds {several}. Name that"
+    around = next(filter(_begun, path.absolute().parents), None)
+    if around:
+        return f"it is a part of the run {around}. Name that"
+    if (path / "config.json").is_file():
+        return "it is a model (config.json), and no run was made here (no recipe.yaml)"
+    return "it has no recipe.yaml. Name a directory that was made by promptkd train"
+
+
+def runs_in(path: Path) -> list[Path]:
+    """The runs of a study, of a whole path, or of any directory of runs."""
+    return [place for depth in ("*", "*/*") for place in sorted(path.glob(depth)) if _begun(place)]
+
+
+def _begun(path: Path) -> bool:
+    return (path / "recipe.yaml").is_file() and (path / "environment.json").is_file()

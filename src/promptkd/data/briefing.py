@@ -14,7 +14,7 @@ import jinja2
 
 from promptkd.config import TeacherSection
 from promptkd.data.examples import Example, Turn
-from promptkd.data.templates import SANDBOX, chat_turns, render
+from promptkd.data.templates import AS_IT_IS, SANDBOX, chat_turns, line_of
 from promptkd.errors import UserError
 
 DEFAULT_TEMPLATE = (
@@ -33,10 +33,12 @@ class Briefing:
         system: stands before the row's own system message, if it has one.
         template: Jinja text over ``VARIABLES``: ``request`` is instruction and input together,
             ``response`` the first reference. What isn't there is empty.
+        file: the template's, if it is one.
     """
 
     system: str = ""
     template: str = "{{ request }}"
+    file: str = ""
 
     @classmethod
     def of(cls, section: TeacherSection) -> "Briefing":
@@ -45,12 +47,14 @@ class Briefing:
         Raises:
             UserError: for a file that isn't there, and for what is no template.
         """
+        own, file = section.context_template, ""
         template = DEFAULT_TEMPLATE if section.context else "{{ request }}"
-        if section.context_template is not None:
-            template = _text_or_file(section.context_template, "teacher.context_template")
-        _compiled(template)
+        if own is not None:
+            template = _text_or_file(own, "teacher.context_template")
+            file = own if template != own else ""
+        _compiled(template, file)
         system = "" if section.system is None else _text_or_file(section.system, "teacher.system")
-        return cls(system.strip(), template)
+        return cls(system.strip(), template, file)
 
     def example(self, example: Example) -> Example:
         """The row as the teacher is asked it; the row itself where nothing is added.
@@ -60,7 +64,7 @@ class Briefing:
         """
         turns = example.messages
         last = max((i for i, turn in enumerate(turns) if turn["role"] == "user"), default=None)
-        plain = render("none", replace(example, messages=(), tools=()))
+        plain = AS_IT_IS.render(replace(example, messages=(), tools=()))
         asked = plain if last is None else turns[last]["content"]
         written = self._user_turn(example, asked)
         if written != asked:
@@ -77,10 +81,11 @@ class Briefing:
             "response": example.responses[0] if example.responses else "",
         }
         try:
-            written = _compiled(self.template).render(**values)
+            written = _compiled(self.template, self.file).render(**values)
         except Exception as error:  # the template is the user's program and may raise anything
+            said = str(error) or type(error).__name__
             raise UserError(
-                f"{example.at}teacher.context_template fails: {error}. It may use "
+                f"{example.at}{_called(self.file, error)} fails: {said}. It may use "
                 f"{', '.join(VARIABLES)}."
             ) from None
         if not written.strip():
@@ -106,13 +111,19 @@ def _with_turn(turns: tuple[Turn, ...], place: int | None, text: str) -> tuple[T
 
 
 @cache
-def _compiled(text: str) -> jinja2.Template:
+def _compiled(text: str, file: str) -> jinja2.Template:
     try:
         return SANDBOX.from_string(text)
-    except jinja2.TemplateError as error:
+    except Exception as error:  # Jinja's own, and what Python says of the code made of it
         raise UserError(
-            f"teacher.context_template is no Jinja template: {error}. As in {DEFAULT_TEMPLATE!r}."
+            f"{_called(file, error)} is no Jinja template: {error}. As in {DEFAULT_TEMPLATE!r}."
         ) from None
+
+
+def _called(file: str, error: Exception) -> str:
+    """The template's key, its file and the line."""
+    place = f" {file}{line_of(error)}" if file else ""
+    return f"teacher.context_template{place}"
 
 
 def _text_or_file(given: str, key: str) -> str:
@@ -121,15 +132,18 @@ def _text_or_file(given: str, key: str) -> str:
     Raises:
         UserError: for what looks like the name of a file, and isn't there or isn't text.
     """
-    is_name = len(given) < 256 and not any(mark in given for mark in "\n{ ")
-    path = Path(given).expanduser()
+    is_line = len(given) < 256 and not any(mark in given for mark in "\n{")
+    path = Path(given)
     try:
-        if is_name and path.is_file():
+        path = path.expanduser() if is_line else path
+        if is_line and path.is_file():
             return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{key} {given} is not UTF-8 text. Save it as UTF-8.") from None
-    except OSError as error:
-        raise UserError(f"{key} {given} can't be read: {error.strerror}.") from None
-    if is_name and (path.suffix or "/" in given):
-        raise UserError(f"{key} {given} does not exist. Name a text file, or write the text here.")
+    except (OSError, RuntimeError) as error:  # the latter of a ~user that isn't there
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{key} {given} can't be read: {reason}.") from None
+    if is_line and " " not in given and (path.suffix or "/" in given):
+        what = "is no file" if path.exists() else "does not exist"
+        raise UserError(f"{key} {given} {what}. Name a text file, or write the text here.")
     return given

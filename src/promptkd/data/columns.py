@@ -45,9 +45,15 @@ CARRIERS = {name for names in KNOWN.values() for name in names} | {
     ),
     *("system_message", "system_instruction", "persona", "dialogue", "dialog", "turns", "body"),
     *("inputs", "outputs", "targets", "responses", "completions", "references", "conversations"),
+    *("chat_history", "conversation_history", "previous_messages", "developer", "preamble"),
+    *("instructions", "task_description", "definition", "explanation", "chain_of_thought", "cot"),
+    *("user", "assistant", "human", "tool_calls", "function_call", "available_tools"),
 }
 """Columns that carry a part of the request or of its reference, whatever their case: used, or
 refused by name."""
+
+SPEAKERS = {"request": "user", "response": "assistant", "system": "system"}
+"""Whose words a part of a row is, where it may stand in a conversation again."""
 
 LAYOUTS = (
     "instruction (input or context, output or response), prompt (completion), question (answer), "
@@ -98,10 +104,10 @@ class ColumnReader:
         known = {*parts.values(), *self.columns.ignore, self.teacher_context}
         left = [c for c in row if c not in known]
         left = [column for column in left if not _is_empty(row[column])]
-        read = "\n".join(example.texts())
         for column in left:
             says = not isinstance(row[column], (int, float))  # a number is no text
-            if says and str(column).casefold() in CARRIERS and not _within(row[column], read):
+            name = str(column).casefold()
+            if says and name in CARRIERS and not _is_repeated(name, row[column], example):
                 raise _lost(where, column, "the request is read without it")
         self.unread.update(left)
         return example
@@ -193,7 +199,7 @@ class ColumnReader:
         answers = _responses(responses, where)
         if isinstance(request, str) and not {"system", "history", "tools"} & {*parts}:
             return Example(request, context, answers, where=where)
-        turns = [*history_turns(values.get("history", []), where), *turns]
+        turns = [*history_turns(values.get("history", []), where, self.unread), *turns]
         turns = _with_system(turns, values.get("system"), where)
         return conversation(turns, answers, _tools(values.get("tools"), where), where)
 
@@ -213,9 +219,15 @@ def _is_empty(value: Any) -> bool:
     return value is None or (isinstance(value, (list, tuple, dict)) and not value)
 
 
-def _within(value: Any, text: str) -> bool:
-    """Whether a column's text was read anyway, from another one."""
-    return isinstance(value, str) and value.strip() in text
+def _is_repeated(column: str, value: Any, example: Example) -> bool:
+    """Whether a column only repeats a turn: a prompt beside its conversation, say.
+
+    A text that occurs somewhere in the request proves nothing: it may be there by chance.
+    """
+    speaker = next((who for part, who in SPEAKERS.items() if column in KNOWN[part]), None)
+    said = {turn["content"].strip() for turn in example.messages if turn["role"] == speaker}
+    said |= {text.strip() for text in example.responses if speaker == "assistant"}
+    return isinstance(value, str) and value.strip() in said
 
 
 def _with_system(turns: list[Turn], system: Any, where: str) -> list[Turn]:

@@ -39,14 +39,14 @@ def as_turns(value: Any, where: str, unread: Counter[str]) -> list[Turn]:
     return [_turn(item, where, unread) for item in value]
 
 
-def history_turns(value: Any, where: str) -> list[Turn]:
+def history_turns(value: Any, where: str, unread: Counter[str]) -> list[Turn]:
     """What was said before: pairs of request and response, or turns.
 
     Raises:
         UserError: for anything else, with file and line.
     """
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return as_turns(value, where, Counter())
+        return as_turns(value, where, unread)
     pairs = value if isinstance(value, list) else [value]
     turns: list[Turn] = []
     for pair in pairs:

@@ -11,12 +11,15 @@ from promptkd.config import Recipe, TeacherSection
 from promptkd.data.briefing import Briefing
 from promptkd.data.examples import Example, refuse_lone_surrogates
 from promptkd.data.templates import (
+    CHAT,
+    DATA,
+    TEACHER,
     apply_chat_template,
     check_options,
-    refuse_lost_text,
-    render,
+    reads_option,
     render_chat,
     resolved,
+    template_of,
 )
 from promptkd.errors import UserError
 from promptkd.files import read_json
@@ -98,6 +101,7 @@ class Encoder:
         template_options: given to the chat template.
         date: what a chat template that asks for today's date is told; today if not given.
         briefing: what only the teacher reads, for the teacher's encoder.
+        key: of the recipe, that names the template, for complaints.
         eos_token_id: what ends a reference: the chat template's end of turn where there is one,
             else the tokenizer's end of sequence.
     """
@@ -112,19 +116,24 @@ class Encoder:
         template_options: Mapping[str, Any] | None = None,
         date: datetime.date | None = None,
         briefing: Briefing | None = None,
+        key: str = DATA,
     ):
         self.tokenizer = tokenizer
-        self.template = resolved(template, tokenizer)
+        self.key = key
+        self.template = resolved(template, tokenizer, key)
         self.template_options = dict(template_options or {})
         self.max_request_tokens = max_request_tokens
         self.max_response_tokens = max_response_tokens
         self.date = date or datetime.date.today()
         self.briefing = briefing
         self.eos_token_id: int = tokenizer.eos_token_id
-        check_options(self.template, tokenizer, self.template_options)
+        check_options(self.template, tokenizer, self.template_options, key)
+        self._wording = None
         if self.template == "chat":
             end = end_of_turn(tokenizer, self.template_options)
             self.eos_token_id = self.eos_token_id if end is None else end
+        else:
+            self._wording = template_of(self.template, key)
 
     @classmethod
     def of_recipe(
@@ -151,18 +160,25 @@ class Encoder:
         )
 
     def with_tokenizer(self, tokenizer: Any) -> "Encoder":
-        """The same way to ask a model that has another tokenizer."""
+        """The same way to ask a teacher that has another tokenizer."""
         return Encoder(
             tokenizer,
             template=self.template,
             max_request_tokens=self.max_request_tokens,
             max_response_tokens=self.max_response_tokens,
-            template_options=self.template_options,
+            template_options=self._options_for(tokenizer),
             date=self.date,
             briefing=self.briefing,
+            key=TEACHER,
         )
 
-    def for_teacher(self, section: TeacherSection, tokenizer: Any) -> "Encoder | None":
+    def _options_for(self, tokenizer: Any) -> dict[str, Any]:
+        """Those that another tokenizer's chat template reads, too."""
+        return {n: own for n, own in self.template_options.items() if reads_option(tokenizer, n)}
+
+    def for_teacher(
+        self, section: TeacherSection, tokenizer: Any, *, shared: bool = True
+    ) -> "Encoder | None":
         """How the teacher is asked; None where it reads what the student reads.
 
         Its requests are as long as they come unless ``teacher.max_request_tokens`` says otherwise.
@@ -170,16 +186,16 @@ class Encoder:
         Args:
             section: the recipe's.
             tokenizer: the teacher's, whose chat template counts if the section names a template.
+            shared: whether the student has the same tokens.
 
         Raises:
             UserError: for a template or a file that isn't one, and a system message without chat.
         """
         if not (section.reads_more or section.template or section.template_options):
             return None
-        template, tokens, options = self.template, self.tokenizer, self.template_options
-        if section.template:
-            template, tokens = resolved(section.template, tokenizer), tokenizer
-            options = options if template == self.template else {}
+        tokens = tokenizer if section.template or not shared else self.tokenizer
+        template = resolved(section.template or self.template, tokens, TEACHER)
+        inherited = self._options_for(tokens) if template == self.template else {}
         briefing = Briefing.of(section)
         if briefing.system and template != "chat":
             raise UserError(
@@ -191,20 +207,19 @@ class Encoder:
             template=template,
             max_request_tokens=section.max_request_tokens or sys.maxsize,
             max_response_tokens=self.max_response_tokens,
-            template_options={**options, **section.template_options},
+            template_options={**inherited, **section.template_options},
             date=self.date,
             briefing=briefing,
+            key=TEACHER,
         )
 
     def render(self, example: Example) -> str:
         """The request's text, up to where the response begins."""
         if self.briefing:
             example = self.briefing.example(example)
-        if self.template == "chat":
-            text = render_chat(self.tokenizer, example, self.template_options, self.date)
-            refuse_lost_text(text, example)
-            return text
-        return render(self.template, example)
+        if self._wording:
+            return self._wording.render(example)
+        return render_chat(self.tokenizer, example, self.template_options, self.date, key=self.key)
 
     def request_ids(self, example: Example) -> tuple[int, ...]:
         """The request as tokens, with the tokenizer's own start token if it has one.
@@ -219,7 +234,7 @@ class Encoder:
         if ids and ids[-1] == self.tokenizer.eos_token_id and special:
             ids = ids[:-1]  # some tokenizers end every text; a request goes on
         if not ids:
-            raise UserError(f"{example.at}the template {self.template} makes no token of the row.")
+            raise UserError(f"{example.at}{self.key} {self.template} makes no token of the row.")
         return tuple(ids)
 
     def response_ids(self, text: str) -> tuple[int, ...]:
@@ -231,7 +246,7 @@ class Encoder:
         return tuple([*ids, self.eos_token_id][: self.max_response_tokens])
 
     def encode(self, index: int, example: Example) -> EncodedExample:
-        references = tuple(self.without_end(text) for text in example.responses)
+        references = self.references(example)
         response = self.response_ids(references[0]) if references else None
         return EncodedExample(
             index=index,
@@ -240,6 +255,10 @@ class Encoder:
             references=references,
             where=example.where,
         )
+
+    def references(self, example: Example) -> tuple[str, ...]:
+        """As they are learnt and scored."""
+        return tuple(map(self.without_end, example.responses))
 
     def without_end(self, text: str) -> str:
         """A text without the end markers that it spells out at its end; it is scored like that."""
@@ -308,7 +327,7 @@ def end_of_turn(tokenizer: Any, options: dict[str, Any]) -> int | None:
     answer = "promptkd"
     turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
     try:
-        text = apply_chat_template(tokenizer, turns, "", **options)
+        text = apply_chat_template(tokenizer, turns, CHAT[DATA], **options)
     except UserError:
         return None
     refuse_lone_surrogates(text, "What the chat template writes: ")

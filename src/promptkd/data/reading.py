@@ -1,6 +1,7 @@
 """Reading every row of what users bring: files, folders, globs, hub data sets, rows of Python."""
 
 import glob
+import os
 import re
 import sys
 from collections import Counter
@@ -17,6 +18,11 @@ from promptkd.errors import UserError
 from promptkd.given import GivenRows, refuse_lost
 
 PLACES = "Give a file, a folder, a glob, or a hub id (owner/name or owner/name:split)"
+UNREADABLE = (".arrow", ".bz2", ".feather", ".gz", ".tar", ".tgz", ".xlsx", ".xz", ".zip", ".zst")
+"""Data in these forms isn't read; other files of a folder are something else."""
+KNOWN = "Use JSONL, JSON, CSV, TSV (each also as .gz) or Parquet."
+_SLICE = re.compile(r"[\w.-]+/[\w.-]+:\w+\[[\d:%-]*\]")
+"""Of a split on the hub, as ``datasets`` writes it: owner/name:train[:100]."""
 _SPLIT = re.compile(r"(train|validation|valid|dev|eval|test)(?![a-z])", re.IGNORECASE)
 
 
@@ -103,11 +109,13 @@ def _expand(source: Any, notes: list[str]) -> Iterator[tuple[str, Rows]]:
         return
     name = str(source)
     refuse_lost(name)
-    path = Path(name).expanduser()
-    if path.exists() or not glob.has_magic(name):
+    path = _at_home(name)
+    if path.exists() or not glob.has_magic(name) or _SLICE.fullmatch(name):
         yield name, _rows(path, name, notes)
         return
-    paths = sorted(glob.glob(str(path)))
+    paths = sorted(glob.glob(str(path), recursive=True))
+    if "**" in name:  # matches folders beside the files in them, which count once
+        paths = [found for found in paths if not Path(found).is_dir()]
     if not paths:
         raise UserError(f"No file matches {name}.")
     for found in paths:
@@ -167,12 +175,18 @@ def _rows(path: Path, name: str, notes: list[str]) -> Rows:
         return _file_rows(path)
     if path.exists():  # a pipe gives its rows once only, and may never give any
         raise UserError(f"{name} is neither a file nor a folder. {PLACES}.")
+    if path.is_symlink():
+        raise UserError(f"{name} is a link that leads nowhere. {PLACES}.")
     whole, _, split = name.rpartition(":")
-    if whole and Path(whole).expanduser().is_dir():
-        return _folder_rows(Path(whole).expanduser(), split, notes)
+    if whole and _at_home(whole).is_dir():
+        return _folder_rows(_at_home(whole), split, notes)
     if _format(path) or path.is_absolute() or name.count("/") != 1:
         raise UserError(f"{name} does not exist. {PLACES}.")
     return _hub_rows(name)
+
+
+def _at_home(name: str) -> Path:
+    return Path(os.path.expanduser(name))
 
 
 def _format(path: Path) -> str | None:
@@ -187,10 +201,7 @@ def _format(path: Path) -> str | None:
 def _file_rows(path: Path) -> Rows:
     suffix = _format(path)
     if suffix is None:
-        raise UserError(
-            f"{path}: the format '{''.join(path.suffixes[-2:])}' is unknown. Use JSONL, JSON, CSV, "
-            "TSV (each also as .gz) or Parquet."
-        )
+        raise UserError(f"{path}: the format '{''.join(path.suffixes[-2:])}' is unknown. {KNOWN}")
     try:
         return _parquet_rows(path) if suffix == ".parquet" else text_rows(str(path), suffix)
     except OSError as error:
@@ -205,6 +216,9 @@ def _parquet_rows(path: Path) -> Rows:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path} can't be read: {error}. Mend or convert it.") from None
+    for name, count in Counter(table.column_names).items():
+        if count > 1:
+            raise UserError(f"{path}: the column '{name}' stands there twice. Rename one.")
     return _numbered(str(path), table.to_pylist())
 
 
@@ -217,17 +231,30 @@ def _folder_rows(folder: Path, split: str | None, notes: list[str]) -> Rows:
     """A folder of ``save_to_disk``, or one of data files; of several splits, one is read."""
     if any((folder / name).is_file() for name in ("state.json", "dataset_dict.json")):
         return _saved_rows(folder, split, notes)
-    files = [
+    inside = [
         path
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and not any(p.startswith(".") for p in path.relative_to(folder).parts)
+        if not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
-    data = [path for path in files if _format(path)]
+    for path in inside:
+        if path.suffix.lower() in UNREADABLE and not _format(path):
+            raise UserError(
+                f"{path} would be left out: promptkd doesn't read '{path.suffix}'. {KNOWN}"
+            )
+        if path.is_symlink() and not path.is_file():
+            raise UserError(
+                f"{path} is a link to a folder, or leads nowhere, and would be left out. Name what "
+                "it leads to beside the folder, or remove it."
+            )
+    data = [path for path in inside if path.is_file() and _format(path)]
     if not data:
         raise UserError(
             f"{folder} holds no data: neither JSONL, JSON, CSV, TSV or Parquet files, nor what "
             "datasets' save_to_disk writes. Name another folder, or a file."
         )
+    if others := [path.name for path in inside if path.is_file() and not _format(path)]:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        notes.append(f"{folder}: not read: {', '.join(others[:3])}{more}")
     by_split: dict[str, list[Path]] = {}
     for path in data:
         match = _SPLIT.match(path.name)

@@ -1,9 +1,9 @@
 """From a request to the text that a model reads, up to where the response begins. No torch."""
 
 import datetime
+import traceback
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import cache
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,17 @@ ALPACA = (
 VERBATIM = "{{ instruction }}{% if input %}\n\n{{ input }}{% endif %}"
 CLOCK = "strftime_now"
 """The name by which chat templates ask for today's date."""
-NAMES = "auto, alpaca, chat, none or a Jinja file"
+DATA, TEACHER = "data.template", "teacher.template"
+"""The keys of a recipe that name a template."""
+CHAT = {DATA: "the chat template", TEACHER: "the chat template that the teacher is asked by"}
+"""What a chat template is called in complaints, by the key that asked for it."""
 SANDBOX = jinja2.sandbox.ImmutableSandboxedEnvironment(
     undefined=jinja2.StrictUndefined, keep_trailing_newline=True
 )
 """Where templates that users write run: they see their variables and nothing else."""
 
 
-def resolved(template: str, tokenizer: Any) -> str:
+def resolved(template: str, tokenizer: Any, key: str = DATA) -> str:
     """What ``auto`` stands for: the tokenizer's chat template where it has one, else alpaca.
 
     Raises:
@@ -40,6 +43,12 @@ def resolved(template: str, tokenizer: Any) -> str:
     if template == "auto":
         return "chat" if tokenizer.chat_template else "alpaca"
     if template == "chat" and not tokenizer.chat_template:
+        if key == TEACHER:
+            raise UserError(
+                "The teacher is to be asked by a chat template (teacher.template, or else "
+                "data.template), but its tokenizer has none. Set teacher.template: alpaca, none "
+                "or a template file."
+            )
         raise UserError(
             "data.template is 'chat', but this tokenizer has no chat template. "
             "Use 'auto', which gives the student its teacher's where it has none, or 'alpaca', "
@@ -59,38 +68,68 @@ def adopt_chat_template(tokenizer: Any, teacher_tokenizer: Any) -> bool:
     return True
 
 
-def render(template: str, example: Example) -> str:
-    """A request by one of the named templates, or by a file's.
+@dataclass(frozen=True)
+class Wording:
+    """A template over ``instruction`` and ``input``.
 
-    Raises:
-        UserError: if the template fails or leaves out the input, or the row is a conversation,
-            which these can't hold.
+    Attributes:
+        name: ``alpaca``, ``none`` or the file.
+        key: of the recipe, that named it.
     """
-    example, whole = _single_turn(example), template_of(template)
-    try:
-        written = whole.render(instruction=example.instruction, input=example.input)
-        without = whole.render(instruction=example.instruction, input="")
-    except Exception as error:  # the template is the user's program and may raise anything
-        said = str(error) or type(error).__name__
-        raise UserError(f"{example.at}data.template {template} fails: {said}. Mend it.") from None
-    if example.input.strip() and written == without:
-        raise UserError(
-            f"{example.at}data.template {template} leaves out this row's input. Put "
-            "{{ input }} into it."
-        )
-    return written
+
+    name: str
+    key: str
+    template: jinja2.Template
+
+    def render(self, example: Example) -> str:
+        """A request in these words.
+
+        Raises:
+            UserError: if the template fails or leaves out the input, or the row is a conversation,
+                which these can't hold.
+        """
+        example = _single_turn(example, self.key)
+        try:
+            written, without = (
+                self.template.render(instruction=example.instruction, input=text)
+                for text in (example.input, "")
+            )
+        except Exception as error:  # the template is the user's program and may raise anything
+            said, line = str(error) or type(error).__name__, line_of(error)
+            raise UserError(
+                f"{example.at}{self.key} {self.name}{line} fails: {said}. Mend it."
+            ) from None
+        if example.input.strip() and written == without:
+            raise UserError(
+                f"{example.at}{self.key} {self.name} leaves out this row's input. Put "
+                "{{ input }} into it."
+            )
+        return written
+
+
+AS_IT_IS = Wording("none", DATA, SANDBOX.from_string(VERBATIM))
+"""The request, and its input after an empty line."""
 
 
 def render_chat(
-    tokenizer: Any, example: Example, options: Mapping[str, Any], date: datetime.date
+    tokenizer: Any,
+    example: Example,
+    options: Mapping[str, Any],
+    date: datetime.date,
+    key: str = DATA,
 ) -> str:
     """A request by the tokenizer's chat template as of ``date``, with the generation prompt.
 
     Raises:
-        UserError: with the template's own words, if it refuses the conversation.
+        UserError: with the template's own words, if it refuses the conversation; and if it leaves
+            out a part of it.
     """
     turns = chat_turns(example)
-    return render_turns(tokenizer, turns, example.tools, options, date, at=example.where)
+    text = render_turns(
+        tokenizer, turns, example.tools, options, date, at=example.where, whose=CHAT[key]
+    )
+    _refuse_lost_text(text, example, CHAT[key])
+    return text
 
 
 def render_turns(
@@ -102,11 +141,13 @@ def render_turns(
     *,
     generation_prompt: bool = True,
     at: str = "",
+    whose: str = CHAT[DATA],
 ) -> str:
     """The same for any turns, which may end with the assistant's."""
     arguments = {**options, "tools": list(tools) or None, CLOCK: date.strftime}
+    where = f"{at or 'A request'}: {whose}"
     return apply_chat_template(
-        tokenizer, turns, at, add_generation_prompt=generation_prompt, **arguments
+        tokenizer, turns, where, add_generation_prompt=generation_prompt, **arguments
     )
 
 
@@ -114,11 +155,11 @@ def chat_turns(example: Example) -> list[Turn]:
     """The turns of a request; one of instruction and input is a single user turn."""
     if example.messages:
         return list(example.messages)
-    return [{"role": "user", "content": render("none", replace(example, tools=()))}]
+    return [{"role": "user", "content": AS_IT_IS.render(replace(example, tools=()))}]
 
 
-def apply_chat_template(tokenizer: Any, turns: list[Turn], where: str, **options: Any) -> str:
-    """The tokenizer's own, whose complaints become sentences."""
+def apply_chat_template(tokenizer: Any, turns: list[Turn], which: str, **options: Any) -> str:
+    """The tokenizer's own, whose complaints become sentences that begin with ``which`` it is."""
     try:
         return tokenizer.apply_chat_template(turns, tokenize=False, **options)
     except Exception as error:  # the template is a program that came with a model
@@ -126,13 +167,21 @@ def apply_chat_template(tokenizer: Any, turns: list[Turn], where: str, **options
         verb, remedy = "fails on", "Mend the template"
         if type(error) is jinja2.TemplateError:  # its own raise_exception
             verb, remedy = "refuses", "Change or leave out that row"
+        line = line_of(error).replace(":", ", in its line ")
         raise UserError(
-            f'{where or "A request"}: the chat template {verb} the turns {roles}: "{error}". '
+            f'{which} {verb} the turns {roles}{line}: "{error}". '
             f"{remedy}, or use a template that takes such turns."
         ) from None
 
 
-def check_options(template: str, tokenizer: Any, options: Mapping[str, Any]) -> None:
+def reads_option(tokenizer: Any, name: str) -> bool:
+    """Whether the tokenizer's chat template may ask for an option of that name."""
+    return name in str(tokenizer.chat_template)
+
+
+def check_options(
+    template: str, tokenizer: Any, options: Mapping[str, Any], key: str = DATA
+) -> None:
     """Refuse options that nothing reads.
 
     Raises:
@@ -140,18 +189,17 @@ def check_options(template: str, tokenizer: Any, options: Mapping[str, Any]) -> 
     """
     if options and template != "chat":
         raise UserError(
-            f"data.template_options ({', '.join(options)}) belong to a chat template, but "
-            f"data.template is '{template}'. Remove them."
+            f"{key}_options ({', '.join(options)}) belong to a chat template, but "
+            f"{key} is '{template}'. Remove them."
         )
     for name in options:
-        if name not in str(tokenizer.chat_template):
+        if not reads_option(tokenizer, name):
             raise UserError(
-                f"data.template_options.{name}: the tokenizer's chat template never reads "
-                f"'{name}'. Remove or correct it."
+                f"{key}_options.{name}: {CHAT[key]} never reads '{name}'. Remove or correct it."
             )
 
 
-def refuse_lost_text(text: str, example: Example) -> None:
+def _refuse_lost_text(text: str, example: Example, which: str) -> None:
     """Refuse a chat template's rendering that leaves out what the conversation says.
 
     The thoughts of earlier turns may go: templates of reasoning models drop them by design.
@@ -165,13 +213,13 @@ def refuse_lost_text(text: str, example: Example) -> None:
         for part in (said, *calls):
             if part not in text:
                 raise UserError(
-                    f"{example.at}the chat template leaves out {part[:60]!r} of a turn of "
+                    f"{example.at}{which} leaves out {part[:60]!r} of a turn of "
                     f"'{turn['role']}'. Use a template that holds such turns, or remove the row."
                 )
     for name in map(_name, example.tools):
         if name not in text:
             raise UserError(
-                f"{example.at}the chat template leaves out the tool '{name}'. Use a template "
+                f"{example.at}{which} leaves out the tool '{name}'. Use a template "
                 "that holds tools, or data.columns: {ignore: [tools]}."
             )
 
@@ -181,8 +229,7 @@ def _name(tool: Mapping[str, Any]) -> str:
     return str(tool.get("function", tool).get("name", ""))
 
 
-@cache
-def template_of(name: str) -> jinja2.Template:
+def template_of(name: str, key: str = DATA) -> Wording:
     """The template of a name: ``alpaca``, ``none``, or a Jinja file, which runs in a sandbox.
 
     Raises:
@@ -190,33 +237,47 @@ def template_of(name: str) -> jinja2.Template:
     """
     text = {"alpaca": ALPACA, "none": VERBATIM}.get(name)
     if text is None:
-        try:
-            text = Path(name).read_text(encoding="utf-8-sig")  # a mark is no part of a request
-        except UnicodeDecodeError:
-            raise UserError(f"data.template {name} is not UTF-8 text. Save it as UTF-8.") from None
-        except OSError:
-            raise UserError(
-                f"data.template '{name}' is neither {NAMES.removesuffix(' or a Jinja file')} nor "
-                "an existing Jinja file."
-            ) from None
+        text = _text_of(name, key)
     try:
         reads = jinja2.meta.find_undeclared_variables(SANDBOX.parse(text))
-        if "instruction" not in reads:
-            raise UserError(
-                f"data.template {name} never reads 'instruction', which is the request."
-            )
-        return SANDBOX.from_string(text)
-    except jinja2.TemplateError as error:
-        raise UserError(f"data.template {name} fails: {error}.") from None
+        template = SANDBOX.from_string(text)
+    except Exception as error:  # Jinja's own, and what Python says of the code made of it
+        raise UserError(f"{key} {name}{line_of(error)} fails: {error}. Mend it.") from None
+    if "instruction" not in reads:
+        raise UserError(f"{key} {name} never reads 'instruction', which is the request.")
+    return Wording(name, key, template)
 
 
-def _single_turn(example: Example) -> Example:
+def _text_of(name: str, key: str) -> str:
+    try:
+        # a byte order mark is no part of a request
+        return Path(name).expanduser().read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError(f"{key} {name} is not UTF-8 text. Save it as UTF-8.") from None
+    except (OSError, RuntimeError) as error:  # the latter of a ~user that isn't there
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"{key} '{name}' is neither auto, alpaca, chat, none nor an existing Jinja file "
+            f"({reason})."
+        ) from None
+
+
+def line_of(error: Exception) -> str:
+    """``:LINE`` of a template, where an error of it says one."""
+    if isinstance(error, jinja2.TemplateSyntaxError):
+        return f":{error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
+    return f":{lines[-1]}" if lines else ""
+
+
+def _single_turn(example: Example, key: str) -> Example:
     roles = [turn["role"] for turn in example.messages]
     if example.tools or (roles and roles != ["user"]):
         beyond = "tools" if example.tools else f"the turns {roles}"
         raise UserError(
             f"{example.at}a conversation with {beyond} "
-            "needs data.template: chat; the other templates hold a single user turn."
+            f"needs {key}: chat; the other templates hold a single user turn."
         )
     if not example.messages:
         return example

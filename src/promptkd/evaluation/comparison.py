@@ -12,7 +12,7 @@ from promptkd.evaluation.results import (
     totals,
 )
 from promptkd.evaluation.statistics import paired_difference
-from promptkd.run import Place
+from promptkd.run import Place, lacks_of_run, runs_in
 
 
 @dataclass(frozen=True)
@@ -127,6 +127,8 @@ def _evaluations(place: Path) -> dict[str, Evaluation]:
         raise UserError(f"{notes[0]} Evaluate again.")
     if not found:
         is_run = (place / "recipe.yaml").is_file()
+        if not is_run and runs_in(place):
+            raise UserError(f"{place} holds no evaluation: {lacks_of_run(place)}.")
         missing = f"{place} --data FILE" if is_run else f"MODEL --data FILE --output {place}"
         raise UserError(f"{place} holds no evaluation. Run: promptkd evaluate {missing}")
     return found

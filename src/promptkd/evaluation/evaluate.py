@@ -28,7 +28,7 @@ from promptkd.models.loading import check_context, load_tokenizer, stop_ids
 from promptkd.models.objects import given_model
 from promptkd.models.vocabularies import load_pair, same_tokenizer
 from promptkd.ranks import ALONE, Ranks
-from promptkd.run import Place, TrainedRun
+from promptkd.run import Place, TrainedRun, lacks_of_run
 
 
 def evaluate(
@@ -228,7 +228,7 @@ def _as_readable(loaded: Loaded, name: str, rows: Sequence[Example], column: str
 def _load(model: str, questions: Questions, by_teacher: bool) -> Loaded:
     tokenizer, protocol = load_tokenizer(model), questions.protocol
     teacher_name = _teacher(model, questions, tokenizer)
-    encoder = protocol.encoder(tokenizer)
+    encoder = protocol.encoder(tokenizer, teacher_name)
     student, teacher = load_pair(model, teacher_name, tokenizer, protocol.precision)
     limits = encoder.max_request_tokens, encoder.max_response_tokens
     check_context(student.module.config, *limits, model)
@@ -299,15 +299,13 @@ def _engine(protocol: Protocol, student: LanguageModel, stop: Sequence[int]) -> 
 
 def _run(run_or_model: Any, output: str | Path | None) -> TrainedRun | None:
     """The run that it is; None for a bare model, whose name then needs an output."""
-    is_place = isinstance(run_or_model, (str, PathLike))
-    if is_place and (Path(run_or_model) / "recipe.yaml").is_file():
-        run = TrainedRun.of(run_or_model)
-        if not run.student.is_dir():
-            raise UserError(f"{run.path} has no student/ yet: let its training finish first.")
-        return run
-    if output is None and is_place:
+    if not isinstance(run_or_model, (str, PathLike)):
+        return None
+    if (Path(run_or_model) / "recipe.yaml").is_file():
+        return TrainedRun.finished(run_or_model)
+    if output is None:
         raise UserError(
-            f"{run_or_model} is not a run: it holds no recipe.yaml. Check its name; or, if it is a "
+            f"{run_or_model} is not a run: {lacks_of_run(Path(run_or_model))}; or, if it is a "
             "model, say where its scores go: --output DIR."
         )
     return None

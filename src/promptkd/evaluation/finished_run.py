@@ -120,11 +120,7 @@ def load_run(
             responses don't fit into a context.
     """
     directory = Path(run)
-    if not (directory / "student").is_dir() or not (directory / "recipe.yaml").is_file():
-        raise UserError(
-            f"{directory} is not a finished run: it has no student/. Name a run directory."
-        )
-    recipe = TrainedRun.of(run).recipe
+    recipe = TrainedRun.finished(run).recipe
     if recipe.teacher is None:
         raise UserError(
             f"{directory} has no teacher (method '{recipe.method.name}'), and {what} compares the "

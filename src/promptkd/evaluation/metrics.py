@@ -311,8 +311,10 @@ def _value(
     return number
 
 
-def check_metrics(names: Sequence[str], num_seeds: int) -> None:
+def check_metrics(names: Sequence[str], num_seeds: int, what: str = "metric") -> None:
     """Refuse unknown names, and pass@k of more samples than there are seeds.
+
+    ``what`` they are stands in complaints.
 
     Raises:
         UserError: with the nearest known name.
@@ -322,10 +324,10 @@ def check_metrics(names: Sequence[str], num_seeds: int) -> None:
             continue
         base, at, k = name.partition("@")
         if ":" in base:
-            function_named(base, "metric", "that returns a number")
+            function_named(base, what, "that returns a number")
         elif base not in METRICS:
             known = [*METRICS, TEACHER_CROSS_ENTROPY, "distinct_2", "exact_match@5"]
-            raise UserError(f"unknown metric '{name}'{suggest(name, known)}")
+            raise UserError(f"unknown {what} '{name}'{suggest(name, known)}")
         if at and not (k.isdecimal() and 1 <= int(k) <= num_seeds):
             raise UserError(
                 f"The metric {name} needs k responses to a request, and {num_seeds} seeds give "
@@ -343,7 +345,7 @@ def check_criterion(metric: str, references: Sequence[Sequence[str]]) -> str | N
         UserError: with the metric to take instead; or if a user's own can't be imported.
     """
     if is_text_metric(metric):
-        check_metrics((metric,), num_seeds=1)
+        check_metrics((metric,), num_seeds=1, what="evaluation.metric")
     known = {index: own for index, own in enumerate(references) if own}
     unsuited = [index for index, own in known.items() if not suits_rouge_l(own)]
     if metric != "rouge_l" or not unsuited:

@@ -6,7 +6,7 @@ from pathlib import Path
 from promptkd.config import read_keys
 from promptkd.errors import UserError
 from promptkd.keys import suggest
-from promptkd.run import Place, TrainedRun
+from promptkd.run import Place, TrainedRun, lacks_of_run
 
 
 def run_of(place: Place) -> TrainedRun:
@@ -23,8 +23,8 @@ def run_of(place: Place) -> TrainedRun:
         *_, student, _ = models.values()  # the order of distillation.plan: the teacher is last
         return TrainedRun.of(student)
     raise UserError(
-        f"{directory} is neither a run (no recipe.yaml) nor a directory of promptkd distill, so "
-        "no models belong to it by name."
+        f"{directory} is neither a run nor a directory of promptkd distill: "
+        f"{lacks_of_run(directory)}."
     )
 
 

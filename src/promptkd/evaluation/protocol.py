@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
-from promptkd.config import ColumnsSection, TeacherSection
+from promptkd.config import ColumnsSection, Recipe, TeacherSection
 from promptkd.data import (
     Encoder,
     Example,
+    adopt_chat_template,
     date_of_run,
     given_rows,
     read_examples,
@@ -25,6 +26,8 @@ from promptkd.evaluation.metrics import (
 from promptkd.evaluation.results import Evaluation, own_evaluations
 from promptkd.evaluation.suites import PAPER_SEEDS, distinct, suite_of_files
 from promptkd.generation.sampling import GenerationSettings
+from promptkd.models.loading import load_tokenizer
+from promptkd.models.vocabularies import same_tokenizer
 from promptkd.run import Place, TrainedRun
 
 OF_QUESTIONS = ("seeds", "num_examples", "teacher", "metrics")
@@ -73,6 +76,7 @@ class Protocol:
     Attributes:
         teacher: of the run: what its teacher reads.
         teacher_model: the name to load it by.
+        run: its directory, if there is one.
     """
 
     template: str = "auto"
@@ -85,6 +89,7 @@ class Protocol:
     date: datetime.date | None = None
     teacher: TeacherSection | None = None
     teacher_model: str | None = None
+    run: str | None = None
 
     @property
     def context(self) -> str | None:
@@ -94,23 +99,10 @@ class Protocol:
     @classmethod
     def of(cls, run: TrainedRun | None, asked: Mapping[str, Any]) -> "Protocol":
         """The run's, if there is one, with what is asked otherwise."""
-        own = cls()
-        if run:
-            recipe, data = run.recipe, run.recipe.data
-            own = cls(
-                template=template_of_run(run.path, data.template),
-                template_options=data.template_options,
-                columns=data.columns,
-                max_request_tokens=data.max_request_tokens,
-                decoding=GenerationSettings.of_recipe(recipe),
-                precision=recipe.precision,
-                engine=recipe.sampling.engine,
-                date=date_of_run(run.path),
-                teacher=recipe.teacher,
-                teacher_model=recipe.teacher_model(run.path) if recipe.teacher else None,
-            )
+        own = cls.of_recipe(run.recipe, run.path) if run else cls()
         given: dict[str, Any] = {key: v for key, v in asked.items() if v is not None}
-        if given.get("template", own.template) != own.template:
+        recorded = (own.template, run.recipe.data.template) if run else (own.template,)
+        if given.get("template", own.template) not in recorded:
             own = replace(own, template_options={})  # they belong to the run's own template
         if "max_response_tokens" in given:
             given["max_new_tokens"] = given.pop("max_response_tokens")
@@ -119,7 +111,34 @@ class Protocol:
         }
         return replace(own, decoding=replace(own.decoding, **of_decoding), **given)
 
-    def encoder(self, tokenizer: Any) -> Encoder:
+    @classmethod
+    def of_recipe(cls, recipe: Recipe, run: Path | None = None) -> "Protocol":
+        """What a recipe says, and what the run that was made of it recorded."""
+        data = recipe.data
+        return cls(
+            template=template_of_run(run, data.template) if run else data.template,
+            template_options=data.template_options,
+            columns=data.columns,
+            max_request_tokens=data.max_request_tokens,
+            decoding=GenerationSettings.of_recipe(recipe),
+            precision=recipe.precision,
+            engine=recipe.sampling.engine,
+            date=date_of_run(run) if run else None,
+            teacher=recipe.teacher,
+            teacher_model=recipe.teacher_model(run) if recipe.teacher else None,
+            run=str(run) if run else None,
+        )
+
+    def encoder(self, tokenizer: Any, teacher: str | None = None) -> Encoder:
+        """How a model is asked.
+
+        One without a chat template takes, as in training, that of its run or of a ``teacher`` with
+        its tokens.
+        """
+        if self.template in ("auto", "chat") and not tokenizer.chat_template:
+            for other in map(load_tokenizer, filter(None, (self.run, teacher))):
+                if same_tokenizer(tokenizer, other):
+                    adopt_chat_template(tokenizer, other)
         return Encoder(
             tokenizer,
             template=self.template,

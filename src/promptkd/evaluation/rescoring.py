@@ -6,7 +6,7 @@ from promptkd.bars import progress_bar
 from promptkd.errors import UserError
 from promptkd.evaluation.records import Scores, ScoresByData
 from promptkd.evaluation.results import own_evaluations, refuse_partial, save_evaluation
-from promptkd.run import Place
+from promptkd.run import Place, lacks_of_run
 
 
 def rescore(directory: Place, notes: list[str] | None = None) -> ScoresByData:
@@ -25,6 +25,8 @@ def rescore(directory: Place, notes: list[str] | None = None) -> ScoresByData:
         UserError: if there are no predictions, or not all that were scored.
     """
     place, notes = Path(directory), [] if notes is None else notes
+    if not place.is_dir():
+        raise UserError(f"{place} holds no predictions: {lacks_of_run(place)}.")
     if (place / "evaluation").is_dir():
         place = place / "evaluation"
     folders = (place, *sorted(path for path in place.rglob("*") if path.is_dir()))

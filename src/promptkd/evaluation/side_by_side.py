@@ -71,9 +71,9 @@ def generate(
     Raises:
         UserError: if the directory isn't a finished run.
     """
-    place = Path(run)
-    _check(place, request)
-    recipe = TrainedRun.of(run).recipe
+    if not request.strip():
+        raise UserError("The request is empty. Say what the models are asked.")
+    place, recipe = Path(run), TrainedRun.finished(run).recipe
     otherwise = {} if temperature is None else {"temperature": temperature}
     decoding = replace(GenerationSettings.of_recipe(recipe), **otherwise)
     template, date = template_of_run(place, recipe.data.template), date_of_run(place)
@@ -109,13 +109,6 @@ def _responders(run: Path, recipe: Recipe) -> Iterator[tuple[str, str, Path | No
         if adapter.is_dir():
             yield "adapted teacher", name, adapter
     yield "student", str(run), None
-
-
-def _check(run: Path, request: str) -> None:
-    if not request.strip():
-        raise UserError("The request is empty. Say what the models are asked.")
-    if not (run / "student").is_dir() or not (run / "recipe.yaml").is_file():
-        raise UserError(f"{run} is not a finished run: it has no student/. Name a run directory.")
 
 
 def _load_responder(

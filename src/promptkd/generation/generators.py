@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import Any
 
 from promptkd.data import EncodedExample, Encoder, Example
-from promptkd.generation.response_cache import ResponseCache, fingerprint
+from promptkd.generation.response_cache import ResponseCache, author_of
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import (
     CoGenerator,
@@ -131,7 +131,7 @@ class OfflineGeneration:
         self.tokenizer = tokenizer
         self.examples = examples
         stop = self.engine.stop_ids.tolist()
-        self.cache = ResponseCache(f"{fingerprint(model.module)} {model.dtype} {stop}")
+        self.cache = ResponseCache(author_of(model.module, model.dtype, stop))
         self.generation = generation
         self._shares_tokens = same_tokenizer(generation.encoder.tokenizer, tokenizer)
         self.encoder = encoder

@@ -29,6 +29,18 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+NAMES = {"_name_or_path", "architectures", "dtype", "transformers_version"}
+"""Keys of a model's configuration that change nothing of what it says."""
+
+
+def author_of(module: nn.Module, dtype: torch.dtype, stop: Sequence[int]) -> str:
+    """Who writes: weights, the configuration that says how they are used, precision, ends."""
+    config: Any = module.config
+    settings = {key: value for key, value in config.to_dict().items() if key not in NAMES}
+    how = _digest(json.dumps(settings, sort_keys=True, default=str))
+    return f"{fingerprint(module)} {how} {dtype} {list(stop)}"
+
+
 class ResponseCache:
     """Token ids by (author, request, decoding, seed); several processes may use it at once.
 
@@ -40,8 +52,14 @@ class ResponseCache:
 
     def __init__(self, author: str):
         self.author = author
-        directory = cache_directory()
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory = cache_directory()
+            directory.mkdir(parents=True, exist_ok=True)
+        except (OSError, RuntimeError) as error:  # the latter where there is no home
+            raise UserError(
+                f"The teacher's responses can't be kept ({error}). Set PROMPTKD_CACHE to a "
+                "directory that can be written to."
+            ) from None
         self._path = directory / "responses.sqlite"
         if self._path.is_dir():
             raise UserError(f"The response cache {self._path} is a directory. Remove it.")
@@ -82,7 +100,8 @@ class ResponseCache:
     def _unusable(self, reason: object) -> UserError:
         return UserError(
             f"The response cache {self._path}: {reason}. Free some space if the disk is full, "
-            "or remove the file; its responses are then written again."
+            "set PROMPTKD_CACHE to another directory, or remove the file; its responses are then "
+            "written again."
         )
 
 

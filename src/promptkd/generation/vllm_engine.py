@@ -70,7 +70,7 @@ class VLLMEngine:
             given = self._set_by_the_run(max_tokens) | dict(options)
             try:
                 self._engine = vllm.LLM(directory, **given)
-            except TypeError as error:
+            except (TypeError, ValueError) as error:  # unknown options, and senseless values
                 raise UserError(
                     f"sampling.vllm is {dict(options)}, which vLLM doesn't take: {error}. "
                     "Leave out what it doesn't know."

@@ -37,7 +37,7 @@ from promptkd.judge.protocols import (
     summarise_preferences,
 )
 from promptkd.records import Record
-from promptkd.run import Place
+from promptkd.run import Place, lacks_of_run
 
 READERS = {"score": read_grades, "pairwise": read_preference}
 SUMMARIES = {"score": summarise_grades, "pairwise": summarise_preferences}
@@ -134,6 +134,9 @@ def judge(
     asked = JudgeSettings(**settings)
     place, other = Path(run), None if against is None else Path(against)
     _check_protocol(asked.protocol, other)
+    for directory in filter(None, (place, other)):
+        if not directory.is_dir():
+            raise UserError(f"{directory} is no run's directory: {lacks_of_run(directory)}.")
     endpoint, chosen = Endpoint(asked), Selection(data, seeds, num_examples)
     check_place(directory := Path(output or place / "judge"))
     rows = _predictions(place, chosen)
@@ -310,9 +313,9 @@ def _predictions(run: Path, chosen: Selection) -> dict[Pair, Prediction]:
     if not path.is_file():
         if not (run / "recipe.yaml").is_file():
             raise UserError(
-                f"{run} is no run's directory and has no {path.relative_to(run)}. Give a run, or "
-                f"generate its responses first: promptkd evaluate MODEL --data {data} --output "
-                f"{path.parent}."
+                f"{run} is no run's directory and has no {path.relative_to(run)}: "
+                f"{lacks_of_run(run)}. Or generate a model's responses first: promptkd evaluate "
+                f"MODEL --data {data} --output {path.parent}."
             )
         from promptkd.evaluation.evaluate import evaluate
 

@@ -339,19 +339,23 @@ def _holds_model(path: Path) -> bool:
 
 def location(name: str) -> dict[str, Any]:
     refuse_lost(name)
-    name = model_directory(name)
+    name = model_directory(os.path.expanduser(name))
     path = Path(name)
     if path.suffix == ".gguf":
         if not path.is_file():
             raise UserError(f"Model file {name} does not exist.")
         return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if (path / "recipe.yaml").is_file() and not _holds_model(path):
+        raise UserError(
+            f"{name} is a run without a student: let its training finish first, or name a model."
+        )
     if (path.exists() or looks_local) and not _holds_model(path):
         raise UserError(
             f"{name} is not a model: it has no config.json. Name a save_pretrained directory, "
             "a .gguf file, a finished run, or a hub id."
         )
-    return {"pretrained_model_name_or_path": os.path.expanduser(name)}
+    return {"pretrained_model_name_or_path": name}
 
 
 def _no_model(name: str, error: Exception) -> str:

@@ -188,6 +188,11 @@ def _read_recipe(path: Path) -> Row:
         raise UserError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(recipe, dict):
         raise UserError(f"{path} holds no keys, so {path.parent} is not a run of promptkd.")
+    if "student" not in recipe:  # the first
+        raise UserError(
+            f"{path} is no recipe of promptkd: it has no 'student'. Name a directory that promptkd "
+            "train made."
+        )
     if "output" not in recipe:  # the last key of all
         raise UserError(f"{path} is cut: 'output' is missing. Put a copy of it back.")
     for key in SECTIONS & recipe.keys():

@@ -11,6 +11,7 @@ from promptkd.files import read_json
 from promptkd.report.data import DataSet, Named, Run, data_sets, read_run
 from promptkd.report.pooling import by_method
 from promptkd.report.study import StudyOutline, read_study
+from promptkd.run import lacks_of_run
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ def read_subject(paths: Sequence[Path]) -> Subject:
     others: list[Named] = []
     seconds: dict[str, float] = {}
     for path in paths:
-        if (path / "order.json").is_file() and (models := models_of_distillation(path)):
-            run_paths.append(path / [*models][-2])  # the last but the teacher
+        if (path / "order.json").is_file():
+            run_paths.append(_last_run(path))
             others += _evaluations_below(path / "scores")
             seconds |= _seconds(path / "stages")
         elif (path / "recipe.yaml").is_file():
@@ -60,14 +61,33 @@ def read_subject(paths: Sequence[Path]) -> Subject:
             found = _evaluations_below(path)
             if not found:
                 raise UserError(
-                    f"{path} is neither a run (no recipe.yaml) nor a study, a whole path, or a "
-                    "directory of scores. Name directories made by promptkd train, distill, study "
-                    "or evaluate."
+                    f"{path} is neither a run nor a study, a whole path, or a directory of scores, "
+                    "as promptkd train, study, distill and evaluate make them: "
+                    f"{lacks_of_run(path)}."
                 )
             others += found
+    for path in run_paths:
+        if lacking := lacks_of_run(path):
+            raise UserError(f"{path} leaves nothing to report: {lacking}.")
     if not run_paths:
         raise UserError("A report needs a run, but only scores were named. Add a run's directory.")
     return Subject(_read_runs(run_paths), others, seconds=seconds if len(run_paths) == 1 else {})
+
+
+def _last_run(path: Path) -> Path:
+    """The run of a whole path that made its student.
+
+    Raises:
+        UserError: if it isn't planned, or hasn't begun.
+    """
+    models = models_of_distillation(path)
+    run = path / [*models][-2] if models else None  # the last but the teacher
+    if run is None or lacks_of_run(run):
+        raise UserError(
+            f"{path} is a whole path that hasn't come to its student yet. Give the same promptkd "
+            "distill again: it goes on where it stopped, and ends with the report."
+        )
+    return run
 
 
 def _read_study(path: Path) -> Subject:

@@ -12,12 +12,12 @@ from promptkd.api import train
 from promptkd.bars import progress_bar
 from promptkd.composition import Method
 from promptkd.config import SamplingSection
-from promptkd.data import Example, read_examples
+from promptkd.data import date_of_run, reads
 from promptkd.errors import UserError
-from promptkd.evaluation.evaluate import evaluate
+from promptkd.evaluation.evaluate import answer
+from promptkd.evaluation.protocol import Protocol, Questions
 from promptkd.evaluation.results import Evaluation, own_evaluations
 from promptkd.files import write_text
-from promptkd.generation.sampling import GenerationSettings
 from promptkd.methods import build_method
 from promptkd.models.loading import default_device, load_tokenizer
 from promptkd.models.vocabularies import same_tokenizer
@@ -76,16 +76,20 @@ class StudyScorer:
     """Scores every model of a study under the same settings, each only once.
 
     Raises:
-        UserError: if a data set can't be read.
+        UserError: if a data set can't be read, or a metric is unknown.
     """
 
     def __init__(self, study: Study):
-        self._asked = study.evaluation
-        self._base = base = study.base_recipe
-        self._rows: dict[str, Sequence[Example]] = {
-            name: read_examples(sources, base.data.columns)[: self._asked.num_examples]
-            for name, sources in self._asked.suite.items()
-        }
+        base, asked = study.base_recipe, study.evaluation
+        protocol = Protocol.of_recipe(base)
+        decoding = replace(protocol.decoding, no_repeat_ngram_size=asked.no_repeat_ngram_size)
+        self._questions = Questions.of(
+            asked.suite,
+            replace(protocol, decoding=decoding),
+            seeds=asked.seeds,
+            num_examples=asked.num_examples,
+            metrics=asked.metrics,
+        )
         self._teacher = ""
         if base.teacher:
             tokenizers = load_tokenizer(base.student.model), load_tokenizer(base.teacher_model())
@@ -98,62 +102,50 @@ class StudyScorer:
         Args:
             model: a run's directory or a model's name.
             teacher: measure the KL to the base's teacher, if it has the student's tokenizer.
+                Without it the model is that teacher, and reads what it teaches with, if the data
+                have it.
         """
-        asked, data, sampling = self._asked, self._base.data, self._base.sampling
-        other = self._teacher if teacher else ""
-        made = self._made(model, directory, other)
-        missing = {name: own for name, own in asked.suite.items() if name not in made}
-        if not missing:
+        whole, protocol = self._questions, self._questions.protocol
+        if (run := Path(model) / "recipe.yaml").is_file():
+            protocol = replace(protocol, date=date_of_run(run.parent), run=model)
+        name = self._teacher if teacher else ""
+        questions = replace(whole, protocol=protocol, teacher=name)
+        made = self._made(model, directory, questions)
+        rows = {name: own for name, own in whole.rows.items() if name not in made}
+        if not rows:
             return made
-        evaluate(
-            model,
-            missing,
-            seeds=asked.seeds,
-            num_examples=asked.num_examples,
-            template=data.template,
-            max_request_tokens=data.max_request_tokens,
-            max_response_tokens=data.longest_response,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            no_repeat_ngram_size=asked.no_repeat_ngram_size,
-            metrics=asked.metrics,
-            teacher=other,
-            precision=self._base.precision,
-            engine=sampling.engine,
-            output=directory,
-        )
-        return self._made(model, directory, other)
+        informed = all(reads(own, protocol.context) for own in rows.values())
+        answer(model, replace(questions, rows=rows), directory, by_teacher=informed and not teacher)
+        return self._made(model, directory, questions)
 
-    def _made(self, model: str, directory: Path, teacher: str) -> Scores:
+    def _made(self, model: str, directory: Path, questions: Questions) -> Scores:
         """What was evaluated after its training, with these settings, on these rows."""
-        asked, data = self._asked, self._base.data
-        decoding = replace(
-            GenerationSettings.of_recipe(self._base),
-            no_repeat_ngram_size=asked.no_repeat_ngram_size,
-        )
+        protocol = questions.protocol
+        encoder = protocol.encoder(load_tokenizer(model), questions.teacher)
         settings: dict[str, Any] = {
             "model": model,
-            "teacher": teacher or None,
-            "template": data.template,
-            "max_request_tokens": data.max_request_tokens,
-            "decoding": decoding.to_dict(),
-            "seeds": tuple(asked.seeds),
+            "template": encoder.template,
+            "max_request_tokens": protocol.max_request_tokens,
+            "decoding": protocol.decoding.to_dict(),
+            "seeds": tuple(questions.seeds),
         }
         trained = Path(model) / "summary.json"
         made = {}
         for found in own_evaluations(directory):
-            rows, written = self._rows.get(found.name, ()), directory / f"{found.name}.json"
-            sources = tuple(asked.suite.get(found.name, ()))
-            expected = settings | {"data": sources, "num_examples": len(rows)}
+            rows, written = questions.rows.get(found.name, ()), directory / f"{found.name}.json"
+            expected = settings | {
+                "data": tuple(questions.sources.get(found.name, ())),
+                "num_examples": len(rows),
+                "teacher": (reads(rows, protocol.context) and questions.teacher) or None,
+            }
             references = {row.index: row.references for row in found.predictions}
             if (
                 not found.num_lost
                 and all(getattr(found, key) == value for key, value in expected.items())
-                and references == {i: row.responses for i, row in enumerate(rows)}
+                and references == {i: encoder.references(row) for i, row in enumerate(rows)}
                 and not (trained.is_file() and _time(written) < _time(trained))
             ):
-                made[found.name] = found.also_scored_by(asked.metrics)
+                made[found.name] = found.also_scored_by(questions.metrics)
         return made
 
 

@@ -16,6 +16,7 @@ class Measured:
         seconds_checkpoint: a checkpoint, written and synchronised.
         bytes_checkpoint: its size.
         bytes_student: the student as it is saved.
+        seconds_loading: models, data and checks before the first step; 0 where they are done.
     """
 
     seconds_start: float
@@ -24,6 +25,7 @@ class Measured:
     seconds_checkpoint: float
     bytes_checkpoint: int
     bytes_student: int
+    seconds_loading: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -57,9 +59,10 @@ class Schedule:
 
 @dataclass(frozen=True)
 class Forecast:
-    """The whole run, loading and what its responses' lengths do later aside."""
+    """The whole run, what its responses' lengths do later aside."""
 
     seconds: float
+    seconds_loading: float
     seconds_steps: float
     seconds_evaluations: float
     seconds_saving: float
@@ -67,7 +70,7 @@ class Forecast:
 
 
 def forecast(measured: Measured, schedule: Schedule) -> Forecast:
-    """Steps, evaluations (one before the first step), checkpoints, and students that are saved.
+    """Loading, steps, evaluations (one before the first step), checkpoints, and students that are saved.
 
     A student may be saved after every evaluation but the first; it takes the time of a checkpoint
     of its size.
@@ -81,7 +84,8 @@ def forecast(measured: Measured, schedule: Schedule) -> Forecast:
     saving = (num_checkpoints + num_students * share) * measured.seconds_checkpoint
     kept = min(num_checkpoints, schedule.checkpoints_kept + 1)  # one more while it is written
     return Forecast(
-        seconds=steps + evaluations + saving,
+        seconds=measured.seconds_loading + steps + evaluations + saving,
+        seconds_loading=measured.seconds_loading,
         seconds_steps=steps,
         seconds_evaluations=evaluations,
         seconds_saving=saving,

@@ -58,7 +58,8 @@ class Rehearsal(Record):
             yield str(Finding("PK208", "the run needs more disk than is free."))
         yield (
             f"the run: {self.steps} steps of {self.requests_per_step} requests "
-            f"({self.epochs:.2g} epochs), about {duration(expected['seconds'])} (steps "
+            f"({self.epochs:.2g} epochs), about {duration(expected['seconds'])} (loading "
+            f"{duration(expected['seconds_loading'])}, steps "
             f"{duration(expected['seconds_steps'])}, evaluations "
             f"{duration(expected['seconds_evaluations'])}, saving "
             f"{duration(expected['seconds_saving'])}), into {self.output}"
@@ -71,10 +72,11 @@ def rehearse(
     ranks: Ranks,
     state: RunState,
     take_step: Callable[[int], dict[str, Any]],
+    seconds_loading: float,
 ) -> Rehearsal:
     """Measure a few steps, a part of an evaluation and a checkpoint, and forget them.
 
-    See ``api.check``.
+    ``seconds_loading`` are what ``setup`` took; see ``api.check``.
     """
     row, seconds_start, seconds_later = _first_steps(setup.max_steps, take_step, ranks)
     seconds_evaluation = _time_evaluation(recipe, setup, ranks)
@@ -87,6 +89,7 @@ def rehearse(
         seconds_checkpoint=seconds_checkpoint,
         bytes_checkpoint=bytes_checkpoint,
         bytes_student=num_parameters(student) * dtype_of(recipe.student.model).itemsize,
+        seconds_loading=seconds_loading,
     )
     return Rehearsal(
         steps=setup.max_steps,

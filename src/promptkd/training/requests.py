@@ -129,9 +129,9 @@ def _encoders(recipe: Recipe, tokenizer: Any, say: Say) -> tuple[Encoder, Encode
     encoder = Encoder.of_recipe(recipe, tokenizer, date=date_of_run(recipe.output))
     if teacher is None or recipe.teacher is None:
         return encoder, None
-    own = encoder.for_teacher(recipe.teacher, teacher)
+    own = encoder.for_teacher(recipe.teacher, teacher, shared=shared)
     if own and not shared:
-        return encoder, own.with_tokenizer(teacher)
+        return encoder, own
     as_the_student = recipe.teacher.template is None
     if shared and as_the_student and (difference := template_difference(encoder, teacher)):
         say(str(Finding("PK205", difference)))

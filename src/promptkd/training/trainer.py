@@ -4,6 +4,7 @@ The trainer names no method. Everything random in a step derives from (seed, ste
 run that was stopped and started again is the run that was not.
 """
 
+import time
 from contextlib import nullcontext
 from typing import Any
 
@@ -61,10 +62,12 @@ class Trainer:
             if has_objects(recipe):  # whose names don't say what is in them
                 self.directory.refuse_others(contents(recipe, method, self.accelerator.device))
             return
+        begun = time.perf_counter()
         with self.roll_call.held():
             self.parts = set_up(
                 recipe, method, self.accelerator.device, self.ranks, self.journal.say
             )
+        self.seconds_loading = time.perf_counter() - begun
         self.validator = Validator.of(self.parts, self.ranks, recipe.evaluation.metric)
         self.take_step = TrainingStep(
             recipe, method, setup=self.parts, sources=self.sources, ranks=self.ranks
@@ -93,7 +96,14 @@ class Trainer:
         if self.directory.finished:
             raise UserError(f"{self.directory.path} is finished. Name another output to check.")
         with self.roll_call.held():
-            return rehearse(self.recipe, self.parts, self.ranks, self.state, self.take_step)
+            return rehearse(
+                self.recipe,
+                self.parts,
+                self.ranks,
+                self.state,
+                self.take_step,
+                self.seconds_loading,
+            )
 
     def _train(self) -> None:
         max_steps, recipe = self.parts.max_steps, self.recipe
