@@ -249,9 +249,9 @@ def test_template_files_run_in_a_sandbox(tmp_path):
     path.write_text("{{ instruction.__class__.__mro__ }}")
     with pytest.raises(UserError, match="fails"):
         encoder(str(path)).render(Example("Why?"))
-    path.write_bytes("{{ instruction }} \xe9".encode("latin-1"))
+    (tmp_path / "latin.jinja").write_bytes("{{ instruction }} \xe9".encode("latin-1"))
     with pytest.raises(UserError, match="is not UTF-8 text"):
-        encoder(str(path)).render(Example("Why?"))
+        encoder(str(tmp_path / "latin.jinja")).render(Example("Why?"))
 
 
 def test_a_response_ends_with_eos_unless_it_was_cut():
