@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 import runs
 import tiny
+from promptkd.cli import main
 from promptkd.config import TeacherSection, recipe_from_dict
 from promptkd.data import Encoder, Example, read_examples, read_noted
 from promptkd.errors import UserError
@@ -168,6 +170,21 @@ def test_a_divergence_that_is_none_is_blamed_on_its_key(key, value):
 def test_a_function_that_chooses_the_student_is_blamed_on_its_key():
     with pytest.raises(UserError, match=r"^evaluation\.metric 'no_such:module' cannot be imported"):
         check_criterion("no_such:module", [("a",)])
+
+
+@pytest.mark.parametrize(
+    ("command", "content", "what"),
+    [
+        ("check", "base: {}\nmethods: {}", r"f\.yaml is a study, for promptkd study"),
+        ("train", "command: evaluate", r"f\.yaml is a stage of a whole path"),
+        ("study", "student: {model: m}", r"f\.yaml is a recipe, for promptkd train"),
+    ],
+)
+def test_a_file_of_another_kind_is_named_for_what_it_is(tmp_path, capfd, command, content, what):
+    (tmp_path / "f.yaml").write_text(content)
+    with pytest.raises(SystemExit):
+        main([command, str(tmp_path / "f.yaml")])
+    assert re.search(what, capfd.readouterr().err)
 
 
 def test_home_is_meant_by_its_mark(tmp_path, monkeypatch):
