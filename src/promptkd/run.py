@@ -39,7 +39,12 @@ class TrainedRun:
         """
         if isinstance(place, cls):
             return place
-        return cls(Path(place), load_recipe(Path(place) / "recipe.yaml"))
+        file = Path(place) / "recipe.yaml"
+        try:
+            return cls(Path(place), load_recipe(file))
+        except UserError as error:
+            named = "" if str(file) in str(error) else f"{file}: "
+            raise UserError(f"{named}{error}") from None
 
     @classmethod
     def finished(cls, place: Place) -> "TrainedRun":
