@@ -119,10 +119,10 @@ FAILING = "line\n{{ instruction }}{{ input }}\n{{ 1 // 0 }}"
     ("section", "complaint"),
     [
         ({"template": "none.jinja"}, r"teacher\.template 'none\.jinja' is neither"),
-        ({"template": "FILE"}, r"teacher\.template .*t\.jinja:3 fails"),
+        ({"template": "FILE"}, r"teacher\.template .*t\.jinja fails in line 3"),
         ({"template": "chat"}, r"The teacher is to be asked by a chat template"),
         ({"template": "alpaca", "template_options": {"x": 1}}, r"teacher\.template_options \(x\)"),
-        ({"context_template": "FILE"}, r"teacher\.context_template .*t\.jinja:3 fails"),
+        ({"context_template": "FILE"}, r"teacher\.context_template .*t\.jinja fails in line 3"),
         ({"context_template": "{% for %}"}, r"teacher\.context_template is no Jinja template"),
         ({"system": "~nobody-here/x.txt"}, r"teacher\.system ~nobody-here/x\.txt"),
     ],

@@ -24,7 +24,7 @@ PLACES = {
     "file": "is a file",
     "empty": "it has no recipe.yaml. Name a directory that was made by promptkd train",
     "foreign": "its recipe.yaml is none of promptkd's: 'student' is missing",
-    "planned": "it has a recipe and nothing else, so it hasn't begun. Begin it: promptkd train",
+    "planned": "it has no student/ yet, only a recipe: it hasn't begun. Begin it: promptkd train",
     "unfinished": "it has no student/ yet. Let its training finish: promptkd train",
     "emptied": "its student/ was emptied or removed. Put a copy of it back, or train it again",
     "study": "holds 2 runs, such as PLACE/kd/seed-0. Name that",

@@ -123,7 +123,7 @@ def lacks_of_run(path: Path, *, finished: bool = False) -> str:
                 return f"its recipe.yaml is none of promptkd's: {error}".partition("\n")[0].rstrip(
                     "."
                 )
-            return f"it has a recipe and nothing else, so it hasn't begun. Begin it: {again}"
+            return f"it has no student/ yet, only a recipe: it hasn't begun. Begin it: {again}"
         if not finished or any((path / "student").glob("*")):
             return ""
         if (path / "student").is_dir() or (path / "summary.json").exists():
