@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 from setting import MODELS, PRECISION, record, setting

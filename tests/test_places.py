@@ -23,10 +23,10 @@ PLACES = {
     "absent": "does not exist",
     "file": "is a file",
     "empty": "it has no recipe.yaml. Name a directory that was made by promptkd train",
-    "foreign": "",
-    "planned": "it has a recipe and nothing else, so it hasn't begun. Begin it: promptkd train",
+    "foreign": "its recipe.yaml is none of promptkd's: 'student' is missing",
+    "planned": "it has no student/ yet, only a recipe: it hasn't begun. Begin it: promptkd train",
     "unfinished": "it has no student/ yet. Let its training finish: promptkd train",
-    "emptied": "its student/ is empty. Put a copy of it back, or train the run again",
+    "emptied": "its student/ was emptied or removed. Put a copy of it back, or train it again",
     "study": "holds 2 runs, such as PLACE/kd/seed-0. Name that",
     "whole-path": "holds the run PLACE/kd. Name that",
     "run/notes": "it is a part of the run PARENT. Name that",
@@ -35,7 +35,7 @@ PLACES = {
 OTHER_WORDS = {
     ("compare", "absent"): "is no directory. Name a run",
     ("compare", "file"): "is no directory. Name a run",
-    ("report", "foreign"): "is no recipe of promptkd: it has no 'student'",
+    ("evaluate --with", "foreign"): "'student' is missing from the recipe",
     ("report", "whole-path"): "hasn't come to its student yet. Give the same promptkd distill",
     **{("evaluate --with", place): "" for place in ("unfinished", "emptied")},
 }

@@ -115,6 +115,7 @@ def write_run(directory: Path, **files: str) -> Path:
     directory.mkdir(parents=True)
     recipe = tiny.recipe(directory)
     (directory / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (directory / "environment.json").write_text("{}")  # it has begun
     for name, text in files.items():
         (directory / name.replace("__", ".")).write_text(text)
     return directory

@@ -26,6 +26,8 @@ from promptkd.keys import (
     Section,
     override,
     read_keys,
+    refuse_another_kind,
+    refuse_look_alikes,
     refuse_reserved,
     suggest,
     validate,
@@ -203,6 +205,7 @@ class DataSection(Section):
     @classmethod
     def _number_or_schedule(cls, value: Any) -> int | LengthSchedule:
         kind: Any = LengthSchedule if isinstance(value, dict) else Annotated[int, Field(ge=1)]
+        refuse_look_alikes(value, int)
         try:
             return TypeAdapter(kind).validate_python(value)
         except ValidationError as error:
@@ -382,7 +385,9 @@ def load_recipe(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     Raises:
         UserError: if the file is missing or not YAML, or a key or value is wrong.
     """
-    return recipe_from_dict(override(read_keys(path, "Recipe"), overrides))
+    raw = read_keys(path, "Recipe")
+    refuse_another_kind(raw, path, "student")
+    return recipe_from_dict(override(raw, overrides))
 
 
 def recipe_from_dict(raw: dict[str, Any]) -> Recipe:

@@ -64,7 +64,9 @@ def read_keys(path: str | Path, what: str) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise UserError(f"{what} {path}: {error.strerror}. Name an existing YAML file.") from None
+        inside = (Path(path) / name for name in ("recipe.yaml", "study.yaml"))
+        other = next(filter(Path.is_file, inside), "an existing YAML file")
+        raise UserError(f"{what} {path}: {error.strerror}. Name {other}.") from None
     except UnicodeDecodeError:
         raise UserError(f"{what} {path} is not text. Name a YAML file.") from None
     raw = read_yaml(text, f"{what} {path}")
@@ -74,6 +76,25 @@ def read_keys(path: str | Path, what: str) -> dict[str, Any]:
         if not isinstance(key, str):
             raise UserError(f"{what} {path}: the key {key!r} is no text. Put it in quotes.")
     return cast(dict[str, Any], raw)
+
+
+KINDS = {
+    "student": "a recipe, for promptkd train",
+    "base": "a study, for promptkd study",
+    "command": "a stage of a whole path, which promptkd distill runs",
+}
+"""What a file is, by a key that no other kind of file has."""
+
+
+def refuse_another_kind(raw: dict[str, Any], path: str | Path, own: str) -> None:
+    """Refuse a file of another kind in one sentence instead of one for each of its keys.
+
+    Raises:
+        UserError: saying what it is.
+    """
+    found = next((key for key in KINDS if key in raw), own)
+    if own not in raw and found != own:
+        raise UserError(f"{path} is {KINDS[found]}.")
 
 
 def override(keys: dict[str, Any], overrides: list[str] | tuple[str, ...]) -> dict[str, Any]:

@@ -39,7 +39,12 @@ class TrainedRun:
         """
         if isinstance(place, cls):
             return place
-        return cls(Path(place), load_recipe(Path(place) / "recipe.yaml"))
+        file = Path(place) / "recipe.yaml"
+        try:
+            return cls(Path(place), load_recipe(file))
+        except UserError as error:
+            named = "" if str(file) in str(error) else f"{file}: "
+            raise UserError(f"{named}{error}") from None
 
     @classmethod
     def finished(cls, place: Place) -> "TrainedRun":
@@ -112,12 +117,18 @@ def lacks_of_run(path: Path, *, finished: bool = False) -> str:
     if (path / "recipe.yaml").is_file():
         again = f"promptkd train {path / 'recipe.yaml'}"
         if not any((path / name).exists() for name in LEFT):
-            return f"it has a recipe and nothing else, so it hasn't begun. Begin it: {again}"
-        if finished and not (path / "student").is_dir():
-            return f"it has no student/ yet. Let its training finish: {again}"
-        if finished and not any((path / "student").iterdir()):
-            return "its student/ is empty. Put a copy of it back, or train the run again"
-        return ""
+            try:
+                load_recipe(path / "recipe.yaml")
+            except UserError as error:
+                return f"its recipe.yaml is none of promptkd's: {error}".partition("\n")[0].rstrip(
+                    "."
+                )
+            return f"it has no student/ yet, only a recipe: it hasn't begun. Begin it: {again}"
+        if not finished or any((path / "student").glob("*")):
+            return ""
+        if (path / "student").is_dir() or (path / "summary.json").exists():
+            return "its student/ was emptied or removed. Put a copy of it back, or train it again"
+        return f"it has no student/ yet. Let its training finish: {again}"
     if runs := runs_in(path):
         several = f"{len(runs)} runs, such as {runs[0]}" if len(runs) > 1 else f"the run {runs[0]}"
         return f"it has no recipe.yaml, but holds {several}. Name that"

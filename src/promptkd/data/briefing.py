@@ -85,7 +85,7 @@ class Briefing:
         except Exception as error:  # the template is the user's program and may raise anything
             said = str(error) or type(error).__name__
             raise UserError(
-                f"{example.at}{_called(self.file, error)} fails: {said}. It may use "
+                f"{example.at}{_called(self.file)} fails{line_of(error)}: {said}. It may use "
                 f"{', '.join(VARIABLES)}."
             ) from None
         if not written.strip():
@@ -116,14 +116,14 @@ def _compiled(text: str, file: str) -> jinja2.Template:
         return SANDBOX.from_string(text)
     except Exception as error:  # Jinja's own, and what Python says of the code made of it
         raise UserError(
-            f"{_called(file, error)} is no Jinja template: {error}. As in {DEFAULT_TEMPLATE!r}."
+            f"{_called(file)} is no Jinja template{line_of(error)}: {error}. As in "
+            f"{DEFAULT_TEMPLATE!r}."
         ) from None
 
 
-def _called(file: str, error: Exception) -> str:
-    """The template's key, its file and the line."""
-    place = f" {file}{line_of(error)}" if file else ""
-    return f"teacher.context_template{place}"
+def _called(file: str) -> str:
+    """The template's key, and its file."""
+    return f"teacher.context_template {file}".rstrip()
 
 
 def _text_or_file(given: str, key: str) -> str:

@@ -94,8 +94,8 @@ class ColumnReader:
             example = self._of_request(values, parts, where)
         else:
             raise UserError(
-                f"{where}: no request found in the columns {list(row)}. Known: {LAYOUTS}. "
-                "data.columns maps others, as in {request: my_column}."
+                f"{where}: no request found in the columns {list(row)}{self._set_aside(row)}. "
+                f"Known: {LAYOUTS}. data.columns maps others, as in {{request: my_column}}."
             )
         if self.teacher_context and not _is_empty(context := row.get(self.teacher_context)):
             example = replace(example, teacher_context=self._context(context, where))
@@ -120,6 +120,15 @@ class ColumnReader:
         turns = None if mapped else self._find("messages", row, where)
         wanted = of_messages if turns else of_request
         return {part: name for part in wanted if (name := self._find(part, row, where))}
+
+    def _set_aside(self, row: Mapping[str, Any]) -> str:
+        """Which columns can't be the request, because the recipe says otherwise."""
+        ignored = [
+            f"'{name}' is in data.columns.ignore" for name in self.columns.ignore if name in row
+        ]
+        if self.teacher_context in row:
+            ignored.append(f"'{self.teacher_context}' is teacher.context, for the teacher alone")
+        return f" ({'; '.join(ignored)})" if ignored else ""
 
     def _context(self, value: Any, where: str) -> str:
         """One text, or several one after the other."""

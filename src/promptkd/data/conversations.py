@@ -15,6 +15,15 @@ from promptkd.errors import UserError
 READ_BY_TEMPLATES = ("name", "tool_calls", "tool_call_id", "reasoning_content", "thinking")
 """What a turn may have beside its role and content; other keys are counted as not read."""
 
+CARRIERS = {
+    *("audio", "context", "documents", "function_call", "functions", "image", "images", "parts"),
+    *("reasoning", "refusal", "tool_result", "tool_results", "tools", "video"),
+}
+"""Keys of a turn that carry what was said, and that no template reads: refused by name."""
+
+ASKING = ("user", "tool", "function", "ipython")
+"""Whose turns are responded to."""
+
 SHAREGPT_ROLES = {
     **dict.fromkeys(("human", "user"), "user"),
     **dict.fromkeys(("gpt", "chatgpt", "bing", "bard", "model", "assistant"), "assistant"),
@@ -82,8 +91,12 @@ def conversation(
                 "References are texts: put what is to be learnt into its content."
             )
         answers = (last["content"],) if last["content"].strip() else ()
-    if not before or before[-1]["role"] not in ("user", "tool", "function", "ipython"):
-        raise UserError(f"{where}: the conversation has no user turn to respond to.")
+    if not before or before[-1]["role"] not in ASKING:
+        last = f"the last one before is of '{before[-1]['role']}'" if before else "there is none"
+        raise UserError(
+            f"{where}: the conversation has no user turn to respond to: {last}. It should be of "
+            f"{', '.join(ASKING)}."
+        )
     if before[-1]["role"] == "user" and not before[-1]["content"].strip():
         raise UserError(f"{where}: the last user turn is empty, so nothing is asked.")
     return Example(before[-1]["content"], "", answers, messages=before, tools=tools, where=where)
@@ -106,6 +119,12 @@ def _turn(item: Any, where: str, unread: Counter[str]) -> Turn:
             f"{where}: messages must be a list of {{role, content}} objects, each with a text; one "
             f"is {item!r:.80}."
         )
+    for key in item:
+        if key not in read and str(key).casefold() in CARRIERS and item[key]:
+            raise UserError(
+                f"{where}: a turn of '{role}' has {key!r}, which would be lost. Write it into its "
+                "content or tool_calls, or take it out."
+            )
     kept = {key: item[key] for key in READ_BY_TEMPLATES if item.get(key)}
     unread.update(f"messages[].{key}" for key in item if key not in read)
     if "tool_calls" in kept:

@@ -55,8 +55,12 @@ def read_noted(
     """
     examples: list[Example] = []
     notes: list[str] = []
+    read: Counter[str] = Counter()
     for source in _each(sources):
         for name, rows in _expand(source, notes):
+            read[name] += 1
+            if read[name] == 2 and not isinstance(source, GivenRows):
+                notes.append(f"{name} is read more than once")
             reader = ColumnReader(columns or ColumnsSection(), teacher_context)
             found = [reader.example(row, where) for where, row in rows]
             if not found:
@@ -110,6 +114,12 @@ def _expand(source: Any, notes: list[str]) -> Iterator[tuple[str, Rows]]:
     name = str(source)
     refuse_lost(name)
     path = _at_home(name)
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UserError(f"{name:.80} can't be read: {error.strerror}. {PLACES}.") from None
     if path.exists() or not glob.has_magic(name) or _SLICE.fullmatch(name):
         yield name, _rows(path, name, notes)
         return
@@ -215,10 +225,8 @@ def _parquet_rows(path: Path) -> Rows:
     try:
         table = pyarrow.parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path} can't be read: {error}. Mend or convert it.") from None
-    for name, count in Counter(table.column_names).items():
-        if count > 1:
-            raise UserError(f"{path}: the column '{name}' stands there twice. Rename one.")
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path} can't be read: {reason}. Mend or convert it.") from None
     return _numbered(str(path), table.to_pylist())
 
 
@@ -260,7 +268,16 @@ def _folder_rows(folder: Path, split: str | None, notes: list[str]) -> Rows:
         match = _SPLIT.match(path.name)
         by_split.setdefault(match[1].lower() if match else "", []).append(path)
     chosen = by_split[_split_of(str(folder), list(by_split), split, notes)]
-    return chain.from_iterable(map(_file_rows, chosen))
+    return chain.from_iterable(map(_some_rows, chosen))
+
+
+def _some_rows(path: Path) -> Rows:
+    """Those of one file among several, which would be missed."""
+    rows = _file_rows(path)
+    first = next(rows, None)
+    if first is None:
+        raise UserError(f"{path} holds no rows. Remove it, or bring it again.")
+    yield from chain([first], rows)
 
 
 def _saved_rows(folder: Path, split: str | None, notes: list[str]) -> Rows:

@@ -97,7 +97,7 @@ class Wording:
         except Exception as error:  # the template is the user's program and may raise anything
             said, line = str(error) or type(error).__name__, line_of(error)
             raise UserError(
-                f"{example.at}{self.key} {self.name}{line} fails: {said}. Mend it."
+                f"{example.at}{self.key} {self.name} fails{line}: {said}. Mend it."
             ) from None
         if example.input.strip() and written == without:
             raise UserError(
@@ -167,9 +167,9 @@ def apply_chat_template(tokenizer: Any, turns: list[Turn], which: str, **options
         verb, remedy = "fails on", "Mend the template"
         if type(error) is jinja2.TemplateError:  # its own raise_exception
             verb, remedy = "refuses", "Change or leave out that row"
-        line = line_of(error).replace(":", ", in its line ")
+        line = line_of(error)
         raise UserError(
-            f'{which} {verb} the turns {roles}{line}: "{error}". '
+            f'{which} {verb} the turns {roles}{line and f",{line} of it"}: "{error}". '
             f"{remedy}, or use a template that takes such turns."
         ) from None
 
@@ -242,7 +242,7 @@ def template_of(name: str, key: str = DATA) -> Wording:
         reads = jinja2.meta.find_undeclared_variables(SANDBOX.parse(text))
         template = SANDBOX.from_string(text)
     except Exception as error:  # Jinja's own, and what Python says of the code made of it
-        raise UserError(f"{key} {name}{line_of(error)} fails: {error}. Mend it.") from None
+        raise UserError(f"{key} {name} fails{line_of(error)}: {error}. Mend it.") from None
     if "instruction" not in reads:
         raise UserError(f"{key} {name} never reads 'instruction', which is the request.")
     return Wording(name, key, template)
@@ -263,12 +263,12 @@ def _text_of(name: str, key: str) -> str:
 
 
 def line_of(error: Exception) -> str:
-    """``:LINE`` of a template, where an error of it says one."""
+    """In which line of a template, in words, where an error of it says one."""
     if isinstance(error, jinja2.TemplateSyntaxError):
-        return f":{error.lineno}"
+        return f" in line {error.lineno}"
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == "<template>"]
-    return f":{lines[-1]}" if lines else ""
+    return f" in line {lines[-1]}" if lines else ""
 
 
 def _single_turn(example: Example, key: str) -> Example:

@@ -24,6 +24,14 @@ SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv")
 LONGEST_FIELD = 2**31 - 1  # csv's own limit of 131072 characters would refuse long documents
 GZIP = b"\x1f\x8b"
 """What a compressed file begins with, whatever its name."""
+OTHER_FORMS = {
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"PK\x03\x04": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ": "xz",
+    b"PAR1": "Parquet",
+}
+"""What files in other forms begin with."""
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),  # before UTF-16, whose mark it begins with
@@ -58,6 +66,9 @@ def _text(path: str) -> str:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
             raise UserError(f"{path} can't be decompressed: {error}. Compress it again.") from None
+    for mark, form in OTHER_FORMS.items():
+        if data.startswith(mark):
+            raise UserError(f"{path} is in the form of {form}, not text. Convert or rename it.")
     encoding = next((name for mark, name in _BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
     try:
         text = data.decode(encoding)

@@ -28,7 +28,7 @@ from promptkd.evaluation.suites import PAPER_SEEDS, distinct, suite_of_files
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.models.loading import load_tokenizer
 from promptkd.models.vocabularies import same_tokenizer
-from promptkd.run import Place, TrainedRun
+from promptkd.run import Place, TrainedRun, lacks_of_run
 
 OF_QUESTIONS = ("seeds", "num_examples", "teacher", "metrics")
 """What ``Asking`` says of the questions, beside the protocol."""
@@ -228,9 +228,10 @@ def _made(place: Path) -> list[Evaluation]:
     directory = place / "evaluation" if (place / "evaluation").is_dir() else place
     made = own_evaluations(directory)
     if not made:
+        lacking = lacks_of_run(place) or "it was not evaluated"
         raise UserError(
-            f"{place} holds no evaluation to follow. Name a run that was evaluated, or what "
-            "promptkd evaluate wrote to."
+            f"{place} holds no evaluation to follow: {lacking}. Or name what promptkd evaluate "
+            "wrote to."
         )
     ways = {str(own.settings() | {"num_examples": 0}) for own in made}
     if len(ways) > 1:

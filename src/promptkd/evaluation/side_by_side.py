@@ -74,6 +74,11 @@ def generate(
     if not request.strip():
         raise UserError("The request is empty. Say what the models are asked.")
     place, recipe = Path(run), TrainedRun.finished(run).recipe
+    if context and not (recipe.teacher and recipe.teacher.context):
+        raise UserError(
+            f"A context is given, but the teacher of {place} reads none (teacher.context), so it "
+            "would be lost. Write it into the input, which all models read."
+        )
     otherwise = {} if temperature is None else {"temperature": temperature}
     decoding = replace(GenerationSettings.of_recipe(recipe), **otherwise)
     template, date = template_of_run(place, recipe.data.template), date_of_run(place)

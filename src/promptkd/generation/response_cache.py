@@ -36,7 +36,7 @@ NAMES = {"_name_or_path", "architectures", "dtype", "transformers_version"}
 def author_of(module: nn.Module, dtype: torch.dtype, stop: Sequence[int]) -> str:
     """Who writes: weights, the configuration that says how they are used, precision, ends."""
     config: Any = module.config
-    settings = {key: value for key, value in config.to_dict().items() if key not in NAMES}
+    settings = {key: value for key, value in config.to_diff_dict().items() if key not in NAMES}
     how = _digest(json.dumps(settings, sort_keys=True, default=str))
     return f"{fingerprint(module)} {how} {dtype} {list(stop)}"
 

@@ -15,7 +15,7 @@ from promptkd.config import Recipe, known_metric
 from promptkd.errors import UserError
 from promptkd.evaluation.metrics import is_text_metric
 from promptkd.evaluation.suites import PAPER_SEEDS, read_suite, suite_of_mapping
-from promptkd.keys import Section, read_keys, suggest, validate
+from promptkd.keys import Section, read_keys, refuse_another_kind, suggest, validate
 
 DECIDED = {"method": "methods", "seed": "seeds", "output": "output"}
 """Keys of a recipe that the study decides, and its own keys for them."""
@@ -116,7 +116,9 @@ def load_study(path: str | Path) -> Study:
     Raises:
         UserError: for an unknown key (with the nearest known one) or a value out of range.
     """
-    return study_from_dict(read_keys(path, "Study"))
+    raw = read_keys(path, "Study")
+    refuse_another_kind(raw, path, "base")
+    return study_from_dict(raw)
 
 
 def study_from_dict(raw: dict[str, Any]) -> Study:

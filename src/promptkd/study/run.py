@@ -114,7 +114,7 @@ class StudyScorer:
         rows = {name: own for name, own in whole.rows.items() if name not in made}
         if not rows:
             return made
-        informed = all(reads(own, protocol.context) for own in rows.values())
+        informed = all(reads(own, protocol.context) for own in whole.rows.values())
         answer(model, replace(questions, rows=rows), directory, by_teacher=informed and not teacher)
         return self._made(model, directory, questions)
 

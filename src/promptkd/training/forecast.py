@@ -70,7 +70,7 @@ class Forecast:
 
 
 def forecast(measured: Measured, schedule: Schedule) -> Forecast:
-    """Loading, steps, evaluations (one before the first step), checkpoints, and students that are saved.
+    """Loading, steps, evaluations (one before the first step), checkpoints, and saved students.
 
     A student may be saved after every evaluation but the first; it takes the time of a checkpoint
     of its size.

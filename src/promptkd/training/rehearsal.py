@@ -24,8 +24,8 @@ from promptkd.training.state import RunState
 from promptkd.training.tracking import peak_memory
 from promptkd.training.validation import Validator
 
-LATER_STEPS = 4
-"""Steps after the first that are timed: a method that reuses rollouts generates in one of them."""
+LATER_STEPS, REUSING_STEPS = 2, 4
+"""Steps after the first that are timed; a method that reuses rollouts generates in one of four."""
 ENOUGH_SECONDS = 60.0
 """No further step begins after these."""
 EVALUATED = 32
@@ -78,7 +78,7 @@ def rehearse(
 
     ``seconds_loading`` are what ``setup`` took; see ``api.check``.
     """
-    row, seconds_start, seconds_later = _first_steps(setup.max_steps, take_step, ranks)
+    row, seconds_start, seconds_later = _first_steps(setup.max_steps, take_step, state, ranks)
     seconds_evaluation = _time_evaluation(recipe, setup, ranks)
     seconds_checkpoint, bytes_checkpoint = _time_checkpoint(recipe, state)
     student, batch = setup.models.student.module, recipe.optimization.global_batch_size
@@ -107,16 +107,18 @@ def rehearse(
 
 
 def _first_steps(
-    max_steps: int, take_step: Callable[[int], dict[str, Any]], ranks: Ranks
+    max_steps: int, take_step: Callable[[int], dict[str, Any]], state: RunState, ranks: Ranks
 ) -> tuple[dict[str, Any], float, float]:
     """The first step's line, its seconds, and those of a later one."""
-    at_most = min(1 + LATER_STEPS, max_steps)
     shown = {"desc": "first steps", "unit": "step", "disable": ranks.rank > 0}
-    with progress_bar(total=at_most, **shown) as bar:
+    with progress_bar(total=min(1 + LATER_STEPS, max_steps), **shown) as bar:
         started = time.perf_counter()
         row, taken = take_step(0), 1
         bar.update()
         first = time.perf_counter()
+        remembered = state.progress["sources"].state_dict()
+        later = REUSING_STEPS if any(map(any, remembered)) else LATER_STEPS
+        bar.total = at_most = min(1 + later, max_steps)
         while taken < at_most and (taken == 1 or time.perf_counter() - first < ENOUGH_SECONDS):
             take_step(taken)
             taken += 1
