@@ -212,8 +212,8 @@ def standing_bytes(plan: Plan) -> dict[str, float]:
     Of a student of N weights that learns whole: 4 N of fp32 weights, 4 N of gradient, 8 N of
     AdamW, and 2 N that its graph keeps of the weights in bf16, as they were multiplied; of LoRA's
     2 N (its adapters, about a hundredth, count 16 bytes a weight). Of a frozen teacher 2 N, or
-    what its linear layers are held in. Sharded, each is divided by the ranks, what the graph
-    keeps and adapters aside; see ``_gathered``.
+    what its linear layers are held in. Sharded, each is divided by the ranks, adapters aside, and
+    the graph keeps no weights; see ``_gathered``.
     """
     own, parts = plan.student, plan.ranks if plan.sharded else 1
     trained = own.weights * (0.01 if plan.lora else 1)
@@ -224,7 +224,7 @@ def standing_bytes(plan: Plan) -> dict[str, float]:
     if plan.teacher:
         bits = 0.0 if plan.offload else BITS[plan.quantization]
         held["teacher"] = (bits / 8 * plan.teacher.trunk + 2 * plan.teacher.ends) / parts
-    if not plan.lora:
+    if not plan.lora and not plan.sharded:
         held["student in bf16"] = 2 * (own.layer if plan.checkpointed else own.trunk)
     if plan.sharded:
         held["gathered"] = _gathered(plan)
@@ -236,13 +236,12 @@ def standing_bytes(plan: Plan) -> dict[str, float]:
 def _gathered(plan: Plan) -> float:
     """Of sharded models, what is whole when the student's backward pass begins.
 
-    The teacher's ends (embeddings, head), the student's and their gradient, and two layers. At the
-    pass's end the gradient's copy that is being summed takes the place of the graph. Weights are
-    gathered as they are stored: 4 bytes of a student that learns whole, else 2.
+    The teacher's ends (embeddings, head), the student's and their gradient, and two layers of each
+    in bf16. At the pass's end the gradient's copy that is being summed takes the place of the
+    graph. Ends are gathered as they are stored: 4 bytes of a student that learns whole, else 2.
     """
     own, other = plan.student, plan.teacher
-    stored, gradient = (2, 0) if plan.lora else (4, 4)
-    whole = (stored + gradient) * own.ends + 2 * stored * own.layer
+    whole = (2 if plan.lora else 4 + 4) * own.ends + 2 * 2 * own.layer
     return whole + (2 * (other.ends + 2 * other.layer) if other else 0)
 
 
@@ -339,8 +338,8 @@ def _writing_seconds(plan: Plan, machine: Machine, batch_tokens: int = 32768) ->
 def _talk_seconds(plan: Plan, machine: Machine) -> float:
     """A ring: every rank sends 2 (n - 1) / n of the fp32 gradient once a step.
 
-    Sharded, half of that, and the bf16 weights once a pass and micro-batch: the student's three
-    times, the teacher's as often as it passes.
+    Sharded, half of that, the student in bf16 for writing, and for every micro-batch the layers in
+    bf16 once a pass (the student's two) and the ends of a student that learns whole in fp32.
     """
     if plan.ranks == 1:
         return 0.0
@@ -351,11 +350,13 @@ def _talk_seconds(plan: Plan, machine: Machine) -> float:
     if not plan.sharded:
         return 2 * share * gradient / speed + messages
     pieces = max(1.0, plan.tokens / max(micro_batch_tokens(plan), plan.longest))
-    layers = 3 * 2 * plan.student.weights
+    own = plan.student
+    written = 2 * own.weights * plan.on_policy
+    layers = 2 * 2 * own.trunk + (2 if plan.lora else 4) * own.ends
     if plan.teacher:
         passes = (4 - plan.together) if plan.adapts else 1
         layers += passes * 2 * plan.teacher.weights
-    return share * (gradient + pieces * layers) / speed + messages
+    return share * (gradient + written + pieces * layers) / speed + messages
 
 
 def weak_scaling(plan: Plan, machine: Machine, ranks: int) -> float:
@@ -388,7 +389,7 @@ def remedies(plan: Plan) -> list[str]:
         and (plan.teacher or not key.startswith("teacher."))
         and (plan.adapts or not key.startswith("teacher.gradient"))
         and (plan.vllm or not key.startswith("sampling.vllm"))
-        and not (plan.sharded and key.startswith(("teacher.quantization", "teacher.offload")))
+        and not (plan.sharded and key.startswith("teacher.quantization"))
         and not (plan.offload and key.startswith("teacher.quantization"))
         and not (plan.quantization and key.startswith("teacher.offload"))
     }
