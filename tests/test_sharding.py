@@ -20,6 +20,7 @@ from promptkd.errors import UserError
 from promptkd.keys import override
 from promptkd.models import sharding
 from promptkd.models.language_model import PADDING, LanguageModel
+from promptkd.training.setup import _as_loaded
 from test_ranks import assert_same_run, recipe
 
 LORA = {"lora": {"r": 2, "alpha": 4}}
@@ -196,12 +197,15 @@ def test_a_teacher_fetched_from_main_memory_speaks_and_teaches_its_prompt_alike(
     assert_close(found[0], found[1])
 
 
-def test_offloading_parts_is_refused_where_the_cpu_computes(pair, tmp_path):
-    raw = recipe(pair, {"name": "promptkd"}, tmp_path / "run") | {"sharding": "fsdp"}
+def test_parts_are_offloaded_of_a_model_that_was_loaded_whole_and_not_on_a_cpu(pair):
+    raw = recipe(pair, {"name": "promptkd"}, pair / "unset") | {"sharding": "fsdp"}
     raw["teacher"] = raw["teacher"] | {"offload": True}
-    outcomes = runs.run_on_ranks(["train", runs.write_recipe(tmp_path, raw)], tmp_path / "out", 2)
-    assert [outcome.status for outcome in outcomes] == [1, 1]
-    assert "teacher.offload is true, but this run computes on the CPU" in outcomes[0].stderr
+    given = recipe_from_dict(raw)
+    loaded, device = _as_loaded(given, torch.device("cuda"))
+    assert device.type == "cpu"
+    assert (given.teacher.offload, loaded.teacher.offload) == (True, False)
+    with pytest.raises(UserError, match=r"teacher.offload is true, but this run computes on the"):
+        _as_loaded(given, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
