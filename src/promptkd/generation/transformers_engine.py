@@ -91,6 +91,7 @@ class TransformersEngine:
 
     def __init__(self, model: LanguageModel, stop_ids: Sequence[int]):
         self.stop_ids = torch.tensor(stop_ids, device=model.device)
+        self._stop = frozenset(stop_ids)
         self.progress: Progress = unseen
         self._model = model
         self._working_copy: LanguageModel | None = None
@@ -193,16 +194,13 @@ class TransformersEngine:
         history = first.tokens.masked_fill(~first.mask, PADDING)  # padding is part of no n-gram
         rows = list(range(len(requests)))  # what each live row answers
         token_ids: list[list[int]] = [[] for _ in requests]
-        stop = set(self.stop_ids.tolist())
-        share_of_token = len(requests) / room
-        noted = [*decoders, sampler] if co_generator else []
+        share_of_token, noted = len(requests) / room, [*decoders, sampler] if co_generator else []
         logprobs: list[list[list[float]]] = [[[] for _ in requests] for _ in noted]
         for time in range(room):
             laws = [decoder.next_scores() for decoder in decoders]
-            mixed = laws[0]
             if co_generator:
                 laws = [scores.log_softmax(-1) for scores in laws]
-                mixed = _mixture(laws[0], laws[1], co_generator.share)
+            mixed = _mixture(*laws, co_generator.share) if co_generator else laws[0]
             law = sampler.warp(mixed, history)
             chosen = sampler.choose(law, uniforms[:, time])
             tokens = chosen.tolist()  # read once: the host waits for a GPU here
@@ -211,7 +209,7 @@ class TransformersEngine:
             if co_generator:
                 own = [scores.gather(-1, chosen[:, None])[:, 0] for scores in laws]
                 _note(logprobs, rows, [*own, sampler.logprobs_of(chosen, law)])
-            going_on = [place for place, token in enumerate(tokens) if token not in stop]
+            going_on = [place for place, token in enumerate(tokens) if token not in self._stop]
             self.progress(share_of_token)
             if not going_on:
                 break
@@ -225,7 +223,7 @@ class TransformersEngine:
                 for decoder in decoders:
                     decoder.keep(keep)
         self.progress(len(requests) - share_of_token * max(map(len, token_ids)))
-        return _responses(token_ids, logprobs, stop)
+        return _responses(token_ids, logprobs, self._stop)
 
 
 def _note(logprobs: list[list[list[float]]], rows: Sequence[int], chosen: Sequence[Tensor]) -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -63,19 +64,13 @@ def shard(
     Raises:
         UserError: if the model doesn't say which its layers are.
     """
-    names = set(module._no_split_modules or ())
-    layers = [part for part in module.modules() if type(part).__name__ in names]
-    if not layers:
-        raise UserError(
-            f"sharding is fsdp, but {type(module).__name__} doesn't say which of its parts are "
-            "layers (_no_split_modules), so its weights can't be shared. Set sharding: none."
-        )
+    layers = _layers(module)
     small = [own for name, own in module.named_parameters() if is_adapter(name) or own.dim() < 2]
     for own in small:
         _receive(own, device)
     whole = set(small)
-    on_cuda = device.type == "cuda"
-    place = CPUOffloadPolicy(pin_memory=on_cuda) if offload else OffloadPolicy()
+    on_gpu = device.type == "cuda"
+    place = CPUOffloadPolicy(pin_memory=on_gpu) if offload else OffloadPolicy()
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for part in (*layers, module):
         for own in part.parameters():
@@ -87,9 +82,43 @@ def shard(
         sharded: Any = part
         sharded.set_gradient_divide_factor(1.0)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other way to not average
+        if not on_gpu:
+            sharded.set_custom_reduce_scatter(SummedByExchange())
     entered: Any = module
     entered.promptkd_enter = MethodType(lambda self, function, *given: function(*given), module)
     register_fsdp_forward_method(module, "promptkd_enter")
+
+
+def _layers(module: PreTrainedModel) -> list[nn.Module]:
+    names = set(module._no_split_modules or ())
+    layers = [part for part in module.modules() if type(part).__name__ in names]
+    if not layers:
+        raise UserError(
+            f"sharding is fsdp, but {type(module).__name__} doesn't say which of its parts are "
+            "layers (_no_split_modules), so its weights can't be shared. Set sharding: none."
+        )
+    return layers
+
+
+class SummedByExchange:
+    """Sums gradients over processes: each sends every other its part, and adds what it gets.
+
+    gloo's own way sums all parts on every process, at five times the processor's time, and cuts.
+    """
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Float[Tensor, " part"],
+        input_tensor: Float[Tensor, " all"],
+        group: torch.distributed.ProcessGroup,
+        **given: Any,
+    ) -> None:
+        received = torch.empty_like(input_tensor)
+        torch.distributed.all_to_all_single(received, input_tensor, group=group)
+        torch.sum(received.view(-1, len(output_tensor)), 0, out=output_tensor)
 
 
 def _precision(layer: nn.Module, dtype: torch.dtype | None) -> MixedPrecisionPolicy:
