@@ -20,16 +20,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_choices import CHOICES
+from gpu_setting import (
+    BF16,
+    DEVICE,
+    QWEN,
+    SMALLEST,
+    TINY,
+    language_model,
+    seconds_of,
+)
 from setting import RESULTS, machine
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from promptkd.divergences import reverse_kl
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.methods import build_method
 from promptkd.models.frozen import Storage
-from promptkd.models.language_model import PADDING, Head, LanguageModel, proven, select_responses
+from promptkd.models.language_model import PADDING, Head, LanguageModel, select_responses
 from promptkd.objectives import States, Tiling, accumulate
 from promptkd.rollouts import Rollout
 from promptkd.teachers import SoftPromptTeacher
@@ -37,61 +46,8 @@ from promptkd.training.sizing import Shape
 from promptkd.training.step import Learner, Step, StepSettings
 from promptkd.training.token_budget import bytes_per_token
 
-TINY = "--tiny" in sys.argv
-DEVICE = torch.device("cpu" if TINY or not torch.cuda.is_available() else "cuda")
-BF16 = torch.bfloat16
 AT_MOST = 8 * 60
 """Seconds; sections that would begin later are left out, and said to be."""
-
-QWEN = {
-    "1.5B": (151936, 1536, 8960, 12, 2, 28, True),
-    "7B": (152064, 3584, 18944, 28, 4, 28, False),
-}
-LLAMA = {
-    "135M": (49152, 576, 1536, 9, 3, 30, True),
-    "10 layers": (49152, 576, 1536, 9, 3, 10, True),
-}
-SMALLEST = (640, 64, 128, 4, 2, 2, True)
-
-
-def synchronize() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def seconds_of(work: Callable[[], object], repeats: int = 3) -> float:
-    """Mean of a few, after one that warms up."""
-    work()
-    synchronize()
-    started = time.perf_counter()
-    for _ in range(1 if TINY else repeats):
-        work()
-    synchronize()
-    return (time.perf_counter() - started) / (1 if TINY else repeats)
-
-
-def module(name: str, dtype: torch.dtype) -> Any:
-    kind = Qwen2Config if name in QWEN else LlamaConfig
-    known = QWEN | LLAMA
-    vocabulary, width, inner, heads, keys, layers, tied = SMALLEST if TINY else known[name]
-    config = kind(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=inner,
-        num_attention_heads=heads,
-        num_key_value_heads=keys,
-        num_hidden_layers=layers,
-        tie_word_embeddings=tied,
-        max_position_embeddings=16384,
-    )
-    torch.manual_seed(0)
-    with DEVICE:
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-
-
-def language_model(name: str, dtype: torch.dtype = BF16, learns: bool = False) -> LanguageModel:
-    whole = module(name, dtype).requires_grad_(learns)
-    return proven(LanguageModel(whole, whole.config.vocab_size, BF16), name)
 
 
 def pair(student: str, teacher: str) -> Callable[[int], Step]:
@@ -305,8 +261,9 @@ def teacher_off_the_card() -> dict[str, Any]:
 
 
 SECTIONS = (
-    *(card, equal_to_the_cpu, same_bits, small_step, writing, losses, budget, teacher_off_the_card),
-    large_step,
+    *(card, equal_to_the_cpu, same_bits, small_step, writing, losses, budget),
+    *CHOICES,
+    *(teacher_off_the_card, large_step),
 )
 
 

@@ -42,8 +42,10 @@ PHASES = ("seconds_generation", "seconds_learning", "seconds_student", "seconds_
 
 def of_rank(path: Path) -> None:
     """Take a step for each line: its seconds; for "talk", the bytes that an all-reduce moves."""
+    from promptkd.kernels.allocator import keep_freed_memory
     from promptkd.training.trainer import Trainer
 
+    keep_freed_memory()  # as every command does
     torch.set_num_threads(1)
     given = load_recipe(path)
     trainer = Trainer(given, build_method(given.method.name))

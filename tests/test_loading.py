@@ -1,6 +1,8 @@
 """What is loaded is the checkpoint, whole; everything else is refused in a sentence."""
 
+import gc
 import json
+from pathlib import Path
 
 import peft
 import pytest
@@ -238,3 +240,15 @@ def test_a_vision_language_checkpoint_speaks_as_its_text_part(tmp_path):
     with torch.no_grad():
         own = load_language_model(str(tmp_path), "fp32").module(ids).logits
         torch.testing.assert_close(own, whole(ids).logits, atol=1e-5, rtol=1e-4)
+
+
+def test_weights_in_the_precision_of_their_file_are_read_where_they_lie(saved):
+    """So the first of many processes holds no copy of a teacher that it sends to all."""
+    file, maps = str((saved / "model.safetensors").resolve()), Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("no /proc here")
+    for dtype, lies in ((torch.float32, True), (torch.bfloat16, False)):
+        model = load_model(str(saved), dtype)
+        assert (file in maps.read_text()) == lies, model.dtype
+        del model
+        gc.collect()

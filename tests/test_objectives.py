@@ -6,7 +6,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tiny
-from promptkd.divergences import forward_kl, reverse_kl
+from promptkd.divergences import DIVERGENCES, forward_kl, reverse_kl
 from promptkd.models.language_model import Head, select_responses
 from promptkd.objectives import (
     CrossEntropy,
@@ -299,3 +299,25 @@ def test_unknown_divergence_or_wrong_option_is_refused_when_built():
         Divergence("generalized_jsd", (("beta", 1.0),))
     with pytest.raises(ValueError, match="takes no options, but 'beta' is given"):
         Divergence("reverse_kl", (("beta", 0.5),))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_host_waits_for_no_tile(name):
+    """Tensors on the meta device have no numbers: reading one, as a host does, raises."""
+    between = DIVERGENCES[name]
+    weight = torch.nn.Parameter(torch.empty(tiny.ROWS, 8, device="meta"))
+    states = {
+        who: States(
+            torch.empty(7, 8, device="meta", requires_grad=True),
+            Head(weight, None, tiny.ROWS),
+            True,
+        )
+        for who in ("student", "teacher")
+    }
+
+    def both(logprobs, tile):
+        q, p = logprobs["student"], logprobs["teacher"]
+        return {"student": between(q, p.detach()), "towards_student": between(p, q.detach())}
+
+    found = accumulate(states, both, WEIGHTS, Tiling(3 * tiny.ROWS, 2 * tiny.ROWS))
+    assert {value.shape for value in found.values()} == {(7,)}

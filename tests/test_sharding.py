@@ -2,18 +2,25 @@
 
 import shutil
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
 import runs
 import tiny
+from promptkd.adapters import add_lora
 from promptkd.config import recipe_from_dict
 from promptkd.errors import UserError
 from promptkd.keys import override
+from promptkd.models import sharding
+from promptkd.models.language_model import PADDING, LanguageModel
+from promptkd.training.setup import _as_loaded
 from test_ranks import assert_same_run, recipe
 
 LORA = {"lora": {"r": 2, "alpha": 4}}
@@ -150,6 +157,70 @@ def test_one_process_finishes_what_two_that_shared_began_when_one_was_killed(pai
     assert_same_run(one, tmp_path / "run")
 
 
+@pytest.fixture
+def alone(tmp_path):
+    """A group of one process."""
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_a_teacher_fetched_from_main_memory_speaks_and_teaches_its_prompt_alike(
+    alone, monkeypatch, adapted
+):
+    """By the code of a card, on a processor: that it fetches from anywhere isn't tested."""
+    policies = []
+
+    def noted(part, **given):
+        policies.append(given.get("offload_policy"))
+        return fully_shard(part, **given)
+
+    monkeypatch.setattr(sharding, "fully_shard", noted)
+    tokens, found = torch.tensor([[5, 6, 7, 8], [9, 10, 11, PADDING]]), []
+    for offload in (False, True):
+        module = tiny.model("qwen2", num_layers=2, seed=1).requires_grad_(False)
+        if adapted:
+            add_lora(module, 2, 4, (), seed=0)
+        if offload:
+            sharding.shard(module, torch.device("cpu"), offload=True)
+        prompt = torch.nn.Parameter(torch.linspace(-1, 1, 2 * tiny.WIDTH).view(2, tiny.WIDTH))
+        hidden = LanguageModel(module, tiny.ROWS).hidden_states(tokens, prompt)
+        hidden[tokens != PADDING].square().sum().backward()
+        learnt = [p.grad for name, p in module.named_parameters() if "lora_" in name]
+        found.append([hidden[tokens != PADDING].detach(), prompt.grad, *learnt])
+
+    assert [type(policy) for policy in policies] == [CPUOffloadPolicy, CPUOffloadPolicy, NoneType]
+    assert len(found[0]) == (2 if not adapted else 2 + 8)
+    assert_close(found[0], found[1])
+
+
+def test_parts_are_offloaded_of_a_model_that_was_loaded_whole_and_not_on_a_cpu(pair):
+    raw = recipe(pair, {"name": "promptkd"}, pair / "unset") | {"sharding": "fsdp"}
+    raw["teacher"] = raw["teacher"] | {"offload": True}
+    given = recipe_from_dict(raw)
+    loaded, device = _as_loaded(given, torch.device("cuda"))
+    assert device.type == "cpu"
+    assert (given.teacher.offload, loaded.teacher.offload) == (True, False)
+    with pytest.raises(UserError, match=r"teacher.offload is true, but this run computes on the"):
+        _as_loaded(given, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("layer", "rounded"),
+    [
+        (torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4)), torch.bfloat16),
+        (torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Embedding(4, 4)), None),
+    ],
+)
+def test_layers_are_rounded_before_they_are_gathered_if_autocast_would_round_them(layer, rounded):
+    policy = sharding._precision(layer, torch.bfloat16)
+    assert policy.param_dtype == rounded
+    assert sharding._precision(layer, None).param_dtype is None
+
+
 def test_one_process_is_refused(pair):
     raw = recipe(pair, {"name": "promptkd"}, pair / "refused") | {"sharding": "fsdp"}
     with pytest.raises(UserError, match=r"sharding is fsdp, .* but there is one"):
@@ -163,6 +234,7 @@ def test_one_process_is_refused(pair):
         ("sampling.engine: vllm", "sampling.engine=vllm"),
         ("attention: flash", "attention=flash"),
         ("a measured micro_batch_tokens", "optimization.micro_batch_tokens=null"),
+        ("teacher.quantization", "teacher.quantization=8bit"),
     ],
 )
 def test_what_cannot_be_shared_is_refused(pair, other, key):

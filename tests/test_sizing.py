@@ -14,7 +14,7 @@ from promptkd.keys import override
 from promptkd.methods import build_method
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.sizes import num_parameters
-from promptkd.training.planned import Cluster, plan_for
+from promptkd.training.planned import Cluster, plan_for, plan_lines, remedies
 from promptkd.training.sizing import (
     EPYC,
     H100,
@@ -23,7 +23,6 @@ from promptkd.training.sizing import (
     fits,
     kept_per_token,
     peak_bytes,
-    remedies,
     replace,
     standing_bytes,
     step_seconds,
@@ -143,7 +142,7 @@ def test_a_vllm_that_sleeps_takes_its_share_while_it_writes_alone():
     assert "vLLM" not in standing_bytes(asleep)
     assert writing_bytes(asleep) == standing_bytes(awake)["vLLM"] == 0.35 * 80e9
     assert not fits(awake)
-    assert "sampling.vllm.enable_sleep_mode=true" in remedies(awake)
+    assert ("sampling.vllm.enable_sleep_mode=true",) in remedies(awake)
     assert fits(asleep)
 
 
@@ -183,12 +182,46 @@ def test_a_plan_is_sharded_and_sleeps_as_its_recipe_says():
 def test_what_does_not_fit_names_keys_that_make_it_fit():
     large = replace(PAIR, student=LARGE, lora=False, memory=80e9)
     assert not fits(large)
-    assert remedies(large) == ["student.lora={}"]
+    assert remedies(large) == [("student.lora={}",)]
     with_lora = replace(large, lora=True)
     assert fits(with_lora)
     tight = replace(PAIR, memory=50e9)
     assert not fits(tight)
-    assert "teacher.quantization=4bit" in remedies(tight)
+    assert ("teacher.quantization=4bit",) in remedies(tight)
+
+
+def test_where_no_key_is_enough_the_fewest_are_named_that_are_together():
+    """1.5B from 7B on 24 GB: 24.7 GB of a whole student, 15.2 of a teacher."""
+    small = replace(PAIR, memory=24e9, longest=775)
+    assert {len(keys) for keys in remedies(small)} == {2}
+    assert ("teacher.quantization=4bit", "student.lora={}") in remedies(small)
+    assert not any(
+        {"teacher.quantization=4bit", "teacher.offload=true"} <= {*k} for k in remedies(small)
+    )
+    assert remedies(replace(small, memory=4e9)) == []
+    (said,) = [line for line in plan_lines(small, 10) if "does not fit" in line]
+    assert "Together these make it fit: teacher.quantization=8bit, student.lora={}." in said
+
+
+def test_a_plan_says_what_sharding_saves_and_what_the_recipe_asks_too_much():
+    huge = replace(PAIR, student=LARGE, ranks=8, longest=1031)
+    assert "On these cards sharding=fsdp makes it fit" in list(plan_lines(huge, 10))[-1]
+    asks = list(plan_lines(replace(PAIR, micro_batch=50000), 10))
+    assert any("micro_batch_tokens is 50000, more than that" in line for line in asks)
+
+
+def test_ranks_wait_for_the_one_with_most_rows():
+    uneven, even = (replace(PAIR, batch=batch, ranks=8) for batch in (12, 16))
+    assert uneven.rows == even.rows == 2
+    assert step_seconds(uneven, H100)["student"] == step_seconds(even, H100)["student"]
+
+
+def test_an_offloaded_teacher_crosses_the_bus_in_every_pass():
+    away = replace(PAIR, offload=True, micro_batch=2048, batch=32)
+    fetching = step_seconds(away, H100)["fetching"]
+    assert fetching == pytest.approx(16 * 4 * 2 * LARGE.trunk / H100.bus)
+    parts = replace(away, sharded=True, ranks=8, batch=8 * 32)
+    assert step_seconds(parts, H100)["fetching"] == pytest.approx(fetching / 8)
 
 
 def test_ranks_lose_to_their_talk_alone_and_more_over_the_network():

@@ -297,6 +297,14 @@ def test_options_replace_ours_and_unknown_ones_are_refused(started):
         start((), unheard_of=1)
 
 
+def test_on_a_gpu_it_writes_by_cuda_graphs(started, monkeypatch):
+    _, start = started
+    _, ours = start(())
+    monkeypatch.setattr(LanguageModel, "device", torch.device("cuda"))
+    options = ours._set_by_the_run(64)
+    assert (options["enforce_eager"], options["gpu_memory_utilization"]) == (False, 0.3)
+
+
 @pytest.mark.parametrize(
     ("sampling", "reason"),
     [

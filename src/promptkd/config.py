@@ -357,7 +357,6 @@ class Recipe(Section):
             "attention: flash": self.attention == "flash",
             "a measured micro_batch_tokens": self.optimization.micro_batch_tokens is None,
             "teacher.quantization": self.teacher and self.teacher.quantization,
-            "teacher.offload": self.teacher and self.teacher.offload,
         }
         for other, chosen in others.items():
             if self.sharding == "fsdp" and chosen:

@@ -33,8 +33,13 @@ class _KL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:  # pyright: ignore
         probabilities, gap = first.exp(), first - second
+        # 0 log 0 counts as 0. log_softmax has no such entries, so a CPU looks first whether there
+        # are any; for a look at a GPU's numbers the host would wait, tile by tile.
+        looks = first.device.type == "cpu"
+        if not looks:
+            gap.masked_fill_(first == -torch.inf, 0.0)
         value = (probabilities * gap).sum(-1)
-        if not torch.isfinite(value).all():  # 0 log 0 counts as 0; log_softmax has no such entries
+        if looks and not torch.isfinite(value).all():
             gap.masked_fill_(first == -torch.inf, 0.0)
             value = (probabilities * gap).sum(-1)
         ctx.save_for_backward(probabilities, gap)

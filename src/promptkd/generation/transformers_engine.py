@@ -5,7 +5,7 @@ so batch size, batch order and number of ranks don't change what is written (bey
 """
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
@@ -91,6 +91,7 @@ class TransformersEngine:
 
     def __init__(self, model: LanguageModel, stop_ids: Sequence[int]):
         self.stop_ids = torch.tensor(stop_ids, device=model.device)
+        self._stop = frozenset(stop_ids)
         self.progress: Progress = unseen
         self._model = model
         self._working_copy: LanguageModel | None = None
@@ -191,44 +192,44 @@ class TransformersEngine:
         first = _Decoder(model, products, requests, soft_prompt=soft_prompt, past=past, room=room)
         decoders = [first, *self._co_decoders(co_generator, products, requests, room)]
         history = first.tokens.masked_fill(~first.mask, PADDING)  # padding is part of no n-gram
-        rows = torch.arange(len(requests), device=model.device)  # what each live row answers
+        rows = list(range(len(requests)))  # what each live row answers
         token_ids: list[list[int]] = [[] for _ in requests]
-        share_of_token = len(requests) / room
-        noted = [*decoders, sampler] if co_generator else []
+        share_of_token, noted = len(requests) / room, [*decoders, sampler] if co_generator else []
         logprobs: list[list[list[float]]] = [[[] for _ in requests] for _ in noted]
         for time in range(room):
             laws = [decoder.next_scores() for decoder in decoders]
-            mixed = laws[0]
             if co_generator:
                 laws = [scores.log_softmax(-1) for scores in laws]
-                mixed = _mixture(laws[0], laws[1], co_generator.share)
+            mixed = _mixture(*laws, co_generator.share) if co_generator else laws[0]
             law = sampler.warp(mixed, history)
-            chosen = sampler.choose(law, uniforms[rows, time])
-            for row, token in zip(rows.tolist(), chosen.tolist(), strict=True):
+            chosen = sampler.choose(law, uniforms[:, time])
+            tokens = chosen.tolist()  # read once: the host waits for a GPU here
+            for row, token in zip(rows, tokens, strict=True):
                 token_ids[row].append(token)
             if co_generator:
                 own = [scores.gather(-1, chosen[:, None])[:, 0] for scores in laws]
                 _note(logprobs, rows, [*own, sampler.logprobs_of(chosen, law)])
-            going_on = ~torch.isin(chosen, self.stop_ids)
+            going_on = [place for place, token in enumerate(tokens) if token not in self._stop]
             self.progress(share_of_token)
-            if not going_on.any():
+            if not going_on:
                 break
             history = torch.cat([history, chosen[:, None]], dim=1)
             for decoder in decoders:
                 decoder.read(chosen)
-            if going_on.sum() <= 0.75 * len(rows):  # finished rows leave; moving caches costs
-                keep = going_on.nonzero()[:, 0]
-                rows, history = rows[keep], history[keep]
+            if len(going_on) <= 0.75 * len(rows):  # finished rows leave; moving caches costs
+                rows = [rows[place] for place in going_on]
+                keep = torch.tensor(going_on, device=model.device)
+                uniforms, history = uniforms[keep], history[keep]
                 for decoder in decoders:
                     decoder.keep(keep)
         self.progress(len(requests) - share_of_token * max(map(len, token_ids)))
-        return _responses(token_ids, logprobs, self.stop_ids.tolist())
+        return _responses(token_ids, logprobs, self._stop)
 
 
-def _note(logprobs: list[list[list[float]]], rows: Tensor, chosen: Sequence[Tensor]) -> None:
+def _note(logprobs: list[list[list[float]]], rows: Sequence[int], chosen: Sequence[Tensor]) -> None:
     """Append what each noted law says of the tokens just chosen, one per live row."""
     for of_law, values in zip(logprobs, chosen, strict=True):
-        for row, value in zip(rows.tolist(), values.tolist(), strict=True):
+        for row, value in zip(rows, values.tolist(), strict=True):
             of_law[row].append(value)
 
 
@@ -241,7 +242,7 @@ def _mixture(
 
 
 def _responses(
-    token_ids: list[list[int]], logprobs: list[list[list[float]]], stop: list[int]
+    token_ids: list[list[int]], logprobs: list[list[list[float]]], stop: Container[int]
 ) -> list[Response]:
     """Each up to its stop token; with logprobs where there are those of two models."""
     ended = [_cut_after_stop(ids, stop) for ids in token_ids]
@@ -335,7 +336,7 @@ def left_pad(requests: Sequence[Tokens], device: torch.device) -> tuple[Tensor, 
     return tokens.to(device), mask.to(device)
 
 
-def _cut_after_stop(ids: list[int], stop: list[int]) -> Tokens:
+def _cut_after_stop(ids: list[int], stop: Container[int]) -> Tokens:
     for position, token in enumerate(ids):
         if token in stop:
             return tuple(ids[: position + 1])

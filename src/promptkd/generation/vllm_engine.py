@@ -85,7 +85,7 @@ class VLLMEngine:
             if torch.distributed.is_initialized():  # else every rank's engine takes card 0
                 of_gpu["distributed_executor_backend"] = "external_launcher"
         return of_gpu | {
-            "enforce_eager": True,
+            "enforce_eager": model.device.type != "cuda",  # on a GPU, CUDA graphs
             "skip_tokenizer_init": True,
             "load_format": "dummy",
             "dtype": str(model.dtype).removeprefix("torch."),

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from promptkd.models import sharding
@@ -41,23 +41,24 @@ class Learner:
     def clip(self, max_norm: float, ranks: Ranks) -> float:
         """Sum the gradients of all processes and clip them; returns their norm before.
 
-        Those of sharded parameters were summed by the backward passes.
+        Those of sharded parameters were summed by the backward passes, and torch takes them
+        together with no others.
         """
-        gradients = []
-        for parameter in self.parameters:
-            assert parameter.grad is not None, "there from the start"
-            if not isinstance(parameter, DTensor):
-                parameter.grad = ranks.sum(parameter.grad)
-            gradients.append(parameter.grad)
-        norm = nn.utils.get_total_norm(gradients)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-        nn.utils.clip_grads_with_norm_(self.parameters, max_norm, norm)
+        parts = [own for own in self.parameters if isinstance(own, DTensor)]
+        others = [own for own in self.parameters if not isinstance(own, DTensor)]
+        norms = [ranks.sum(_gradient(own)) for own in others]
+        if parts:
+            norms.append(nn.utils.get_total_norm([_gradient(own) for own in parts]).full_tensor())
+        norm = nn.utils.get_total_norm(norms)
+        for own in (parts, others):
+            nn.utils.clip_grads_with_norm_(own, max_norm, norm)
         return norm.item()
 
     def move(self) -> None:
         """One step of the optimizer; the gradients are zero again."""
         self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=False)
+        for parameter in self.parameters:  # the optimizer's own zeros take no mixture of kinds
+            _gradient(parameter).zero_()
 
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's, of whole tensors on the first process; all processes must ask."""
@@ -70,3 +71,8 @@ class Learner:
             for index, values in state["state"].items()
         }
         self.optimizer.load_state_dict(state | {"state": states})
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None, "there from the start"
+    return parameter.grad

@@ -72,19 +72,23 @@ class Models:
         with copied.on_first() if copied else nullcontext(self.student.module) as module:
             yield module
 
-    def shared_out(self, device: torch.device) -> "Models":
+    def shared_out(self, device: torch.device, offload: bool) -> "Models":
         """The same in parts, of which this process keeps its own on ``device``.
+
+        Args:
+            device: of this process.
+            offload: whether the teacher's are fetched from the machine's memory.
 
         Raises:
             UserError: if an architecture can't be sharded.
         """
         student, other, teacher = self.student, self.plain_teacher, self.teacher
-        mixed = student.dtype != student.module.dtype
-        student_copy = WholeModel(student.module, device, student.dtype if mixed else None)
+        dtype = student.dtype if student.dtype != student.module.dtype else None
+        student_copy = WholeModel(student.module, device, dtype)
         teacher_copy = WholeModel(other.module, device) if other else None
-        for model in (student, other):
-            if model:
-                sharding.shard(model.module, device)
+        sharding.shard(student.module, device, dtype=dtype)
+        if other:
+            sharding.shard(other.module, device, offload=offload)
         for own in [*teacher.parameters(), teacher.soft_prompt] if teacher else []:
             if own is not None:
                 own.data = own.data.to(device)

@@ -124,7 +124,7 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     models, stop = loaded.models, loaded.stop
     budget = _budget(recipe, models, requests.longest_row, ranks, say)
     if sharded:
-        models = models.shared_out(device)
+        models = models.shared_out(device, bool(recipe.teacher and recipe.teacher.offload))
     generation = _bind_generation(recipe, method, models, requests, stop)
     step = _bind_step(recipe, method, models, ranks, budget)
     requests.say(say)
@@ -155,7 +155,10 @@ def _as_loaded(recipe: Recipe, device: torch.device) -> tuple[Recipe, torch.devi
     if recipe.sharding == "none":
         return recipe, device
     mixed = compute_dtype(recipe.precision, device) == torch.bfloat16
-    settings = {"precision": "bf16" if mixed else "fp32"}
+    settings: dict[str, Any] = {"precision": "bf16" if mixed else "fp32"}
+    if recipe.teacher:  # what is offloaded then are its parts
+        Storage(offload=recipe.teacher.offload).refuse_missing(device)
+        settings["teacher"] = recipe.teacher.model_copy(update={"offload": False})
     if device.type == "cuda" and recipe.attention == "auto":
         settings["attention"] = "sdpa"
     return recipe.model_copy(update=settings), torch.device("cpu")

@@ -7,6 +7,7 @@ An estimate: attention's own products, loading, evaluation and the wait for the 
 are left out. What is calibrated, and on what, is said at each ``Machine``.
 """
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -103,6 +104,7 @@ class Machine:
         link: bytes per second between two ranks of a machine.
         network: bytes per second of a rank to other machines.
         latency: seconds of one message.
+        bus: bytes per second from the machine's memory to the card.
         per_machine: ranks of one.
         source: where the numbers come from.
     """
@@ -115,6 +117,7 @@ class Machine:
     link: float
     network: float
     latency: float
+    bus: float
     per_machine: int
     source: str
 
@@ -128,6 +131,7 @@ EPYC = Machine(
     link=4e9,
     network=1e9,
     latency=1e-4,
+    bus=math.inf,
     per_machine=1,
     source="two cores of an AMD EPYC in bf16, measured (benchmarks/results/phases.bf16.json); its "
     "talk is not",
@@ -141,6 +145,7 @@ H100 = Machine(
     link=300e9,
     network=40e9,
     latency=2e-5,
+    bus=50e9,
     per_machine=8,
     source="the H100's data sheet and estimated shares of it; not measured",
 )
@@ -154,6 +159,7 @@ class Plan:
         student: its shape.
         teacher: its shape, or None.
         batch: requests of a step, over all ranks.
+        micro_batch: tokens of one as the recipe sets them; None where they are measured.
         request: tokens, on average; ``response`` likewise.
         longest: tokens of the longest row, prompt included.
         adapts: whether the teacher learns (a soft prompt, LoRA).
@@ -177,6 +183,7 @@ class Plan:
     request: float
     response: float
     longest: int
+    micro_batch: int | None = None
     adapts: bool = True
     together: bool = False
     on_policy: bool = True
@@ -198,12 +205,13 @@ class Plan:
 
     @property
     def tokens(self) -> float:
-        """Of one rank's step, responses and all."""
+        """Of the step of a rank that has the most, responses and all."""
         return self.rows * (self.request + self.response)
 
     @property
-    def rows(self) -> float:
-        return self.batch / self.ranks
+    def rows(self) -> int:
+        """Of a rank that has the most: the others wait for it."""
+        return math.ceil(self.batch / self.ranks)
 
 
 def standing_bytes(plan: Plan) -> dict[str, float]:
@@ -212,8 +220,8 @@ def standing_bytes(plan: Plan) -> dict[str, float]:
     Of a student of N weights that learns whole: 4 N of fp32 weights, 4 N of gradient, 8 N of
     AdamW, and 2 N that its graph keeps of the weights in bf16, as they were multiplied; of LoRA's
     2 N (its adapters, about a hundredth, count 16 bytes a weight). Of a frozen teacher 2 N, or
-    what its linear layers are held in. Sharded, each is divided by the ranks, what the graph
-    keeps and adapters aside; see ``_gathered``.
+    what its linear layers are held in. Sharded, each is divided by the ranks, adapters aside, and
+    the graph keeps no weights; see ``_gathered``.
     """
     own, parts = plan.student, plan.ranks if plan.sharded else 1
     trained = own.weights * (0.01 if plan.lora else 1)
@@ -224,7 +232,7 @@ def standing_bytes(plan: Plan) -> dict[str, float]:
     if plan.teacher:
         bits = 0.0 if plan.offload else BITS[plan.quantization]
         held["teacher"] = (bits / 8 * plan.teacher.trunk + 2 * plan.teacher.ends) / parts
-    if not plan.lora:
+    if not plan.lora and not plan.sharded:
         held["student in bf16"] = 2 * (own.layer if plan.checkpointed else own.trunk)
     if plan.sharded:
         held["gathered"] = _gathered(plan)
@@ -236,13 +244,12 @@ def standing_bytes(plan: Plan) -> dict[str, float]:
 def _gathered(plan: Plan) -> float:
     """Of sharded models, what is whole when the student's backward pass begins.
 
-    The teacher's ends (embeddings, head), the student's and their gradient, and two layers. At the
-    pass's end the gradient's copy that is being summed takes the place of the graph. Weights are
-    gathered as they are stored: 4 bytes of a student that learns whole, else 2.
+    The teacher's ends (embeddings, head), the student's and their gradient, and two layers of each
+    in bf16. At the pass's end the gradient's copy that is being summed takes the place of the
+    graph. Ends are gathered as they are stored: 4 bytes of a student that learns whole, else 2.
     """
     own, other = plan.student, plan.teacher
-    stored, gradient = (2, 0) if plan.lora else (4, 4)
-    whole = (stored + gradient) * own.ends + 2 * stored * own.layer
+    whole = (2 if plan.lora else 4 + 4) * own.ends + 2 * 2 * own.layer
     return whole + (2 * (other.ends + 2 * other.layer) if other else 0)
 
 
@@ -289,6 +296,12 @@ def micro_batch_tokens(plan: Plan) -> int:
     return max(0, int(free / kept_per_token(plan)))
 
 
+def pieces(plan: Plan) -> float:
+    """Micro-batches of a rank's step."""
+    at_once = min(micro_batch_tokens(plan), plan.micro_batch or math.inf)
+    return max(1.0, plan.tokens / max(at_once, plan.longest))
+
+
 def fits(plan: Plan) -> bool:
     return sum(peak_bytes(plan, plan.longest).values()) <= USABLE * plan.memory
 
@@ -299,7 +312,8 @@ def step_seconds(plan: Plan, machine: Machine) -> dict[str, float]:
     A token costs 2 W in a forward pass, W the trunk's weights: the student's three passes' worth
     (forward, to the input, to the weights), the teacher's one, or, where it learns, three, and
     one more where it moves before the student. Then the student's forward is made again, unless
-    both graphs of the whole step fit. Checkpointing makes a graph's forward again.
+    both graphs of the whole step fit. Checkpointing makes a graph's forward again. A teacher that
+    is offloaded crosses the bus for every pass of every micro-batch, sharded only a rank's part.
     """
     own, other = plan.student, plan.teacher
     both_kept = micro_batch_tokens(replace(plan, together=True))
@@ -307,10 +321,13 @@ def step_seconds(plan: Plan, machine: Machine) -> dict[str, float]:
     student = 2 * own.trunk * plan.tokens * (3 + plan.checkpointed + again)
     passes = (4 if not plan.together else 3) if plan.adapts else 1
     heads = 3 * own.head + (again + plan.adapts) * own.head * (not plan.together)
-    teacher = 0.0
+    teacher = fetched = 0.0
     if other:
-        teacher = 2 * other.trunk * plan.tokens * (passes + plan.adapts * plan.teacher_checkpointed)
+        passes_of_trunk = passes + plan.adapts * plan.teacher_checkpointed
+        teacher = 2 * other.trunk * plan.tokens * passes_of_trunk
         heads += passes * other.head
+        parts = plan.ranks if plan.sharded else 1
+        fetched = plan.offload * pieces(plan) * passes_of_trunk * 2 * other.trunk / parts
     responses = plan.rows * plan.response
     return {
         "writing": _writing_seconds(plan, machine),
@@ -318,6 +335,7 @@ def step_seconds(plan: Plan, machine: Machine) -> dict[str, float]:
         "teacher": teacher / (machine.trunk_share * machine.flops),
         "losses": 2 * heads * responses / (machine.loss_share * machine.flops),
         "talk": _talk_seconds(plan, machine),
+        **({"fetching": fetched / machine.bus} if fetched else {}),
     }
 
 
@@ -339,8 +357,8 @@ def _writing_seconds(plan: Plan, machine: Machine, batch_tokens: int = 32768) ->
 def _talk_seconds(plan: Plan, machine: Machine) -> float:
     """A ring: every rank sends 2 (n - 1) / n of the fp32 gradient once a step.
 
-    Sharded, half of that, and the bf16 weights once a pass and micro-batch: the student's three
-    times, the teacher's as often as it passes.
+    Sharded, half of that, the student in bf16 for writing, and for every micro-batch the layers in
+    bf16 once a pass (the student's two) and the ends of a student that learns whole in fp32.
     """
     if plan.ranks == 1:
         return 0.0
@@ -350,12 +368,13 @@ def _talk_seconds(plan: Plan, machine: Machine) -> float:
     gradient = 4 * plan.student.weights * (0.01 if plan.lora else 1)
     if not plan.sharded:
         return 2 * share * gradient / speed + messages
-    pieces = max(1.0, plan.tokens / max(micro_batch_tokens(plan), plan.longest))
-    layers = 3 * 2 * plan.student.weights
+    own = plan.student
+    written = 2 * own.weights * plan.on_policy
+    layers = 2 * 2 * own.trunk + (2 if plan.lora else 4) * own.ends
     if plan.teacher:
         passes = (4 - plan.together) if plan.adapts else 1
         layers += passes * 2 * plan.teacher.weights
-    return share * (gradient + pieces * layers) / speed + messages
+    return share * (gradient + written + pieces(plan) * layers) / speed + messages
 
 
 def weak_scaling(plan: Plan, machine: Machine, ranks: int) -> float:
@@ -364,37 +383,3 @@ def weak_scaling(plan: Plan, machine: Machine, ranks: int) -> float:
     many = replace(plan, ranks=ranks, batch=alone.batch * ranks)
     seconds = [sum(step_seconds(each, machine).values()) for each in (alone, many)]
     return seconds[0] / seconds[1]
-
-
-REMEDIES = {
-    "optimization.gradient_checkpointing=true": {"checkpointed": True},
-    "teacher.gradient_checkpointing=true": {"teacher_checkpointed": True},
-    "optimization.teacher_step=before_student": {"together": False},
-    "teacher.quantization=8bit": {"quantization": "8bit"},
-    "teacher.quantization=4bit": {"quantization": "4bit"},
-    "teacher.offload=true": {"offload": True},
-    "student.lora={}": {"lora": True},
-    "sampling.vllm.enable_sleep_mode=true": {"vllm_sleeps": True},
-}
-"""Keys that take less memory, and what they change in a plan."""
-
-
-def remedies(plan: Plan) -> list[str]:
-    """Keys of the recipe each of which makes it fit, or else all that leave more room."""
-    usable = {
-        key: change
-        for key, change in REMEDIES.items()
-        if any(getattr(plan, name) != value for name, value in change.items())
-        and (plan.teacher or not key.startswith("teacher."))
-        and (plan.adapts or not key.startswith("teacher.gradient"))
-        and (plan.vllm or not key.startswith("sampling.vllm"))
-        and not (plan.sharded and key.startswith(("teacher.quantization", "teacher.offload")))
-        and not (plan.offload and key.startswith("teacher.quantization"))
-        and not (plan.quantization and key.startswith("teacher.offload"))
-    }
-    enough = [key for key, change in usable.items() if fits(replace(plan, **change))]
-    return enough or [
-        key
-        for key, change in usable.items()
-        if micro_batch_tokens(replace(plan, **change)) > micro_batch_tokens(plan)
-    ]

@@ -321,12 +321,13 @@ class Step:
         tiling = self.settings.tiling
         found = accumulate(states, losses, weights, tiling, metrics.cost.timed)
         for name, nats in found.items():
-            total = nats.sum().item() if piece.counts else 0.0
-            if not torch.isfinite(nats).all():
+            total = nats.sum().item()  # all that the host waits for
+            if not math.isfinite(total):
                 raise LossNotFinite(_not_finite(name, work.step, piece.batch, nats))
-            metrics.nats[name] = metrics.nats.get(name, 0.0) + total
+            counted = total if piece.counts else 0.0
+            metrics.nats[name] = metrics.nats.get(name, 0.0) + counted
             if name == "student":
-                metrics.loss += piece.weight * total
+                metrics.loss += piece.weight * counted
 
     def _losses(self, piece: Piece, work: Work) -> Losses:
         """What is computed on each tile of log-probabilities: the equations at the top."""

@@ -1,0 +1,170 @@
+"""Sections of gpu.py that decide how the library should compute on a card: one way against others.
+
+What isn't built in is worth building where it is as much faster as said at its section.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from gpu_setting import BF16, DEVICE, QWEN, SMALLEST, TINY, language_model, seconds_of
+from torch import nn
+from torch.nn.attention.varlen import varlen_attn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from promptkd.divergences import reverse_kl
+from promptkd.kernels.attention import grouped_sdpa
+
+ON_CARD = DEVICE.type == "cuda"
+COMPILER = "inductor" if ON_CARD else "eager"
+"""A rehearsal only traces: compiling for a CPU takes minutes."""
+
+
+def milliseconds(ways: dict[str, Callable[[], object]]) -> dict[str, Any]:
+    return {"ms": {name: 1e3 * seconds_of(work) for name, work in ways.items()}}
+
+
+def head_gradient() -> dict[str, Any]:
+    """The output layer's weight gradient of 421 and 4,096 tokens of 1.5B, summed in fp32.
+
+    In slices, as ``Head.backward``; as one product in bf16, added after; as one whose sums stay in
+    fp32.
+    """
+    vocabulary, width = (SMALLEST if TINY else QWEN["1.5B"])[:2]
+    into, ways = torch.zeros(vocabulary, width, device=DEVICE), {}
+    for tokens in (32,) if TINY else (421, 4096):
+        gradient = torch.randn(tokens, vocabulary, device=DEVICE, dtype=BF16)
+        states = torch.randn(tokens, width, device=DEVICE, dtype=BF16)
+
+        def in_slices(gradient: torch.Tensor = gradient, states: torch.Tensor = states) -> None:
+            for rows, part in zip(into.split(4096), gradient.T.split(4096), strict=True):
+                rows += part @ states
+
+        def at_once(gradient: torch.Tensor = gradient, states: torch.Tensor = states) -> None:
+            into.add_(gradient.T @ states)
+
+        def in_fp32(gradient: torch.Tensor = gradient, states: torch.Tensor = states) -> None:
+            into.add_(torch.mm(gradient.T, states, out_dtype=torch.float32))
+
+        ways |= {f"{tokens}, in slices": in_slices, f"{tokens}, at once": at_once}
+        if ON_CARD:  # no such product on a CPU
+            ways[f"{tokens}, in fp32"] = in_fp32
+    return milliseconds(ways)
+
+
+def packed_attention() -> dict[str, Any]:
+    """A layer's attention over packed sequences, forward and backward; varlen if 1.3 x as fast.
+
+    By one mask over all of them, as transformers' own does off the CPU; side by side, padded, as
+    ``grouped_sdpa``; by torch's ``varlen_attn``.
+    """
+    shapes = [(2, 16, 4, 2, 16)] if TINY else [(16, 1024, 28, 4, 128), (64, 192, 9, 3, 64)]
+    ways: dict[str, Callable[[], object]] = {}
+    for number, length, heads, shared, width in shapes:
+        given = [
+            torch.randn(1, n, number * length, width, device=DEVICE, dtype=BF16).requires_grad_()
+            for n in (heads, shared, shared)
+        ]
+        layer = SimpleNamespace(
+            is_causal=True, num_key_value_groups=heads // shared, training=False
+        )
+        place = torch.arange(number * length, device=DEVICE)
+        same = place[:, None] // length == place // length
+        mask = (same & (place[:, None] >= place))[None, None]
+        lengths = torch.full((1, 1, 1, number), length)
+        by_mask = partial(sdpa_attention_forward, layer, *given, mask)  # pyright: ignore
+        side_by_side = partial(grouped_sdpa, layer, *given, lengths)  # pyright: ignore
+        kinds: dict[str, Callable[[], Any]] = {
+            "one mask": lambda by_mask=by_mask: by_mask()[0],
+            "side by side": lambda side_by_side=side_by_side: side_by_side()[0],
+        }
+        if ON_CARD:
+            ends = torch.arange(0, number * length + 1, length, device=DEVICE, dtype=torch.int32)
+            flat = [each[0].transpose(0, 1) for each in given]
+            kinds["varlen"] = partial(
+                varlen_attn,
+                *flat,
+                *(ends, ends, length, length),
+                window_size=(-1, 0),
+                enable_gqa=True,
+            )
+        for kind, attend in kinds.items():
+            ways[f"{number} x {length}, {kind}"] = lambda attend=attend: (
+                attend().float().sum().backward()
+            )
+    return milliseconds(ways)
+
+
+def as_a_graph() -> dict[str, Any]:
+    """A token of 64 rows without a past, launched kernel by kernel and as one CUDA graph.
+
+    The difference is what graphs of fixed caches would save ``TransformersEngine``.
+    """
+    ways: dict[str, Callable[[], object]] = {}
+    for name in ("10 layers", "1.5B"):
+        model = language_model(name)
+        tokens, head = torch.ones(64, 1, dtype=torch.long, device=DEVICE), model.head
+        trunk: Any = model.module.base_model
+
+        @torch.no_grad()
+        def write(trunk: Any = trunk, tokens: Any = tokens, head: Any = head) -> torch.Tensor:
+            return head.logits(trunk(tokens, use_cache=False).last_hidden_state[:, -1])
+
+        ways[f"{name}, eager"] = write
+        if ON_CARD:
+            write()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                write()
+            ways[f"{name}, graph"] = graph.replay
+    return milliseconds(ways)
+
+
+def compiled_losses() -> dict[str, Any]:
+    """Two KLs of 100 tokens from logits to their gradients, in torch's operations and compiled.
+
+    A kernel by hand is worth it where the compiled one takes twice what the card needs to read and
+    write the logits once.
+    """
+    tokens, vocabulary = (8, SMALLEST[0]) if TINY else (100, QWEN["1.5B"][0])
+    own, other = (
+        torch.randn(tokens, vocabulary, device=DEVICE, dtype=BF16).requires_grad_() for _ in "ab"
+    )
+
+    def both(own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        q, p = own.float().log_softmax(-1), other.float().log_softmax(-1)
+        towards = (p.exp() * (p - q.detach())).sum()
+        return (q.exp() * (q - p.detach())).sum() + towards
+
+    def built_in(own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        q, p = own.float().log_softmax(-1), other.float().log_softmax(-1)
+        return (reverse_kl(q, p.detach()) + reverse_kl(p, q.detach())).sum()
+
+    one_kernel = torch.compile(both, backend=COMPILER)
+    kinds = {"ours": built_in, "operations": both, "compiled": one_kernel}
+    found = milliseconds({n: lambda f=f: f(own, other).backward() for n, f in kinds.items()})
+    return found | {"MB read and written once": 4 * own.numel() * own.element_size() / 1e6}
+
+
+def compiled_trunk() -> dict[str, Any]:
+    """A prompted pass of the 7B, forward and backward, its layers eager and compiled one by one.
+
+    The default where it saves 15 %.
+    """
+    model = language_model("7B")
+    tokens = torch.randint(5, 600, (4, 16 if TINY else 512), device=DEVICE)
+    prompt = nn.Parameter(torch.randn(7, model.module.config.hidden_size, device=DEVICE) * 0.02)
+
+    def speak() -> None:
+        model.hidden_states(tokens, prompt).float().sum().backward()
+
+    eager = 1e3 * seconds_of(speak)
+    layers: Any = model.module.base_model
+    for layer in layers.layers:
+        layer.compile(backend=COMPILER)
+    return {"ms": {"eager": eager, "compiled": 1e3 * seconds_of(speak)}}
+
+
+CHOICES = (head_gradient, packed_attention, as_a_graph, compiled_losses, compiled_trunk)
