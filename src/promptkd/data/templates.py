@@ -167,10 +167,9 @@ def apply_chat_template(tokenizer: Any, turns: list[Turn], which: str, **options
         verb, remedy = "fails on", "Mend the template"
         if type(error) is jinja2.TemplateError:  # its own raise_exception
             verb, remedy = "refuses", "Change or leave out that row"
-        line = line_of(error)
         raise UserError(
-            f'{which} {verb} the turns {roles}{line and f",{line} of it"}: "{error}". '
-            f"{remedy}, or use a template that takes such turns."
+            f'{which} {verb} the turns {roles}: "{error}"{line_of(error)}. {remedy}, or use a '
+            "template that takes such turns."
         ) from None
 
 

@@ -71,14 +71,8 @@ def generate(
     Raises:
         UserError: if the directory isn't a finished run.
     """
-    if not request.strip():
-        raise UserError("The request is empty. Say what the models are asked.")
     place, recipe = Path(run), TrainedRun.finished(run).recipe
-    if context and not (recipe.teacher and recipe.teacher.context):
-        raise UserError(
-            f"A context is given, but the teacher of {place} reads none (teacher.context), so it "
-            "would be lost. Write it into the input, which all models read."
-        )
+    _check(request, context, recipe)
     otherwise = {} if temperature is None else {"temperature": temperature}
     decoding = replace(GenerationSettings.of_recipe(recipe), **otherwise)
     template, date = template_of_run(place, recipe.data.template), date_of_run(place)
@@ -114,6 +108,16 @@ def _responders(run: Path, recipe: Recipe) -> Iterator[tuple[str, str, Path | No
         if adapter.is_dir():
             yield "adapted teacher", name, adapter
     yield "student", str(run), None
+
+
+def _check(request: str, context: str, recipe: Recipe) -> None:
+    if not request.strip():
+        raise UserError("The request is empty. Say what the models are asked.")
+    if context and not (recipe.teacher and recipe.teacher.context):
+        raise UserError(
+            "A context is given, but the run's teacher reads none (teacher.context), so it would "
+            "be lost. Write it into the input, which all models read."
+        )
 
 
 def _load_responder(

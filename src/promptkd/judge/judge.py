@@ -133,10 +133,7 @@ def judge(
     """
     asked = JudgeSettings(**settings)
     place, other = Path(run), None if against is None else Path(against)
-    _check_protocol(asked.protocol, other)
-    for directory in filter(None, (place, other)):
-        if not directory.is_dir():
-            raise UserError(f"{directory} is no run's directory: {lacks_of_run(directory)}.")
+    _check_asked(asked.protocol, place, other)
     endpoint, chosen = Endpoint(asked), Selection(data, seeds, num_examples)
     check_place(directory := Path(output or place / "judge"))
     rows = _predictions(place, chosen)
@@ -154,13 +151,15 @@ def judge(
     return Judgements(result)
 
 
-def _check_protocol(protocol: str, against: str | Path | None) -> None:
+def _check_asked(protocol: str, run: Path, against: Path | None) -> None:
+    for place in filter(None, (run, against)):
+        if not place.is_dir():
+            raise UserError(f"{place} is no run's directory: {lacks_of_run(place)}.")
     if protocol not in INSTRUCTIONS:
         raise UserError(f"The protocol is '{protocol}'; known: {', '.join(INSTRUCTIONS)}.")
     if against is not None and protocol == "score":
         raise UserError(
-            "Protocol 'score' compares with the references only. "
-            "To compare with another run, use the protocol 'pairwise'."
+            "Protocol 'score' compares with the references only. Use 'pairwise' for another run."
         )
 
 
