@@ -206,6 +206,8 @@ def test_where_no_key_is_enough_the_fewest_are_named_that_are_together():
 def test_a_plan_says_what_sharding_saves_and_what_the_recipe_asks_too_much():
     huge = replace(PAIR, student=LARGE, ranks=8, longest=1031)
     assert "On these cards sharding=fsdp makes it fit" in list(plan_lines(huge, 10))[-1]
+    shared = list(plan_lines(replace(huge, sharded=True), 10))
+    assert not any("of one card's speed" in line for line in shared)  # it wouldn't fit there
     asks = list(plan_lines(replace(PAIR, micro_batch=50000), 10))
     assert any("micro_batch_tokens is 50000, more than that" in line for line in asks)
 
