@@ -82,7 +82,9 @@ def shared(raws: dict[str, dict[str, Any]], tmp_path_factory) -> Path:
     forget_last_step(place / "of one process")
     sides = raws | {f"{name}, bf16": raws[name] | {"precision": "bf16"} for name in BF16}
     own = [raw | {"sharding": "fsdp", "output": str(place / name)} for name, raw in sides.items()]
-    outcomes = runs.train_on_ranks(own, place / "processes", 2)
+    with pytest.MonkeyPatch.context() as patched:  # no test's own cache is there yet
+        patched.setenv("PROMPTKD_CACHE", str(place / "cache"))
+        outcomes = runs.train_on_ranks(own, place / "processes", 2)
     assert [outcome.status for outcome in outcomes] == [0, 0], outcomes[0].stderr
     return place
 

@@ -48,7 +48,8 @@ class Learner:
         others = [own for own in self.parameters if not isinstance(own, DTensor)]
         norms = [ranks.sum(_gradient(own)) for own in others]
         if parts:
-            norms.append(nn.utils.get_total_norm([_gradient(own) for own in parts]).full_tensor())
+            of_parts: Any = nn.utils.get_total_norm([_gradient(own) for own in parts])
+            norms.append(of_parts.full_tensor())
         norm = nn.utils.get_total_norm(norms)
         for own in (parts, others):
             nn.utils.clip_grads_with_norm_(own, max_norm, norm)

@@ -178,7 +178,7 @@ def plan_lines(plan: Plan, max_steps: int | None) -> Iterator[str]:
     yield f"one step on {on}: {step:.1f} s ({parts}); {H100.source}"
     if max_steps:
         yield f"{max_steps} steps: about {duration(max_steps * step)}, evaluations aside"
-    if plan.ranks > 1:
+    if plan.ranks > 1 and fits(replace(plan, ranks=1, batch=plan.rows)):
         share = weak_scaling(plan, H100, plan.ranks)
         yield f"of one card's speed, with as many rows each: {share:.0%} on each of these"
 

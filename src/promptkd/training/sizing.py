@@ -245,8 +245,7 @@ def _gathered(plan: Plan) -> float:
     """Of sharded models, what is whole when the student's backward pass begins.
 
     The teacher's ends (embeddings, head), the student's and their gradient, and two layers of each
-    in bf16. At the pass's end the gradient's copy that is being summed takes the place of the
-    graph. Ends are gathered as they are stored: 4 bytes of a student that learns whole, else 2.
+    in bf16. Ends are gathered as they are stored: 4 bytes of a student that learns whole, else 2.
     """
     own, other = plan.student, plan.teacher
     whole = (2 if plan.lora else 4 + 4) * own.ends + 2 * 2 * own.layer
@@ -280,10 +279,12 @@ def kept_per_token(plan: Plan) -> float:
 def peak_bytes(plan: Plan, tokens: int) -> dict[str, float]:
     """The most that a rank holds: while it writes, or learns from micro-batches of ``tokens``.
 
-    What only learning needs isn't there while writing.
+    What only learning needs isn't there while writing. At the end of a sharded student's pass the
+    graph gives way to a copy of its ends' gradient, which is being summed.
     """
     held = standing_bytes(plan)
-    learning = held | {"graphs": tokens * kept_per_token(plan)}
+    summed = 4 * plan.student.ends * (plan.sharded and not plan.lora)
+    learning = held | {"graphs": max(tokens * kept_per_token(plan), summed)}
     of_learning = {"gathered", "losses", "student in bf16"}
     writing = {name: size for name, size in held.items() if name not in of_learning}
     writing["writing"] = writing_bytes(plan)
