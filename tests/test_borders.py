@@ -79,7 +79,7 @@ ROW = b'{"instruction": "a"}\n'
     ("name", "content", "complaint"),
     [
         ("b__jsonl__zst", b"x", "would be left out: promptkd doesn't read '.zst'"),
-        ("b__gz", gzip.compress(ROW), "would be left out: promptkd doesn't read '.gz'"),
+        ("b__gz", gzip.compress(ROW, mtime=0), "would be left out: promptkd doesn't read '.gz'"),
         ("b__jsonl", b"", r"b\.jsonl holds no rows"),
         ("b__jsonl", b"\x28\xb5\x2f\xfd", "is in the form of zstd, not text"),
     ],
