@@ -299,10 +299,8 @@ def weak_scaling_table() -> str:
 
 def measured_ranks() -> str:
     """What benchmarks/ranks.py measured, beside the same runs by the equations."""
-    files = sorted((ROOT / "benchmarks" / "results").glob("ranks.*.json"))
-    if not files:
-        return "Not measured yet: `python benchmarks/ranks.py` does it in six minutes."
-    found = json.loads(files[0].read_text())
+    (file,) = (ROOT / "benchmarks" / "results").glob("ranks.*.json")
+    found = json.loads(file.read_text())
     machine, faster = found["machine"], found["times_faster"]
     rows = [
         f"Measured on {machine['processor']}, {machine['precision']}, {machine['commit']}:\n",
@@ -362,20 +360,17 @@ def quote(asked: str, results: Path = ROOT / "results" / "study") -> str:
     who, _, score = what.rpartition(" ")
     first, minus, second = who.partition(" - ")
     if minus:
-        (row,) = (
-            row
-            for row in found["differences"]
-            if (row["first"], row["second"], row["score"]) == (first, second, score)
-        )
+        asked_for = {"first": first, "second": second, "score": score}
+        (row,) = (row for row in found["differences"] if asked_for.items() <= row.items())
         number, low, high = row["difference"], row["low"], row["high"]
     else:
         (model,) = (model for model in found["models"] if model["label"] == first)
         own = model["scores"][score]
         number, (low, high) = own["mean"], own["interval_95"]
     places = 3 if score in NATS else 1
-    shown = [f"{value:{sign}.{places}f}" for value, sign in ((number, "+" if minus else "-"),)]
-    shown += [f"{value:.{places}f}" for value in (low, high)]
-    return "{} [{}, {}]".format(*shown).replace("-", "−")
+    sign = "+" if minus else "-"
+    written = f"{number:{sign}.{places}f} [{low:.{places}f}, {high:.{places}f}]"
+    return written.replace("-", "−")
 
 
 def with_quotes(page: str, results: Path = ROOT / "results" / "study") -> str:

@@ -91,7 +91,6 @@ class TransformersEngine:
 
     def __init__(self, model: LanguageModel, stop_ids: Sequence[int]):
         self.stop_ids = torch.tensor(stop_ids, device=model.device)
-        self._stop = frozenset(stop_ids)
         self.progress: Progress = unseen
         self._model = model
         self._working_copy: LanguageModel | None = None
@@ -192,7 +191,10 @@ class TransformersEngine:
         first = _Decoder(model, products, requests, soft_prompt=soft_prompt, past=past, room=room)
         decoders = [first, *self._co_decoders(co_generator, products, requests, room)]
         history = first.tokens.masked_fill(~first.mask, PADDING)  # padding is part of no n-gram
-        rows = list(range(len(requests)))  # what each live row answers
+        rows, stop = (
+            list(range(len(requests))),
+            frozenset(self.stop_ids.tolist()),
+        )  # rows: live ones
         token_ids: list[list[int]] = [[] for _ in requests]
         share_of_token, noted = len(requests) / room, [*decoders, sampler] if co_generator else []
         logprobs: list[list[list[float]]] = [[[] for _ in requests] for _ in noted]
@@ -209,7 +211,7 @@ class TransformersEngine:
             if co_generator:
                 own = [scores.gather(-1, chosen[:, None])[:, 0] for scores in laws]
                 _note(logprobs, rows, [*own, sampler.logprobs_of(chosen, law)])
-            going_on = [place for place, token in enumerate(tokens) if token not in self._stop]
+            going_on = [place for place, token in enumerate(tokens) if token not in stop]
             self.progress(share_of_token)
             if not going_on:
                 break
@@ -223,7 +225,7 @@ class TransformersEngine:
                 for decoder in decoders:
                     decoder.keep(keep)
         self.progress(len(requests) - share_of_token * max(map(len, token_ids)))
-        return _responses(token_ids, logprobs, self._stop)
+        return _responses(token_ids, logprobs, stop)
 
 
 def _note(logprobs: list[list[list[float]]], rows: Sequence[int], chosen: Sequence[Tensor]) -> None:
