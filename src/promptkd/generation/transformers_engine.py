@@ -191,11 +191,8 @@ class TransformersEngine:
         first = _Decoder(model, products, requests, soft_prompt=soft_prompt, past=past, room=room)
         decoders = [first, *self._co_decoders(co_generator, products, requests, room)]
         history = first.tokens.masked_fill(~first.mask, PADDING)  # padding is part of no n-gram
-        rows, stop = (
-            list(range(len(requests))),
-            frozenset(self.stop_ids.tolist()),
-        )  # rows: live ones
-        token_ids: list[list[int]] = [[] for _ in requests]
+        stop = frozenset(self.stop_ids.tolist())
+        rows, token_ids = [*range(len(requests))], [list[int]() for _ in requests]  # rows: of live ones
         share_of_token, noted = len(requests) / room, [*decoders, sampler] if co_generator else []
         logprobs: list[list[list[float]]] = [[[] for _ in requests] for _ in noted]
         for time in range(room):
