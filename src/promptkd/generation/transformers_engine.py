@@ -192,7 +192,7 @@ class TransformersEngine:
         decoders = [first, *self._co_decoders(co_generator, products, requests, room)]
         history = first.tokens.masked_fill(~first.mask, PADDING)  # padding is part of no n-gram
         stop = frozenset(self.stop_ids.tolist())
-        rows, token_ids = [*range(len(requests))], [list[int]() for _ in requests]  # rows: of live ones
+        rows, token_ids = [*range(len(requests))], [list[int]() for _ in requests]  # live rows
         share_of_token, noted = len(requests) / room, [*decoders, sampler] if co_generator else []
         logprobs: list[list[list[float]]] = [[[] for _ in requests] for _ in noted]
         for time in range(room):
