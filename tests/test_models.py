@@ -270,3 +270,25 @@ def test_the_packaged_gguf_teacher_loads_and_saves_as_an_ordinary_model(tmp_path
     again = load_model(str(tmp_path), torch.float32)
     assert not hasattr(again.config, "quantization_config")
     assert torch.equal(again.get_input_embeddings().weight, module.get_input_embeddings().weight)
+
+
+@pytest.mark.parametrize(("share", "fits"), [(2e-6, True), (1e-3, False)])
+def test_a_model_sure_of_itself_may_differ_by_the_rounding_of_its_logits(monkeypatch, share, fits):
+    module = tiny.model("llama")
+    with torch.no_grad():
+        module.lm_head.weight.mul_(3e3)
+    exact, errors = Head.logprobs, []
+
+    def rounded(self, hidden):
+        found = exact(self, hidden)
+        errors.append(share * found.abs().max().item())
+        return found + errors[-1]
+
+    monkeypatch.setattr(Head, "logprobs", rounded)
+    model = LanguageModel(module, tiny.ROWS)
+    if fits:
+        assert proven(model, "the student").packing
+    else:
+        with pytest.raises(UserError, match="differ from its own"):
+            proven(model, "the student")
+    assert max(errors) > 1e-3  # nats: more than a model with small logits may differ by
