@@ -206,6 +206,7 @@ def test_a_recipe_cannot_be_changed_after_it_was_read(tmp_path):
     [
         ("kd", {"kl_share": 2.0}, "kl_share is 2.0: a share lies in"),
         ("gkd", {"student_share": -0.5}, "student_share is -0.5: a probability lies in"),
+        ("gkd", {"sft_share": 1.0}, "sft_share is 1.0: a share lies in"),
         ("promptkd", {"rollouts": "studnet"}, "rollouts is 'studnet'; did you mean 'student'"),
         ("promptkd", {"teacher": "softprompt"}, "'softprompt'; did you mean 'soft_prompt'"),
         ("promptkd", {"length": 0}, "length is 0: "),

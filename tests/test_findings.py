@@ -25,6 +25,7 @@ def step(number: int, **changes: Any) -> dict[str, Any]:
         "step": number,
         "loss": 1.0,
         "student_share": 1.0,
+        "num_responses": 16,
         "num_tokens": 480,
         "response_length": 30.0,
         "num_empty": 0,
@@ -75,6 +76,13 @@ def test_responses_that_stop_ending_are_found():
     rows = [step(n, share_ended=share) for n, share in enumerate(shares, 1)]
     assert codes(rows) == ["PK302"]
     assert codes(rows[:30]) == []
+
+
+def test_they_are_found_where_half_of_the_text_is_references():
+    shares = [0.96] * 20 + [0.7] * 20
+    assert codes([step(n, student_share=0.5, share_ended=s) for n, s in enumerate(shares, 1)]) == [
+        "PK302"
+    ]
 
 
 def test_endings_of_the_references_are_not_the_students():

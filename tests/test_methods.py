@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from promptkd.divergences import reverse_kl
 from promptkd.methods import build_method
 from promptkd.models.language_model import LanguageModel
 from promptkd.objectives import Divergence, PolicyGradient, SampledToken, TokenView
-from promptkd.rollouts import Generators, Rollout, TeacherMixed
+from promptkd.rollouts import Generators, Rollout, Student, TeacherMixed
 from promptkd.teachers import Interpolated
 
 TOKENS, VOCABULARY = 5, 7
@@ -162,6 +163,14 @@ def test_a_loss_and_its_gradient_are_those_of_the_formula(case):
     expected, expected_gradient = with_gradient(lambda z: naive(formula)(z, TEACHER), STUDENT)
     torch.testing.assert_close(values, expected)
     torch.testing.assert_close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("name", ["gkd", "promptkd"])
+def test_a_share_of_sft_is_a_term_of_its_own_on_the_references(name):
+    own, given = build_method(name, sft_share=0.25).terms
+    assert own.objective == build_method(name).terms[0].objective
+    assert (own.rollouts, own.weight) == (Student(), 0.75)
+    assert given == replace(build_method("sft").terms[0], weight=0.25)
 
 
 @pytest.mark.parametrize("share", [0.4, 0.7, 1.0])

@@ -97,6 +97,7 @@ def test_promptkd_survives_kill_9_at_each_delicate_moment(pair, tmp_path):
         ({"name": "promptkd"}, {"teacher_step": "with_student", "micro_batch_tokens": 60}),
         ({"name": "gkd", "student_share": 0.5}, {"schedule": "cosine", "warmup_steps": 2}),
         ({"name": "seqkd"}, {"optimizer": "sgd"}),
+        ({"name": "promptkd", "sft_share": 0.5}, {"micro_batch_tokens": 60}),
         ({"name": "distillm", "student_share": 0.7, "capacity": 3}, {}),
     ],
     ids=lambda value: value.get("name", ""),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing import event_accumulator
@@ -15,9 +16,12 @@ import tiny
 from promptkd.config import load_recipe, recipe_from_dict
 from promptkd.errors import UserError
 from promptkd.methods import build_method
+from promptkd.ranks import Ranks
+from promptkd.rollouts import Rollout
 from promptkd.training.identity import changes
 from promptkd.training.run_directory import RunDirectory
-from promptkd.training.tracking import JsonLines
+from promptkd.training.step import Cost, StepMetrics
+from promptkd.training.tracking import JsonLines, describe_step
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +101,30 @@ def test_there_is_one_line_per_step_and_one_per_evaluation(finished):
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
     assert [row["step"] for row in rows if "evaluation" in row] == [0, 2, 4]
     step = rows[1]
-    assert step["student_share"] == 1
+    assert (step["student_share"], step["num_responses"]) == (1, 4)
     assert step["num_tokens"] == 4 * step["response_length"]
     assert {"kl_teacher_student", "kl_teacher_plain", "gradient_norm_student"} <= step.keys()
+
+
+@pytest.mark.parametrize(
+    ("authors", "length", "ended"),
+    [("srr", 5, 0), ("ssr", 4, 0.5), ("rr", 2, 1)],
+    ids=["one of its own", "two", "none"],
+)
+def test_lengths_and_endings_are_those_of_the_students_own_responses(authors, length, ended):
+    end = 1
+    given = Rollout(0, (7,), (7, end), "reference")
+    own = iter([Rollout(0, (7,), (7,) * 5, "student"), Rollout(0, (7,), (7, 7, end), "student")])
+    responses = [next(own) if author == "s" else given for author in authors]
+    metrics = StepMetrics(Cost(torch.device("cpu")), num_compared=0)
+    row = describe_step(0, [responses], metrics, [end], Ranks())
+
+    assert (row["response_length"], row["share_ended"]) == (length, ended)
+    assert (row["num_responses"], row["student_share"]) == (
+        len(authors),
+        authors.count("s") / len(authors),
+    )
+    assert row["num_tokens"] == sum(len(response.response_ids) for response in responses)
 
 
 def test_samples_can_be_read_beside_their_references(finished):

@@ -36,13 +36,20 @@ def expectation(weights, values):
     return (weights.exp() * values).sum(-1)
 
 
+def cross_entropy(q, tokens):
+    return torch.stack([-q[t, token] for t, token in enumerate(tokens)])
+
+
 def kd_loss(q, p, tokens):
-    cross_entropy = torch.stack([-q[t, token] for t, token in enumerate(tokens)])
-    return 0.5 * cross_entropy + 0.5 * expectation(p, p - q)
+    return 0.5 * cross_entropy(q, tokens) + 0.5 * expectation(p, p - q)
 
 
 def reverse_kl_loss(q, p, tokens):
     return expectation(q, q - p)
+
+
+def reverse_kl_and_sft_loss(q, p, tokens, share=0.3):
+    return (1 - share) * expectation(q, q - p) + share * cross_entropy(q, tokens)
 
 
 def jsd_loss(q, p, tokens, beta=0.3):
@@ -131,11 +138,14 @@ def derive(student, teacher, prompt_ids, batches, loss, teacher_step, optimizer,
 
 PROMPTKD = {"name": "promptkd", "rollouts": "reference"}
 JSD = {"name": "gkd", "student_share": 0, "divergence": "generalized_jsd", "beta": 0.3}
+GKD_AND_SFT = {"name": "gkd", "student_share": 0, "sft_share": 0.3}
 CASES = {
     "promptkd": (PROMPTKD, reverse_kl_loss, "before_student"),
     "promptkd_with_student": (PROMPTKD, reverse_kl_loss, "with_student"),
     "kd": ({"name": "kd"}, kd_loss, "before_student"),
     "gkd": ({"name": "gkd", "student_share": 0}, reverse_kl_loss, "before_student"),
+    "gkd_and_sft": (GKD_AND_SFT, reverse_kl_and_sft_loss, "before_student"),
+    "promptkd_and_sft": (PROMPTKD | {"sft_share": 0.3}, reverse_kl_and_sft_loss, "with_student"),
     "gkd_jsd": (JSD, jsd_loss, "before_student"),
 }
 

@@ -113,8 +113,11 @@ def gkd(
     skew: float | None = None,
     teacher: str = "frozen",
     teacher_options: dict[str, Any] | None = None,
+    sft_share: float = 0.0,
 ) -> Method:
     """Generalised distillation: any divergence, on the student's text with prob. student_share.
+
+        L = (1 - sft_share) D(q, p) + sft_share (-log q on the references of the same requests)
 
     The defaults are the row called GKD in PromptKD's tables: student_share 1, reverse KL. The GKD
     paper's own choices include student_share 0.5 with divergence generalized_jsd, beta 0.5.
@@ -124,7 +127,7 @@ def gkd(
     writer = Student() if student_share == 1 else Mixture(student_share)
     objective = Divergence(divergence, options_of(beta=beta, skew=skew))
     specification = teacher_specification(teacher, teacher_options)
-    return Method("gkd", (Term(writer, objective),), specification)
+    return Method("gkd", _with_sft(Term(writer, objective), sft_share), specification)
 
 
 @_method
@@ -312,6 +315,7 @@ def promptkd(
     regularizer_divergence: str = "reverse_kl",
     teacher: str = "soft_prompt",
     teacher_options: dict[str, Any] | None = None,
+    sft_share: float = 0.0,
 ) -> Method:
     """The teacher's soft prompt learns to be understood; the student learns from that teacher.
 
@@ -319,6 +323,7 @@ def promptkd(
         L_student = KL(q || p_P)                                          moves q
 
     anneal=False keeps the regulariser's weight to the end, without (K - k)/K, unlike the paper.
+    sft_share weighs -log q on the references of the same requests into L_student, as in ``gkd``.
     teacher="lora" or "prefix" adapts the teacher by other means (Table 9); length and init belong
     to the soft prompt and the prefix. Where the recipe gives the teacher a context (teacher.context
     or teacher.system), p_P and p have both read it: the method over a teacher that knows more.
@@ -327,18 +332,21 @@ def promptkd(
     """
     front = {"length": length, "init": init, "init_text": init_text}
     given = front if teacher in ("soft_prompt", "prefix") else {}
+    specification = teacher_specification(teacher, {**given, **(teacher_options or {})})
+    moving = Divergence(adaptation_divergence), Divergence(regularizer_divergence)
+    adaptation = Adaptation(*moving, regularizer=regularizer, anneal=anneal)
     objective = Divergence(divergence, options_of(beta=beta, skew=skew))
-    return Method(
-        "promptkd",
-        (Term(source(rollouts, student_share), objective),),
-        teacher=teacher_specification(teacher, {**given, **(teacher_options or {})}),
-        adaptation=Adaptation(
-            Divergence(adaptation_divergence),
-            Divergence(regularizer_divergence),
-            regularizer=regularizer,
-            anneal=anneal,
-        ),
-    )
+    terms = _with_sft(Term(source(rollouts, student_share), objective), sft_share)
+    return Method("promptkd", terms, specification, adaptation)
+
+
+def _with_sft(term: Term, share: float) -> tuple[Term, ...]:
+    """A term, and in its place to ``share`` the cross-entropy on the same requests' references."""
+    if not 0 <= share < 1:
+        raise ValueError(f"sft_share is {share}: a share lies in [0, 1); with 1 take sft.")
+    if share == 0:
+        return (term,)
+    return replace(term, weight=1 - share), Term(Reference(), CrossEntropy(), share)
 
 
 def _cross_entropy_and_kl(kl_share: float) -> Objective:

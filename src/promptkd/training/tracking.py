@@ -76,25 +76,27 @@ def describe_step(
     stop: Sequence[int],
     ranks: Ranks,
 ) -> dict[str, Any]:
-    """A step's line of metrics.jsonl; means are over all response tokens of all ranks."""
+    """A step's line of metrics.jsonl; means are over all response tokens of all ranks.
+
+    Lengths and endings are those of the student's own responses where it wrote any: references
+    among them would hide that the student stops ending.
+    """
     flat = [rollout for written in rollouts for rollout in written]
     own = [rollout for rollout in flat if rollout.author == "student"]
-    counts = [
-        len(flat),
-        sum(len(r.response_ids) for r in flat),
-        sum(r.response_ids[-1] in stop for r in flat),
-        sum(not set(r.response_ids) - set(stop) for r in own),
-        len(own),
-    ]
+    counts = [_counted(flat, stop), _counted(own, stop)]
+    num_empty = sum(not set(r.response_ids) - set(stop) for r in own)
     device = metrics.cost.device
-    num_rollouts, num_tokens, num_ended, num_empty, num_own = ranks.sums(counts, device)
+    *sums, num_empty = ranks.sums([*counts[0], *counts[1], num_empty], device)
+    (num_responses, num_tokens, _), (num_own, *_) = of_all, of_own = sums[:3], sums[3:]
+    described, length, ended = of_own if num_own else of_all
     row: dict[str, Any] = {
         "step": step + 1,
         "loss": metrics.loss,
-        "response_length": num_tokens / num_rollouts,
-        "share_ended": num_ended / num_rollouts,
+        "response_length": length / described,
+        "share_ended": ended / described,
         "num_empty": int(num_empty),
-        "student_share": num_own / num_rollouts,
+        "student_share": num_own / num_responses,
+        "num_responses": int(num_responses),
         "num_tokens": int(num_tokens),
         "padding_share": metrics.padding_share,
     }
@@ -107,6 +109,12 @@ def describe_step(
     row["flops"] = sum(metrics.cost.flops.values())
     row["peak_memory"] = peak_memory(device)
     return row
+
+
+def _counted(rollouts: Sequence[Rollout], stop: Sequence[int]) -> list[int]:
+    """Responses, their tokens, and how many of them ended by themselves."""
+    ended = sum(rollout.response_ids[-1] in stop for rollout in rollouts)
+    return [len(rollouts), sum(len(rollout.response_ids) for rollout in rollouts), ended]
 
 
 def peak_memory(device: torch.device) -> int:

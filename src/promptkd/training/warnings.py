@@ -4,7 +4,7 @@ A history is the lines of metrics.jsonl: steps, and evaluations between them.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
 from typing import Any
 
@@ -25,7 +25,8 @@ def training_warnings(history: Rows) -> list[Finding]:
 
     The order of the checks is that of their codes, and each finds at most one thing.
     """
-    steps = [row for row in history if "loss" in row]
+    # Lines of versions that didn't count responses mix references into lengths and endings.
+    steps = [row for row in history if "num_responses" in row]
     scores = [row for row in history if "evaluation" in row]
     return [
         *_all_empty(steps),
@@ -58,7 +59,7 @@ def _all_empty(steps: Rows) -> Iterator[Finding]:
     if not steps:
         return
     row = steps[-1]
-    num_own = round(row["student_share"] * row["num_tokens"] / row["response_length"])
+    num_own = _num_own(row)
     if num_own and row["num_empty"] == num_own:
         yield Finding(
             "PK301",
@@ -68,22 +69,27 @@ def _all_empty(steps: Rows) -> Iterator[Finding]:
         )
 
 
+def _num_own(row: Mapping[str, Any]) -> int:
+    """How many responses the student wrote in this step."""
+    return round(row["student_share"] * row["num_responses"])
+
+
 def _endings_fall(steps: Rows) -> Iterator[Finding]:
     """Below the best window of the run by a fifth and by three standard errors."""
-    own = [row for row in steps if row["student_share"] == 1]
+    own = [row for row in steps if _num_own(row)]
     if len(own) < 2 * WINDOW:
         return
     shares = [row["share_ended"] for row in own]
     windows = [_mean(shares[i : i + WINDOW]) for i in range(len(shares) - WINDOW + 1)]
     best, now = max(windows), windows[-1]
-    number = sum(row["num_tokens"] / row["response_length"] for row in own[-WINDOW:])
+    number = sum(map(_num_own, own[-WINDOW:]))
     error = math.sqrt(2 * best * (1 - best) / number)
     if best - now > max(0.2 * best, 3 * error):
         yield Finding(
             "PK302",
-            f"step {own[-1]['step']}: {100 * now:.0f} % of the responses end by themselves, after "
-            f"{100 * best:.0f} % at their best. Compare with the teacher's, and lower the learning "
-            "rates; a soft prompt is held by a larger method.regularizer.",
+            f"step {own[-1]['step']}: {100 * now:.0f} % of the student's responses end by "
+            f"themselves, after {100 * best:.0f} % at their best. Compare with the teacher's, and "
+            "lower the learning rates; a soft prompt is held by a larger method.regularizer.",
         )
 
 
