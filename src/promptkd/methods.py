@@ -337,7 +337,7 @@ def promptkd(
     adaptation = Adaptation(*moving, regularizer=regularizer, anneal=anneal)
     objective = Divergence(divergence, options_of(beta=beta, skew=skew))
     terms = _with_sft(Term(source(rollouts, student_share), objective), sft_share)
-    return Method("promptkd", terms, specification, adaptation)
+    return Method("promptkd", terms, specification, adaptation=adaptation)
 
 
 def _with_sft(term: Term, share: float) -> tuple[Term, ...]:
