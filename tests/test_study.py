@@ -324,6 +324,20 @@ def test_scores_older_than_the_end_of_training_are_made_again(finished, pair):
         assert after[key][1] > before[key][1]
 
 
+def test_other_lengths_may_be_asked_of_the_same_runs(finished, pair, tmp_path):
+    raw = raw_study(pair, finished[0])
+    raw["evaluation"] |= {"max_request_tokens": 3, "max_response_tokens": 2}
+    scorer = StudyScorer(study_from_dict(raw))
+    scores = scorer.score(str(finished[0] / "kd" / "seed-0"), tmp_path, teacher=True)
+    scorer.score(str(finished[0] / "kd" / "seed-0"), tmp_path, teacher=True)
+    record, rows = stored(tmp_path, "other")
+
+    assert scores["other"].max_request_tokens == 3
+    assert scores["other"].num_cut_requests > 0
+    assert record["response_length"]["mean"] <= 2
+    assert len(rows) == 2 * 2  # once for each seed, not twice
+
+
 def test_a_changed_recipe_is_refused_with_what_to_do(finished, pair):
     output, _ = finished
     raw, before = raw_study(pair, output), runs.everything(output)

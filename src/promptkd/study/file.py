@@ -38,11 +38,13 @@ Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1), AfterValidato
 
 
 class ScoringSection(Section):
-    """On what everything is scored; template, limits and decoding are the base's."""
+    """On what everything is scored; template and decoding are the base's, limits unless given."""
 
     suite: dict[str, list[str]] = Field(description="names with their data, or a suite file")
     seeds: Seeds = Field(default=PAPER_SEEDS, description="decoding seeds")
     num_examples: int | None = Field(default=None, ge=1, description="only the first ones of each")
+    max_request_tokens: int | None = Field(default=None, ge=1, description="the base's without it")
+    max_response_tokens: int | None = Field(default=None, ge=1, description="the base's without it")
     no_repeat_ngram_size: int = Field(default=0, ge=0, description="6: the authors' test script")
     metric: str | None = Field(default=None, description="the score that decides, as in a recipe")
 

@@ -82,10 +82,15 @@ class StudyScorer:
     def __init__(self, study: Study):
         base, asked = study.base_recipe, study.evaluation
         protocol = Protocol.of_recipe(base)
-        decoding = replace(protocol.decoding, no_repeat_ngram_size=asked.no_repeat_ngram_size)
+        decoding = replace(
+            protocol.decoding,
+            no_repeat_ngram_size=asked.no_repeat_ngram_size,
+            max_new_tokens=asked.max_response_tokens or protocol.decoding.max_new_tokens,
+        )
+        most = asked.max_request_tokens or protocol.max_request_tokens
         self._questions = Questions.of(
             asked.suite,
-            replace(protocol, decoding=decoding),
+            replace(protocol, decoding=decoding, max_request_tokens=most),
             seeds=asked.seeds,
             num_examples=asked.num_examples,
             metrics=asked.metrics,
