@@ -8,9 +8,11 @@ import yaml
 import tiny
 from promptkd.config import load_recipe
 from promptkd.methods import build_method
+from promptkd.study.file import load_study, planned_runs
 from promptkd.training.trainer import Trainer
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+STUDIES = sorted((RECIPES[0].parent / "studies").glob("*.yaml"))
 PUBLISHED = {
     # updates, global batch and rates of the authors' scripts
     "gpt2-base": (880, 256, 5e-5),
@@ -22,6 +24,14 @@ PUBLISHED = {
     "llama-7b": (1780, 64, 5e-6),
 }
 DOLLY_ROWS = 11_435
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_recipe_of_a_study_is_read_and_its_method_built(path):
+    runs = planned_runs(load_study(path))
+    assert runs
+    for run in runs:
+        build_method(run.recipe.method.name, **run.recipe.method.options)
 
 
 @pytest.fixture(scope="module")
