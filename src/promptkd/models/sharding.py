@@ -1,9 +1,10 @@
 """Models that several processes keep together: each has a part of every weight (FSDP2).
 
 Layer by layer, weights are gathered for a pass and given back. What a pass reads outside its
-layers (embeddings, output layer) stays gathered until a backward pass has gone through it, or
-``release``. Gradients are summed over processes, not averaged: a token's weight knows the whole
-step already. LoRA adapters and vectors (norms, biases) stay whole, everywhere: they are small.
+layers (embeddings, output layer) stays gathered until ``release``. Gradients are summed over
+processes, not averaged: a token's weight knows the whole step already; those of the layers by each
+backward pass, the others once a step. LoRA adapters and vectors (norms, biases) stay whole,
+everywhere: they are small.
 
 Of a student with fp32 weights that multiplies in bf16, autocast rounds a layer's matrices before
 each product. Here each process rounds its own part, and the rounded parts are gathered: the same
@@ -23,6 +24,7 @@ import torch
 import torch.distributed
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed import P2POp, batch_isend_irecv, irecv, isend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -85,6 +87,7 @@ def shard(
         if not on_gpu:
             sharded.set_custom_reduce_scatter(SummedByExchange())
     entered: Any = module
+    entered.set_reshard_after_backward(False, recurse=False)
     entered.promptkd_enter = MethodType(lambda self, function, *given: function(*given), module)
     register_fsdp_forward_method(module, "promptkd_enter")
 
@@ -116,9 +119,19 @@ class SummedByExchange:
         group: torch.distributed.ProcessGroup,
         **given: Any,
     ) -> None:
-        received = torch.empty_like(input_tensor)
-        torch.distributed.all_to_all_single(received, input_tensor, group=group)
-        torch.sum(received.view(-1, len(output_tensor)), 0, out=output_tensor)
+        own, number = group.rank(), group.size()
+        parts = input_tensor.view(number, -1)
+        output_tensor.copy_(parts[own])
+        received = torch.empty_like(output_tensor)
+        for distance in range(1, number):
+            to, of = (own + distance) % number, (own - distance) % number
+            talk = [
+                P2POp(isend, parts[to], group=group, group_peer=to),
+                P2POp(irecv, received, group=group, group_peer=of),
+            ]
+            for message in batch_isend_irecv(talk):
+                message.wait()
+            output_tensor += received
 
 
 def _precision(layer: nn.Module, dtype: torch.dtype | None) -> MixedPrecisionPolicy:
@@ -154,6 +167,21 @@ def gather_ends(module: nn.Module) -> None:
     """Let weights outside the layers be read from now on, the output layer's for instance."""
     if isinstance(module, FSDPModule):
         module.unshard()
+
+
+def expect_gradients(module: PreTrainedModel, last: bool) -> None:
+    """Before a student's backward pass: what its embeddings' and output layer's gradient adds to.
+
+    Processes sum these behind the ``last`` pass of a step; until then they stay whole, as the
+    weights do.
+    """
+    if not isinstance(module, FSDPModule):
+        return
+    module.set_requires_gradient_sync(last, recurse=False)
+    embeddings: Any = module.get_input_embeddings()
+    weight = embeddings.weight
+    if weight.requires_grad and weight.grad is None:  # else a sparse one, which can't be cut
+        weight.grad = torch.zeros_like(weight)
 
 
 def release(module: nn.Module) -> None:

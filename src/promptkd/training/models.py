@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from promptkd import kernels
 from promptkd.generation.response_cache import fingerprint
 from promptkd.models import sharding
 from promptkd.models.language_model import LanguageModel
@@ -86,6 +87,7 @@ class Models:
         dtype = student.dtype if student.dtype != student.module.dtype else None
         student_copy = WholeModel(student.module, device, dtype)
         teacher_copy = WholeModel(other.module, device) if other else None
+        kernels.prepare_learner(student.module, device)
         sharding.shard(student.module, device, dtype=dtype)
         if other:
             sharding.shard(other.module, device, offload=offload)

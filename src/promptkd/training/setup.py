@@ -272,7 +272,7 @@ def _load_student(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> P
         add_lora(module, lora.r, lora.alpha, lora.target_modules, recipe.seed)
     if recipe.optimization.gradient_checkpointing:
         _checkpoint_gradients(module)
-    if recipe.sharding == "none":  # else gradients are made whole, summed and cut
+    if recipe.sharding == "none":  # else when it is shared out, to its device
         kernels.prepare_learner(module, device)
     return module
 

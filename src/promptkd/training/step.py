@@ -210,6 +210,7 @@ class Step:
             self._update("teacher", self.teacher_learner, metrics, ("towards_student",), step)
         for place, piece in enumerate(pieces):
             student = kept.pop(place, None) or self._student_states(piece.batch, True, metrics.cost)
+            sharding.expect_gradients(self.student.module, last=place == len(pieces) - 1)
             adapts = adaptation is not None and together
             work = Work(step=step, coefficient=coefficient, adapts=adapts, learns=True)
             self._evaluate(piece, student, work, metrics)
@@ -305,7 +306,7 @@ class Step:
         if not (adapts or work.learns):
             return
         work = replace(work, adapts=adapts)
-        # The head anew: a backward pass since may have given back the weights that were read.
+        # The head anew: what it multiplies by is held no longer than this pass.
         states = {"student": States(student.hidden, self.student.head, work.learns)}
         if objective.needs_teacher:
             states["teacher"] = self._teacher_states(piece.batch, adapts, metrics.cost)
@@ -372,7 +373,8 @@ class Step:
     ) -> None:
         """All-reduce, clip, step, zero."""
         assert learner is not None, f"the {who} has nothing to train"
-        sharding.release(self.student.module)
+        if learner is self.student_learner:  # the teacher's own weights stay as they are
+            sharding.release(self.student.module)
         norm = learner.clip(self.settings.max_grad_norm, self.ranks)
         if not math.isfinite(norm):
             raise LossNotFinite(
