@@ -290,8 +290,13 @@ def eight_gpus() -> str:
 def weak_scaling_table() -> str:
     counts = (1, 8, 16, 64, 512)
     rows = [f"| ranks | {' | '.join(map(str, counts))} |", f"|---|{len(counts) * '---|'}"]
-    for name, sharded in (("replicas", False), ("sharded", True)):
-        plan = replace(qwen_pair(), sharded=sharded)
+    pair = replace(qwen_pair(), vllm_share=None)  # vLLM writes for no sharded student
+    sides = {
+        "replicas": pair,
+        "sharded": replace(pair, sharded=True),
+        "sharded, `gathered_for: step`": replace(pair, sharded=True, gathered_for_step=True),
+    }
+    for name, plan in sides.items():
         shares = [f"{weak_scaling(plan, H100, ranks):.0%}" for ranks in counts]
         rows.append(f"| {name} | {' | '.join(shares)} |")
     return "\n".join(rows)

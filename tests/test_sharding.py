@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -45,6 +46,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 OTHERS = ("lora student", "tied heads", "of one process")
 BF16 = ("promptkd", "lora student")
+FOR_A_STEP = (
+    "promptkd",
+    "promptkd, together",
+    "lora teacher",
+    "written by the student",
+    "lora student",
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +90,9 @@ def shared(raws: dict[str, dict[str, Any]], tmp_path_factory) -> Path:
     forget_last_step(place / "of one process")
     sides = raws | {f"{name}, bf16": raws[name] | {"precision": "bf16"} for name in BF16}
     own = [raw | {"sharding": "fsdp", "output": str(place / name)} for name, raw in sides.items()]
+    for name in FOR_A_STEP:
+        long = {"gathered_for": "step", "output": str(place / f"{name}, for a step")}
+        own.append(raws[name] | {"sharding": "fsdp"} | long)
     with pytest.MonkeyPatch.context() as patched:  # no test's own cache is there yet
         patched.setenv("PROMPTKD_CACHE", str(place / "cache"))
         outcomes = runs.train_on_ranks(own, place / "processes", 2)
@@ -101,6 +112,11 @@ def test_a_shared_run_equals_one_process(raws, shared, tmp_path, name):
     one = runs.train(raws[name] | {"output": str(tmp_path / "one")})
 
     assert_same_run(one, shared / name)
+
+
+@pytest.mark.parametrize("name", FOR_A_STEP)
+def test_layers_that_stay_gathered_for_a_step_change_no_result(shared, name):
+    assert_same_run(shared / name, shared / f"{name}, for a step")
 
 
 def test_one_process_goes_on_where_two_that_shared_were_stopped(raws, shared, tmp_path):
@@ -223,10 +239,42 @@ def test_layers_are_rounded_before_they_are_gathered_if_autocast_would_round_the
     assert sharding._precision(layer, None).param_dtype is None
 
 
+@pytest.mark.parametrize("stays", [False, True])
+def test_layers_are_given_back_behind_each_pass_or_stay_and_the_ends_stay_until_released(
+    alone, stays
+):
+    module = tiny.model("llama", num_layers=2)
+    model, tokens = LanguageModel(module, tiny.ROWS), torch.tensor([[5, 6, 7, 8]])
+    sharding.shard(module, torch.device("cpu"), stays=stays)
+    layer, ends = module.model.layers[0].mlp.up_proj, module.get_input_embeddings()
+    assert isinstance(layer.weight, DTensor)
+    for last in (False, True):
+        hidden = model.hidden_states(tokens)
+        sharding.expect_gradients(module, last)
+        for _ in range(2):
+            assert isinstance(layer.weight, DTensor) == (not stays)
+            assert not isinstance(ends.weight, DTensor)
+            if hidden.grad_fn:
+                hidden.square().sum().backward()
+                hidden = hidden.detach()
+        assert (ends.weight.grad is None) == last  # cut and summed with the last
+    sharding.release(module)
+    weights = [own for own in module.parameters() if own.dim() > 1]
+
+    assert all(isinstance(own, DTensor) for own in weights)
+    assert all(own.grad is not None for own in module.base_model.parameters())
+
+
 def test_one_process_is_refused(pair):
     raw = recipe(pair, {"name": "promptkd"}, pair / "refused") | {"sharding": "fsdp"}
     with pytest.raises(UserError, match=r"sharding is fsdp, .* but there is one"):
         runs.train(raw)
+
+
+def test_what_is_not_shared_is_not_gathered_for_a_step(pair):
+    raw = recipe(pair, {"name": "promptkd"}, pair / "refused") | {"gathered_for": "step"}
+    with pytest.raises(UserError, match="gathered_for: step needs sharding: fsdp"):
+        recipe_from_dict(raw)
 
 
 @pytest.mark.parametrize(

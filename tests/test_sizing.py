@@ -222,6 +222,24 @@ def test_a_plan_says_what_sharding_saves_and_what_the_recipe_asks_too_much():
     assert any("micro_batch_tokens is 50000, more than that" in line for line in asks)
 
 
+def test_layers_that_stay_gathered_for_a_step_take_both_trunks_and_are_sent_once():
+    passing = replace(PAIR, sharded=True, ranks=8, micro_batch=2048, batch=8 * 32)
+    staying = replace(passing, gathered_for_step=True)
+    gathered = [standing_bytes(each)["gathered"] for each in (passing, staying)]
+    assert gathered[1] - gathered[0] == sum(2 * (s.trunk - 2 * s.layer) for s in (SMALL, LARGE))
+
+    sent = [step_seconds(each, H100)["talk"] for each in (passing, staying)]
+    trunks = 16 * (2 * SMALL.trunk + 4 * LARGE.trunk) - SMALL.trunk - LARGE.trunk
+    assert sent[0] - sent[1] == pytest.approx(7 / 8 * 2 * trunks / H100.link)
+    away = replace(staying, offload=True)
+    assert step_seconds(away, H100)["fetching"] == pytest.approx(2 * LARGE.trunk / 8 / H100.bus)
+    assert any("gathered_for=step" in line for line in plan_lines(passing, 10))
+    tight = replace(passing, student=LARGE, teacher=SMALL, memory=45e9)
+    assert fits(tight)
+    assert not any("gathered_for=step" in line for line in plan_lines(tight, 10))
+    assert ("gathered_for=pass",) in remedies(replace(tight, gathered_for_step=True))
+
+
 def test_ranks_wait_for_the_one_with_most_rows():
     uneven, even = (replace(PAIR, batch=batch, ranks=8) for batch in (12, 16))
     assert uneven.rows == even.rows == 2

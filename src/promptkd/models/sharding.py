@@ -1,10 +1,11 @@
 """Models that several processes keep together: each has a part of every weight (FSDP2).
 
-Layer by layer, weights are gathered for a pass and given back. What a pass reads outside its
-layers (embeddings, output layer) stays gathered until ``release``. Gradients are summed over
-processes, not averaged: a token's weight knows the whole step already; those of the layers by each
-backward pass, the others once a step. LoRA adapters and vectors (norms, biases) stay whole,
-everywhere: they are small.
+Layer by layer, weights are gathered for a pass and given back, or stay for a whole step. What a
+pass reads outside its layers (embeddings, output layer) stays gathered until ``release``.
+
+Gradients are summed over processes, not averaged: a token's weight knows the whole step already.
+Each backward pass sums those of the layers, the last of a step the others. LoRA adapters and
+vectors (norms, biases) stay whole, everywhere: they are small.
 
 Of a student with fp32 weights that multiplies in bf16, autocast rounds a layer's matrices before
 each product. Here each process rounds its own part, and the rounded parts are gathered: the same
@@ -48,6 +49,7 @@ def shard(
     *,
     dtype: torch.dtype | None = None,
     offload: bool = False,
+    stays: bool = False,
 ) -> None:
     """Leave this process its part of every weight, in place; all processes have the same model.
 
@@ -62,6 +64,7 @@ def shard(
         dtype: what autocast multiplies in; None where weights are stored so.
         offload: whether this process's parts of the layers, which are frozen, stay in the machine's
             memory and are fetched to be gathered.
+        stays: whether layers stay gathered until ``release``.
 
     Raises:
         UserError: if the model doesn't say which its layers are.
@@ -78,16 +81,20 @@ def shard(
         for own in part.parameters():
             if own not in whole and not isinstance(own, DTensor):
                 _receive(own, device)
-        of_layers = {"mp_policy": _precision(part, dtype), "offload_policy": place}
+        of_layers = {
+            "mp_policy": _precision(part, dtype),
+            "offload_policy": place,
+            "reshard_after_forward": not stays,
+        }
         policies = of_layers if part is not module else {}
         fully_shard(part, mesh=mesh, ignored_params=whole, **policies)
         sharded: Any = part
         sharded.set_gradient_divide_factor(1.0)
+        sharded.set_reshard_after_backward(part is not module and not stays, recurse=False)
         sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other way to not average
         if not on_gpu:
             sharded.set_custom_reduce_scatter(SummedByExchange())
     entered: Any = module
-    entered.set_reshard_after_backward(False, recurse=False)
     entered.promptkd_enter = MethodType(lambda self, function, *given: function(*given), module)
     register_fsdp_forward_method(module, "promptkd_enter")
 
@@ -184,10 +191,12 @@ def expect_gradients(module: PreTrainedModel, last: bool) -> None:
         weight.grad = torch.zeros_like(weight)
 
 
-def release(module: nn.Module) -> None:
+def release(*modules: nn.Module) -> None:
     """Give back what is gathered: necessary before weights change or are listed."""
-    if isinstance(module, FSDPModule):
-        module.reshard()
+    for module in modules:
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
 
 def most(numbers: Sequence[int], device: torch.device) -> list[int]:

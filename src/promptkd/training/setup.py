@@ -124,7 +124,8 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     models, stop = loaded.models, loaded.stop
     budget = _budget(recipe, models, requests.longest_row, ranks, say)
     if sharded:
-        models = models.shared_out(device, bool(recipe.teacher and recipe.teacher.offload))
+        offload = bool(recipe.teacher and recipe.teacher.offload)
+        models = models.shared_out(device, offload, stays=recipe.gathered_for == "step")
     generation = _bind_generation(recipe, method, models, requests, stop)
     step = _bind_step(recipe, method, models, ranks, budget)
     requests.say(say)

@@ -258,17 +258,14 @@ class Step:
         most = sharding.most([len(cut) for cut in own], self.student.device)
         for term, cut, number in zip(self.method.terms, own, most, strict=True):
             batch = idle(self.student.device, term.objective.annotations)
-            weights = {"weight": 0.0, "adaptation_weight": 0.0}
-            nothing = Piece(term, batch, num_positions=2, **weights, counts=False)
+            nothing = Piece(term, batch, 2, weight=0.0, adaptation_weight=0.0, counts=False)
             cut += (number - len(cut)) * [nothing]
         return [piece for cut in own for piece in cut]
 
     def _keeps_graphs(self, pieces: Sequence[Piece]) -> bool:
         """Whether the student's graphs of all pieces are within the budget, on every process."""
-        num_positions = sum(piece.num_positions for piece in pieces)
         budget = self.settings.kept_tokens or self.settings.micro_batch_tokens
-        keeps = num_positions <= budget
-        exceeds = [int(not keeps)]
+        exceeds = [int(sum(piece.num_positions for piece in pieces) > budget)]
         return not (sharding.most(exceeds, self.student.device) if self._together else exceeds)[0]
 
     def _packs(self, rollouts: Sequence[Rollout]) -> bool:
@@ -372,9 +369,10 @@ class Step:
         step: int,
     ) -> None:
         """All-reduce, clip, step, zero."""
-        assert learner is not None, f"the {who} has nothing to train"
-        if learner is self.student_learner:  # the teacher's own weights stay as they are
-            sharding.release(self.student.module)
+        assert learner, f"the {who} has nothing to train"
+        if who == "student":  # the last to move; the teacher's own weights never do
+            teacher = [self.teacher.model] if self.teacher else []
+            sharding.release(*(model.module for model in (self.student, *teacher)))
         norm = learner.clip(self.settings.max_grad_norm, self.ranks)
         if not math.isfinite(norm):
             raise LossNotFinite(
