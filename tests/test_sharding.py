@@ -1,6 +1,8 @@
 """Two processes that share every weight give the numbers of one that has them all."""
 
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -213,6 +215,58 @@ def test_a_teacher_fetched_from_main_memory_speaks_and_teaches_its_prompt_alike(
     assert [type(policy) for policy in policies] == [CPUOffloadPolicy, CPUOffloadPolicy, NoneType]
     assert len(found[0]) == (2 if not adapted else 2 + 8)
     assert_close(found[0], found[1])
+
+
+ROWS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, PADDING], [3, 4, PADDING, PADDING]])
+
+
+def taught(rows: torch.Tensor, share: Callable[[Any], None]) -> list[torch.Tensor]:
+    """Hidden states of a teacher with prompt and adapters, and the gradients of those two."""
+    module = tiny.model("qwen2", num_layers=2, seed=1).requires_grad_(False)
+    add_lora(module, 2, 4, (), seed=0)
+    share(module)
+    prompt = torch.nn.Parameter(torch.linspace(-1, 1, 2 * tiny.WIDTH).view(2, tiny.WIDTH))
+    model = LanguageModel(module, tiny.ROWS)
+    for _ in range(2):  # what was given back is fetched anew
+        hidden = model.hidden_states(rows, prompt)[rows != PADDING]
+        hidden.square().sum().backward()
+    adapters = [own.grad for name, own in module.named_parameters() if "lora_" in name]
+    return [hidden.detach(), prompt.grad, *adapters]
+
+
+def fetch_on_rank(rank: int, place: Path, stays: bool) -> None:
+    """In a process of its own."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{place}/group", rank=rank, world_size=2
+    )
+    here = torch.device("cpu")
+    own = taught(ROWS[rank::2], lambda m: sharding.shard(m, here, offload=True, stays=stays))
+    for gradient in own[1:]:
+        torch.distributed.all_reduce(gradient)
+    torch.save(own, place / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_two_processes_fetch_their_parts_of_a_teacher_and_have_the_gradients_of_one(
+    tmp_path, stays
+):
+    processes = [runs.process(fetch_on_rank, rank, tmp_path, stays) for rank in range(2)]
+    for process in processes:
+        process.join(100)
+    assert [process.exitcode for process in processes] == [0, 0]
+    hidden, *gradients = taught(ROWS, lambda module: None)
+    mine, others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    real = ROWS != PADDING
+    rows = torch.split(hidden, real.sum(1).tolist())
+
+    assert_close(mine[0], torch.cat([rows[0], rows[2]]))
+    assert_close(others[0], rows[1])
+    assert len(gradients) == 1 + 8
+    assert_close(mine[1:], gradients)
+    assert_close(others[1:], gradients)
 
 
 def test_parts_are_offloaded_of_a_model_that_was_loaded_whole_and_not_on_a_cpu(pair):

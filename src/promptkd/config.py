@@ -319,7 +319,7 @@ class Recipe(Section):
         default="auto", description="auto: bf16 where the hardware multiplies it natively"
     )
     attention: Literal["auto", "sdpa", "flash", "eager"] = Field(
-        default="auto", description="auto: this project's kernels on the CPU, elsewhere torch's"
+        default="auto", description="auto: torch's kernels, rows of different lengths apart"
     )
     sharding: Literal["none", "fsdp"] = Field(
         default="none", description="fsdp: every process keeps a part of both models' weights"

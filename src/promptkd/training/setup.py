@@ -160,8 +160,6 @@ def _as_loaded(recipe: Recipe, device: torch.device) -> tuple[Recipe, torch.devi
     if recipe.teacher:  # what is offloaded then are its parts
         Storage(offload=recipe.teacher.offload).refuse_missing(device)
         settings["teacher"] = recipe.teacher.model_copy(update={"offload": False})
-    if device.type == "cuda" and recipe.attention == "auto":
-        settings["attention"] = "sdpa"
     return recipe.model_copy(update=settings), torch.device("cpu")
 
 
