@@ -74,29 +74,28 @@ def shard(
     for own in small:
         _receive(own, device)
     whole = set(small)
-    on_gpu = device.type == "cuda"
-    place = CPUOffloadPolicy(pin_memory=on_gpu) if offload else OffloadPolicy()
+    place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for part in (*layers, module):
         for own in part.parameters():
             if own not in whole and not isinstance(own, DTensor):
                 _receive(own, device)
-        of_layers = {
-            "mp_policy": _precision(part, dtype),
-            "offload_policy": place,
-            "reshard_after_forward": not stays,
-        }
-        policies = of_layers if part is not module else {}
-        fully_shard(part, mesh=mesh, ignored_params=whole, **policies)
-        sharded: Any = part
-        sharded.set_gradient_divide_factor(1.0)
-        sharded.set_reshard_after_backward(part is not module and not stays, recurse=False)
-        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other way to not average
-        if not on_gpu:
-            sharded.set_custom_reduce_scatter(SummedByExchange())
+        policies: dict[str, Any] = {"mp_policy": _precision(part, dtype), "offload_policy": place}
+        policies = policies | {"reshard_after_forward": not stays} if part is not module else {}
+        own_group: Any = fully_shard(part, mesh=mesh, ignored_params=whole, **policies)
+        own_group.set_reshard_after_backward(part is not module and not stays, recurse=False)
+        _sum_gradients(part, device)
     entered: Any = module
     entered.promptkd_enter = MethodType(lambda self, function, *given: function(*given), module)
     register_fsdp_forward_method(module, "promptkd_enter")
+
+
+def _sum_gradients(part: Any, device: torch.device) -> None:
+    """Over processes, not averaged."""
+    part.set_gradient_divide_factor(1.0)
+    part.set_force_sum_reduction_for_comms(True)  # gloo has no other way to not average
+    if device.type != "cuda":
+        part.set_custom_reduce_scatter(SummedByExchange())
 
 
 def _layers(module: PreTrainedModel) -> list[nn.Module]:
@@ -179,12 +178,13 @@ def gather_ends(module: nn.Module) -> None:
 def expect_gradients(module: PreTrainedModel, last: bool) -> None:
     """Before a student's backward pass: what its embeddings' and output layer's gradient adds to.
 
-    Processes sum these behind the ``last`` pass of a step; until then they stay whole, as the
-    weights do.
+    Behind the ``last`` pass of a step these weights are given back, and processes sum the gradient;
+    until then both stay whole.
     """
     if not isinstance(module, FSDPModule):
         return
     module.set_requires_gradient_sync(last, recurse=False)
+    module.set_reshard_after_backward(last, recurse=False)
     embeddings: Any = module.get_input_embeddings()
     weight = embeddings.weight
     if weight.requires_grad and weight.grad is None:  # else a sparse one, which can't be cut
