@@ -172,7 +172,7 @@ def plan_lines(plan: Plan, max_steps: int | None) -> Iterator[str]:
     yield from _memory_lines(plan)
     at_once = replace(plan, gathered_for_step=True)
     if plan.sharded and plan != at_once and fits(at_once):
-        yield "gathered_for=step, which gathers each layer once a step, fits too and is faster"
+        yield "gathered_for=step, which gathers each layer once a step and is faster, fits too"
     if not fits(plan):
         yield f"this does not fit. {_advice(plan)}"
         return
