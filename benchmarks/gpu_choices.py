@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from gpu_setting import BF16, DEVICE, QWEN, SMALLEST, TINY, language_model, seconds_of
 from torch import nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from promptkd.divergences import reverse_kl
-from promptkd.kernels.attention import grouped_sdpa
+from promptkd.kernels.attention import _side_by_side, grouped_sdpa
 
 ON_CARD = DEVICE.type == "cuda"
 COMPILER = "inductor" if ON_CARD else "eager"
@@ -55,10 +54,10 @@ def head_gradient() -> dict[str, Any]:
 
 
 def packed_attention() -> dict[str, Any]:
-    """A layer's attention over packed sequences, forward and backward; varlen if 1.3 x as fast.
+    """A layer's attention over packed sequences, forward and backward.
 
-    By one mask over all of them, as transformers' own does off the CPU; side by side, padded, as
-    ``grouped_sdpa``; by torch's ``varlen_attn``.
+    By one mask over all of them, as transformers' own does; as ``grouped_sdpa`` does where it can't
+    use ``varlen_attn``, side by side and padded; and as it does where it can, as they lie.
     """
     shapes = [(2, 16, 4, 2, 16)] if TINY else [(16, 1024, 28, 4, 128), (64, 192, 9, 3, 64)]
     ways: dict[str, Callable[[], object]] = {}
@@ -75,21 +74,13 @@ def packed_attention() -> dict[str, Any]:
         mask = (same & (place[:, None] >= place))[None, None]
         lengths = torch.full((1, 1, 1, number), length)
         by_mask = partial(sdpa_attention_forward, layer, *given, mask)  # pyright: ignore
-        side_by_side = partial(grouped_sdpa, layer, *given, lengths)  # pyright: ignore
+        own = partial(grouped_sdpa, layer, *given, lengths)  # pyright: ignore
+        padded = partial(_side_by_side, layer, given, number * [length], {})  # pyright: ignore
         kinds: dict[str, Callable[[], Any]] = {
             "one mask": lambda by_mask=by_mask: by_mask()[0],
-            "side by side": lambda side_by_side=side_by_side: side_by_side()[0],
+            "side by side": padded,
+            "ours": lambda own=own: own()[0],
         }
-        if ON_CARD:
-            ends = torch.arange(0, number * length + 1, length, device=DEVICE, dtype=torch.int32)
-            flat = [each[0].transpose(0, 1) for each in given]
-            kinds["varlen"] = partial(
-                varlen_attn,
-                *flat,
-                *(ends, ends, length, length),
-                window_size=(-1, 0),
-                enable_gqa=True,
-            )
         for kind, attend in kinds.items():
             ways[f"{number} x {length}, {kind}"] = lambda attend=attend: (
                 attend().float().sum().backward()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
+from promptkd import kernels
 from promptkd.models.language_model import LanguageModel, proven
 
 TINY = "--tiny" in sys.argv
@@ -62,4 +63,5 @@ def module(name: str, dtype: torch.dtype) -> Any:
 
 def language_model(name: str, dtype: torch.dtype = BF16, learns: bool = False) -> LanguageModel:
     whole = module(name, dtype).requires_grad_(learns)
+    kernels.prepare(whole, DEVICE)
     return proven(LanguageModel(whole, whole.config.vocab_size, BF16), name)

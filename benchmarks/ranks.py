@@ -1,9 +1,10 @@
 """Two processes of one thread against one, replicas and sharded: whole steps, in turns.
 
-The same recipe and batch on one process, on two replicas, and on two that share both models; also
-half the batch on one, so that rows per process are equal (weak scaling). What the time model says
-of the same runs stands beside: its products at this core's own speed, its talk at the speed that
-two processes measure here. At most six minutes. Writes results/ranks.*.json; ``--tiny`` rehearses.
+The same recipe and batch on one process, on two replicas, and on two that share both models, whose
+layers are gathered for each pass or once a step; also half the batch on one, so that rows per
+process are equal (weak scaling). What the time model says of the same runs stands beside: its
+products at this core's own speed, its talk at the speed that two processes measure here. At most
+seven minutes. Writes results/ranks.*.json; ``--tiny`` rehearses.
 """
 
 import json
@@ -13,7 +14,6 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed
@@ -30,13 +30,15 @@ BATCH, MICRO_BATCH_TOKENS = 16, 1024
 REPEATS = 3
 LIMIT = 330
 """Seconds after which no further turn begins, the first aside."""
-SIDES: dict[str, tuple[int, dict[str, Any]]] = {
-    "one": (1, {}),
-    "one, half the batch": (1, {"global_batch_size": BATCH // 2}),
-    "two replicas": (2, {}),
-    "two, sharded": (2, {}),
+FSDP = {"sharding": "fsdp"}
+SIDES: dict[str, tuple[int, int, dict[str, str]]] = {
+    "one": (1, BATCH, {}),
+    "one, half the batch": (1, BATCH // 2, {}),
+    "two replicas": (2, BATCH, {}),
+    "two, sharded": (2, BATCH, FSDP),
+    "two, sharded, gathered for a step": (2, BATCH, FSDP | {"gathered_for": "step"}),
 }
-SHARED = "two, sharded"
+"""Processes, requests of a step, and other keys of the recipe."""
 PHASES = ("seconds_generation", "seconds_learning", "seconds_student", "seconds_teacher")
 
 
@@ -97,11 +99,10 @@ def main(pair: Pair, repeats: int) -> None:
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
-        sizes = {"global_batch_size": BATCH, "micro_batch_tokens": MICRO_BATCH_TOKENS}
         groups: dict[str, OnRanks] = {}
-        for name, (number, other) in SIDES.items():
-            given = recipe(pair, place / name / "run", **sizes | other)
-            given["sharding"] = "fsdp" if name == SHARED else "none"
+        for name, (number, batch, other) in SIDES.items():
+            sizes = {"global_batch_size": batch, "micro_batch_tokens": MICRO_BATCH_TOKENS}
+            given = recipe(pair, place / name / "run", **sizes) | other
             groups[name] = OnRanks(__file__, given, number, place=place / name)
         for group in groups.values():  # load, and take the first step
             group.ask("0")
@@ -123,7 +124,7 @@ def main(pair: Pair, repeats: int) -> None:
         known = talked | lengths | {"flops": matmul_peak()}
         said = {
             name: modelled(place / name / "recipe.yaml", number, known)
-            for name, (number, _) in SIDES.items()
+            for name, (number, *_) in SIDES.items()
         }
     whole = {name: own["whole"] for name, own in seconds.items()}
     of_model = {name: sum(own.values()) for name, own in said.items()}

@@ -271,9 +271,9 @@ def qwen_pair() -> Plan:
     """Qwen3-8B and -0.6B, as published, with the lengths of recipes/qwen3-8b-eight-gpus.yaml."""
     common: dict[str, Any] = {"vocab_size": 151936, "head_dim": 128, "num_key_value_heads": 8}
     large = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36}
+    large |= {"num_attention_heads": 32, "tie_word_embeddings": False}
     small = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
     small |= {"num_attention_heads": 16, "tie_word_embeddings": True}
-    large |= {"num_attention_heads": 32, "tie_word_embeddings": False}
     student, teacher = (SimpleNamespace(**common, **own) for own in (small, large))
     return plan_for(
         load_recipe(ROOT / "recipes" / "qwen3-8b-eight-gpus.yaml"),
@@ -290,8 +290,9 @@ def eight_gpus() -> str:
 def weak_scaling_table() -> str:
     counts = (1, 8, 16, 64, 512)
     rows = [f"| ranks | {' | '.join(map(str, counts))} |", f"|---|{len(counts) * '---|'}"]
-    for name, sharded in (("replicas", False), ("sharded", True)):
-        plan = replace(qwen_pair(), sharded=sharded)
+    for name in ("replicas", "sharded", "sharded, `gathered_for: step`"):
+        step, parts = "step" in name, name != "replicas"  # vLLM writes for no student in parts
+        plan = replace(qwen_pair(), vllm_share=None, sharded=parts, gathered_for_step=step)
         shares = [f"{weak_scaling(plan, H100, ranks):.0%}" for ranks in counts]
         rows.append(f"| {name} | {' | '.join(shares)} |")
     return "\n".join(rows)
@@ -299,8 +300,7 @@ def weak_scaling_table() -> str:
 
 def measured_ranks() -> str:
     """What benchmarks/ranks.py measured, beside the same runs by the equations."""
-    (file,) = (ROOT / "benchmarks" / "results").glob("ranks.*.json")
-    found = json.loads(file.read_text())
+    found = json.loads((ROOT / "benchmarks" / "results" / "ranks.bf16.json").read_text())
     machine, faster = found["machine"], found["times_faster"]
     rows = [
         f"Measured on {machine['processor']}, {machine['precision']}, {machine['commit']}:\n",

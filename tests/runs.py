@@ -106,6 +106,13 @@ class Command:
         )
 
 
+def process(target: Callable[..., None], *arguments: Any) -> Any:
+    """A process of the server's that calls a function, begun."""
+    begun = _SERVER.Process(target=target, args=arguments)
+    begun.start()
+    return begun
+
+
 def run(arguments: Sequence[str], directory: Path, **options: Any) -> Outcome:
     return Command(arguments, directory, **options).wait()
 

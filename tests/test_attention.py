@@ -2,12 +2,14 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import runs
 import tiny
 from promptkd.errors import UserError
+from promptkd.kernels import attention
 from promptkd.kernels.attention import (
     BLOCK,
     CausalAttention,
@@ -96,6 +98,53 @@ def test_packed_sequences_see_themselves_alone_whatever_the_mask(dtype):
     actual, _ = grouped_sdpa(module_of(6, 2), query, key, value, mask, scaling=0.3)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(actual[0].float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_on_a_card_packed_sequences_attend_as_they_lie_and_learn_the_same(monkeypatch):
+    """What ``varlen_attn`` is given, whose contract a loop keeps here; queries may be fp32."""
+    lengths = [5, 9, 1, 9]
+    rows = [randn(sum(lengths), count, 8, seed=count).requires_grad_() for count in (6, 2, 2)]
+    expected = each_alone(*rows, lengths, 0.3)
+
+    def varlen_attn(query, key, value, ends, same, longest, longest_key, *, scale, **causal):
+        assert causal == {"window_size": (-1, 0), "enable_gqa": True}
+        assert (ends.dtype, longest, longest_key) == (torch.int32, 9, 9)
+        assert torch.equal(ends, same)
+        assert query.dtype == key.dtype == value.dtype
+        return each_alone(query, key, value, ends.diff().tolist(), scale)
+
+    monkeypatch.setattr(attention, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(attention, "_has_varlen", lambda key, value: True)
+    query, key, value = (given.transpose(0, 1)[None] for given in rows)
+    mask = torch.tensor(lengths).view(1, 1, 1, -1)
+    actual, _ = grouped_sdpa(module_of(6, 2), query.float(), key, value, mask, scaling=0.3)
+
+    torch.testing.assert_close(actual[0], expected, rtol=1e-5, atol=1e-6)
+    outer = randn(*expected.shape, seed=9)
+    torch.testing.assert_close(
+        torch.autograd.grad(actual[0], rows, outer),
+        torch.autograd.grad(expected, rows, outer),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize(
+    ("dtype", "widths", "device", "has"),
+    [
+        (torch.bfloat16, (64, 64), "cuda", True),
+        (torch.float32, (64, 64), "cuda", False),
+        (torch.bfloat16, (192, 128), "cuda", False),
+        (torch.bfloat16, (512, 512), "cuda", False),
+        (torch.bfloat16, (64, 64), "cpu", False),
+    ],
+)
+def test_heads_that_the_kernel_of_cards_does_not_take_are_laid_side_by_side(
+    dtype, widths, device, has
+):
+    with FakeTensorMode():
+        given = [torch.empty(1, 2, 5, width, dtype=dtype, device=device) for width in widths]
+        assert attention._has_varlen(*given) == has
 
 
 def test_in_bf16_it_is_within_twice_the_rounding_of_torchs_kernel():

@@ -1,6 +1,8 @@
 """Two processes that share every weight give the numbers of one that has them all."""
 
+import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from types import NoneType
 from typing import Any
@@ -9,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM
 
@@ -45,6 +48,13 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 OTHERS = ("lora student", "tied heads", "of one process")
 BF16 = ("promptkd", "lora student")
+FOR_A_STEP = (
+    "promptkd",
+    "promptkd, together",
+    "lora teacher",
+    "written by the student",
+    "lora student",
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +92,9 @@ def shared(raws: dict[str, dict[str, Any]], tmp_path_factory) -> Path:
     forget_last_step(place / "of one process")
     sides = raws | {f"{name}, bf16": raws[name] | {"precision": "bf16"} for name in BF16}
     own = [raw | {"sharding": "fsdp", "output": str(place / name)} for name, raw in sides.items()]
+    for name in FOR_A_STEP:
+        long = {"gathered_for": "step", "output": str(place / f"{name}, for a step")}
+        own.append(raws[name] | {"sharding": "fsdp"} | long)
     with pytest.MonkeyPatch.context() as patched:  # no test's own cache is there yet
         patched.setenv("PROMPTKD_CACHE", str(place / "cache"))
         outcomes = runs.train_on_ranks(own, place / "processes", 2)
@@ -101,6 +114,11 @@ def test_a_shared_run_equals_one_process(raws, shared, tmp_path, name):
     one = runs.train(raws[name] | {"output": str(tmp_path / "one")})
 
     assert_same_run(one, shared / name)
+
+
+@pytest.mark.parametrize("name", FOR_A_STEP)
+def test_layers_that_stay_gathered_for_a_step_change_no_result(shared, name):
+    assert_same_run(shared / name, shared / f"{name}, for a step")
 
 
 def test_one_process_goes_on_where_two_that_shared_were_stopped(raws, shared, tmp_path):
@@ -199,6 +217,58 @@ def test_a_teacher_fetched_from_main_memory_speaks_and_teaches_its_prompt_alike(
     assert_close(found[0], found[1])
 
 
+ROWS = torch.tensor([[5, 6, 7, 8], [9, 10, 11, PADDING], [3, 4, PADDING, PADDING]])
+
+
+def taught(rows: torch.Tensor, share: Callable[[Any], None]) -> list[torch.Tensor]:
+    """Hidden states of a teacher with prompt and adapters, and the gradients of those two."""
+    module = tiny.model("qwen2", num_layers=2, seed=1).requires_grad_(False)
+    add_lora(module, 2, 4, (), seed=0)
+    share(module)
+    prompt = torch.nn.Parameter(torch.linspace(-1, 1, 2 * tiny.WIDTH).view(2, tiny.WIDTH))
+    model = LanguageModel(module, tiny.ROWS)
+    for _ in range(2):  # what was given back is fetched anew
+        hidden = model.hidden_states(rows, prompt)[rows != PADDING]
+        hidden.square().sum().backward()
+    adapters = [own.grad for name, own in module.named_parameters() if "lora_" in name]
+    return [hidden.detach(), prompt.grad, *adapters]
+
+
+def fetch_on_rank(rank: int, place: Path, stays: bool) -> None:
+    """In a process of its own."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{place}/group", rank=rank, world_size=2
+    )
+    here = torch.device("cpu")
+    own = taught(ROWS[rank::2], lambda m: sharding.shard(m, here, offload=True, stays=stays))
+    for gradient in own[1:]:
+        torch.distributed.all_reduce(gradient)
+    torch.save(own, place / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("stays", [False, True])
+def test_two_processes_fetch_their_parts_of_a_teacher_and_have_the_gradients_of_one(
+    tmp_path, stays
+):
+    processes = [runs.process(fetch_on_rank, rank, tmp_path, stays) for rank in range(2)]
+    for process in processes:
+        process.join(100)
+    assert [process.exitcode for process in processes] == [0, 0]
+    hidden, *gradients = taught(ROWS, lambda module: None)
+    mine, others = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    real = ROWS != PADDING
+    rows = torch.split(hidden, real.sum(1).tolist())
+
+    assert_close(mine[0], torch.cat([rows[0], rows[2]]))
+    assert_close(others[0], rows[1])
+    assert len(gradients) == 1 + 8
+    assert_close(mine[1:], gradients)
+    assert_close(others[1:], gradients)
+
+
 def test_parts_are_offloaded_of_a_model_that_was_loaded_whole_and_not_on_a_cpu(pair):
     raw = recipe(pair, {"name": "promptkd"}, pair / "unset") | {"sharding": "fsdp"}
     raw["teacher"] = raw["teacher"] | {"offload": True}
@@ -223,10 +293,41 @@ def test_layers_are_rounded_before_they_are_gathered_if_autocast_would_round_the
     assert sharding._precision(layer, None).param_dtype is None
 
 
+@pytest.mark.parametrize("stays", [False, True])
+def test_layers_are_given_back_behind_each_pass_or_stay_and_the_ends_stay_until_released(
+    alone, stays
+):
+    module = tiny.model("llama", num_layers=2)
+    model, tokens = LanguageModel(module, tiny.ROWS), torch.tensor([[5, 6, 7, 8]])
+    sharding.shard(module, torch.device("cpu"), stays=stays)
+    layer, ends = module.model.layers[0].mlp.up_proj, module.get_input_embeddings()
+    assert isinstance(layer.weight, DTensor)
+    for last in (False, True):
+        hidden = model.hidden_states(tokens)
+        sharding.expect_gradients(module, last)
+        whole = [not isinstance(own.weight, DTensor) for own in (layer, ends)]
+        assert whole == [stays, True]
+        hidden.square().sum().backward()
+        whole = [not isinstance(own.weight, DTensor) for own in (layer, ends)]
+        assert whole == [stays, not last]
+        assert isinstance(ends.weight.grad, DTensor) == last  # cut and summed with the last
+    sharding.release(module)
+    weights = [own for own in module.parameters() if own.dim() > 1]
+
+    assert all(isinstance(own, DTensor) for own in weights)
+    assert all(own.grad is not None for own in module.base_model.parameters())
+
+
 def test_one_process_is_refused(pair):
     raw = recipe(pair, {"name": "promptkd"}, pair / "refused") | {"sharding": "fsdp"}
     with pytest.raises(UserError, match=r"sharding is fsdp, .* but there is one"):
         runs.train(raw)
+
+
+def test_what_is_not_shared_is_not_gathered_for_a_step(pair):
+    raw = recipe(pair, {"name": "promptkd"}, pair / "refused") | {"gathered_for": "step"}
+    with pytest.raises(UserError, match="gathered_for: step needs sharding: fsdp"):
+        recipe_from_dict(raw)
 
 
 @pytest.mark.parametrize(

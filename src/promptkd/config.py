@@ -267,9 +267,7 @@ class OptimizationSection(Section):
         default=None, ge=1, description="padded tokens per forward; not given: what fits in memory"
     )
     max_steps: int | None = Field(default=None, ge=1, le=10**9, description="optimizer steps")
-    epochs: float | None = Field(
-        default=None, gt=0, le=10**6, description="used when max_steps is not given"
-    )
+    epochs: float | None = Field(None, gt=0, le=10**6, description="if max_steps is not given")
     warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     weight_decay: float = Field(default=0.01, ge=0)
@@ -290,8 +288,7 @@ class OptimizationSection(Section):
 class EvaluationSection(Section):
     every_steps: int = Field(default=44, ge=0, description="0 evaluates at the end only")
     metric: str = Field(
-        default="rouge_l",
-        description="what chooses the student: " + " | ".join(CRITERIA) + " | module:function",
+        default="rouge_l", description="by what: " + " | ".join([*CRITERIA, "module:function"])
     )
     num_examples: int = Field(default=200, ge=1)
     exposure_bias_every_steps: int = Field(
@@ -322,10 +319,13 @@ class Recipe(Section):
         default="auto", description="auto: bf16 where the hardware multiplies it natively"
     )
     attention: Literal["auto", "sdpa", "flash", "eager"] = Field(
-        default="auto", description="auto: this project's kernels on the CPU, elsewhere torch's"
+        default="auto", description="auto: torch's kernels, rows of different lengths apart"
     )
     sharding: Literal["none", "fsdp"] = Field(
         default="none", description="fsdp: every process keeps a part of both models' weights"
+    )
+    gathered_for: Literal["pass", "step"] = Field(
+        default="pass", description="step: layers are gathered once, and both models whole then"
     )
     evaluation: EvaluationSection = EvaluationSection()
     checkpoints: CheckpointSection = CheckpointSection()
@@ -361,6 +361,8 @@ class Recipe(Section):
         for other, chosen in others.items():
             if self.sharding == "fsdp" and chosen:
                 raise ValueError(f"sharding: fsdp and {other} don't go together: change one")
+        if self.sharding == "none" and self.gathered_for == "step":
+            raise ValueError("gathered_for: step needs sharding: fsdp; nothing is gathered")
         return self
 
     def teacher_model(self, run: str | Path | None = None) -> str:

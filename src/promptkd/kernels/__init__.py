@@ -1,4 +1,4 @@
-"""Faster equivalents of parts of a model on the CPU, and the one call that puts them into it."""
+"""Faster equivalents of parts of a model, and the one call that puts them into it."""
 
 import torch
 from torch import nn
@@ -15,17 +15,16 @@ IMPLEMENTATIONS = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2
 def prepare(module: PreTrainedModel, device: torch.device, attention: str = "auto") -> None:
     """Let a loaded model compute with the kernels of ``device``; nothing else changes a model.
 
-    Off the CPU a model stays as it was loaded, the attention that is asked for aside. On the CPU,
-    attention by torch's kernels becomes ``grouped_sdpa``, unless another is asked for, and norms
-    and gated MLPs save only their inputs for the backward pass; both are equal to transformers' up
-    to rounding. What is saved is an ordinary model.
+    Attention by torch's kernels becomes ``grouped_sdpa``, unless another is asked for. On the CPU
+    norms and gated MLPs save only their inputs for the backward pass. Both are equal to
+    transformers' up to rounding. What is saved is an ordinary model.
 
     Raises:
         UserError: if the model or this machine doesn't have that attention.
     """
     if attention != "auto":
         _attend_by(module, device, attention)
-    elif device.type == "cpu":
+    else:
         attend_grouped(module)
     if device.type == "cpu":
         save_only_inputs(module)

@@ -5,18 +5,22 @@ copied (benchmarks/kernel_gains.py). Two cases gain by it: one new token per row
 and whole sequences in bf16, where torch's fused kernel is slow on CPUs (benchmarks/attention.py).
 Scores are rounded to bf16 there, as in transformers' eager attention. Everything else is torch's.
 
-Attention is also where packed sequences are kept apart: their lengths come in place of a mask.
+Attention is also where packed sequences are kept apart: their lengths come in place of a mask. On
+a GPU torch's ``varlen_attn`` takes them as they lie, where it can, else they are laid side by side.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int32
 from torch import Tensor, nn
 from torch.amp.autocast_mode import custom_bwd, custom_fwd
 from torch.autograd.function import once_differentiable
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
@@ -105,9 +109,36 @@ def grouped_sdpa(
         flat = [given.transpose(1, 2).flatten(0, 1) for given in (query, key, value)]
         mixed: Any = CausalAttention.apply(*flat, lengths, scale)
         return mixed.view(batch, time, heads, width), None
+    if packed and _has_varlen(key, value):
+        return _as_they_lie((query, key, value), lengths, scale), None
     if packed:
         return _side_by_side(module, (query, key, value), lengths, kwargs), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _has_varlen(key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel of torch's ``varlen_attn``, FlashAttention's, takes such heads."""
+    width, halves = value.shape[-1], (torch.bfloat16, torch.float16)
+    fits = width == key.shape[-1] and width % 8 == 0 and width <= 256
+    return fits and value.device.type == "cuda" and value.dtype in halves
+
+
+def _as_they_lie(
+    packed: tuple[Tensor, ...], lengths: list[int], scale: float
+) -> Float[Tensor, "1 tokens heads width"]:
+    """Packed sequences by a kernel that is told where each ends: no padding, and no mask."""
+    *_, value = packed
+    query, key, value = (given[0].transpose(0, 1).to(value.dtype) for given in packed)
+    ends, longest = _ends(tuple(lengths), value.device), max(lengths)
+    causal = {"window_size": (-1, 0), "enable_gqa": True}
+    mixed: Any = varlen_attn(query, key, value, ends, ends, longest, longest, scale=scale, **causal)
+    return mixed[None]
+
+
+@lru_cache(maxsize=8)
+def _ends(lengths: tuple[int, ...], device: torch.device) -> Int32[Tensor, " ends"]:
+    """0, and where each sequence ends; sent to the device for the first layer of a pass alone."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device)
 
 
 def _side_by_side(

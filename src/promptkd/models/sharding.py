@@ -1,9 +1,11 @@
 """Models that several processes keep together: each has a part of every weight (FSDP2).
 
-Layer by layer, weights are gathered for a pass and given back. What a pass reads outside its
-layers (embeddings, output layer) stays gathered until a backward pass has gone through it, or
-``release``. Gradients are summed over processes, not averaged: a token's weight knows the whole
-step already. LoRA adapters and vectors (norms, biases) stay whole, everywhere: they are small.
+Layer by layer, weights are gathered for a pass and given back, or stay for a whole step. What a
+pass reads outside its layers (embeddings, output layer) stays gathered until ``release``.
+
+Gradients are summed over processes, not averaged: a token's weight knows the whole step already.
+Each backward pass sums those of the layers, the last of a step the others. LoRA adapters and
+vectors (norms, biases) stay whole, everywhere: they are small.
 
 Of a student with fp32 weights that multiplies in bf16, autocast rounds a layer's matrices before
 each product. Here each process rounds its own part, and the rounded parts are gathered: the same
@@ -23,6 +25,7 @@ import torch
 import torch.distributed
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed import P2POp, batch_isend_irecv, irecv, isend
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
@@ -46,6 +49,7 @@ def shard(
     *,
     dtype: torch.dtype | None = None,
     offload: bool = False,
+    stays: bool = False,
 ) -> None:
     """Leave this process its part of every weight, in place; all processes have the same model.
 
@@ -60,6 +64,7 @@ def shard(
         dtype: what autocast multiplies in; None where weights are stored so.
         offload: whether this process's parts of the layers, which are frozen, stay in the machine's
             memory and are fetched to be gathered.
+        stays: whether layers stay gathered until ``release``.
 
     Raises:
         UserError: if the model doesn't say which its layers are.
@@ -69,24 +74,28 @@ def shard(
     for own in small:
         _receive(own, device)
     whole = set(small)
-    on_gpu = device.type == "cuda"
-    place = CPUOffloadPolicy(pin_memory=on_gpu) if offload else OffloadPolicy()
+    place = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for part in (*layers, module):
         for own in part.parameters():
             if own not in whole and not isinstance(own, DTensor):
                 _receive(own, device)
-        of_layers = {"mp_policy": _precision(part, dtype), "offload_policy": place}
-        policies = of_layers if part is not module else {}
-        fully_shard(part, mesh=mesh, ignored_params=whole, **policies)
-        sharded: Any = part
-        sharded.set_gradient_divide_factor(1.0)
-        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other way to not average
-        if not on_gpu:
-            sharded.set_custom_reduce_scatter(SummedByExchange())
+        policies: dict[str, Any] = {"mp_policy": _precision(part, dtype), "offload_policy": place}
+        policies = policies | {"reshard_after_forward": not stays} if part is not module else {}
+        own_group: Any = fully_shard(part, mesh=mesh, ignored_params=whole, **policies)
+        own_group.set_reshard_after_backward(part is not module and not stays, recurse=False)
+        _sum_gradients(part, device)
     entered: Any = module
     entered.promptkd_enter = MethodType(lambda self, function, *given: function(*given), module)
     register_fsdp_forward_method(module, "promptkd_enter")
+
+
+def _sum_gradients(part: Any, device: torch.device) -> None:
+    """Over processes, not averaged."""
+    part.set_gradient_divide_factor(1.0)
+    part.set_force_sum_reduction_for_comms(True)  # gloo has no other way to not average
+    if device.type != "cuda":
+        part.set_custom_reduce_scatter(SummedByExchange())
 
 
 def _layers(module: PreTrainedModel) -> list[nn.Module]:
@@ -116,9 +125,19 @@ class SummedByExchange:
         group: torch.distributed.ProcessGroup,
         **given: Any,
     ) -> None:
-        received = torch.empty_like(input_tensor)
-        torch.distributed.all_to_all_single(received, input_tensor, group=group)
-        torch.sum(received.view(-1, len(output_tensor)), 0, out=output_tensor)
+        own, number = group.rank(), group.size()
+        parts = input_tensor.view(number, -1)
+        output_tensor.copy_(parts[own])
+        received = torch.empty_like(output_tensor)
+        for distance in range(1, number):
+            to, of = (own + distance) % number, (own - distance) % number
+            talk = [
+                P2POp(isend, parts[to], group=group, group_peer=to),
+                P2POp(irecv, received, group=group, group_peer=of),
+            ]
+            for message in batch_isend_irecv(talk):
+                message.wait()
+            output_tensor += received
 
 
 def _precision(layer: nn.Module, dtype: torch.dtype | None) -> MixedPrecisionPolicy:
@@ -156,10 +175,28 @@ def gather_ends(module: nn.Module) -> None:
         module.unshard()
 
 
-def release(module: nn.Module) -> None:
+def expect_gradients(module: PreTrainedModel, last: bool) -> None:
+    """Before a student's backward pass: what its embeddings' and output layer's gradient adds to.
+
+    Behind the ``last`` pass of a step these weights are given back, and processes sum the gradient;
+    until then both stay whole.
+    """
+    if not isinstance(module, FSDPModule):
+        return
+    module.set_requires_gradient_sync(last, recurse=False)
+    module.set_reshard_after_backward(last, recurse=False)
+    embeddings: Any = module.get_input_embeddings()
+    weight = embeddings.weight
+    if weight.requires_grad and weight.grad is None:  # else a sparse one, which can't be cut
+        weight.grad = torch.zeros_like(weight)
+
+
+def release(*modules: nn.Module) -> None:
     """Give back what is gathered: necessary before weights change or are listed."""
-    if isinstance(module, FSDPModule):
-        module.reshard()
+    for module in modules:
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
 
 
 def most(numbers: Sequence[int], device: torch.device) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from promptkd import kernels
 from promptkd.generation.response_cache import fingerprint
 from promptkd.models import sharding
 from promptkd.models.language_model import LanguageModel
@@ -57,7 +58,12 @@ class Models:
 
     @contextmanager
     def gathered(self, student: bool = True, teacher: bool = True) -> Iterator[None]:
-        """Where these are whole; of sharded ones all processes must ask."""
+        """Where these are whole; of sharded ones all processes must ask.
+
+        What passes through the teacher have left gathered is given back.
+        """
+        if self.plain_teacher:
+            sharding.release(self.plain_teacher.module)
         with ExitStack() as stack:
             if student and self.student_copy:
                 stack.enter_context(self.student_copy.gathered())
@@ -72,12 +78,13 @@ class Models:
         with copied.on_first() if copied else nullcontext(self.student.module) as module:
             yield module
 
-    def shared_out(self, device: torch.device, offload: bool) -> "Models":
+    def shared_out(self, device: torch.device, offload: bool, stays: bool) -> "Models":
         """The same in parts, of which this process keeps its own on ``device``.
 
         Args:
             device: of this process.
             offload: whether the teacher's are fetched from the machine's memory.
+            stays: whether layers stay gathered for a step.
 
         Raises:
             UserError: if an architecture can't be sharded.
@@ -86,9 +93,10 @@ class Models:
         dtype = student.dtype if student.dtype != student.module.dtype else None
         student_copy = WholeModel(student.module, device, dtype)
         teacher_copy = WholeModel(other.module, device) if other else None
-        sharding.shard(student.module, device, dtype=dtype)
+        kernels.prepare_learner(student.module, device)
+        sharding.shard(student.module, device, dtype=dtype, stays=stays)
         if other:
-            sharding.shard(other.module, device, offload=offload)
+            sharding.shard(other.module, device, offload=offload, stays=stays)
         for own in [*teacher.parameters(), teacher.soft_prompt] if teacher else []:
             if own is not None:
                 own.data = own.data.to(device)

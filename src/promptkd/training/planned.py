@@ -87,6 +87,7 @@ def plan_for(
         checkpointed=recipe.optimization.gradient_checkpointing,
         teacher_checkpointed=section.gradient_checkpointing if section else False,
         sharded=recipe.sharding == "fsdp",
+        gathered_for_step=recipe.gathered_for == "step",
         ranks=cluster.gpus,
         memory=cluster.memory_gb * 1e9,
         device=cluster.device,
@@ -102,6 +103,7 @@ REMEDIES: dict[str, dict[str, Any]] = {
     "teacher.quantization=4bit": {"quantization": "4bit"},
     "teacher.offload=true": {"offload": True},
     "student.lora={}": {"lora": True},
+    "gathered_for=pass": {"gathered_for_step": False},
 }
 """Keys that take less memory, and what they change in a plan."""
 STORAGE = ("teacher.quantization", "teacher.offload")
@@ -168,6 +170,9 @@ def plan_lines(plan: Plan, max_steps: int | None) -> Iterator[str]:
         f"{plan.response:.0f} tokens, the most that the recipe allows"
     )
     yield from _memory_lines(plan)
+    at_once = replace(plan, gathered_for_step=True)
+    if plan.sharded and plan != at_once and fits(at_once):
+        yield "gathered_for=step, which gathers each layer once a step and is faster, fits too"
     if not fits(plan):
         yield f"this does not fit. {_advice(plan)}"
         return

@@ -124,7 +124,8 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     models, stop = loaded.models, loaded.stop
     budget = _budget(recipe, models, requests.longest_row, ranks, say)
     if sharded:
-        models = models.shared_out(device, bool(recipe.teacher and recipe.teacher.offload))
+        offload = bool(recipe.teacher and recipe.teacher.offload)
+        models = models.shared_out(device, offload, stays=recipe.gathered_for == "step")
     generation = _bind_generation(recipe, method, models, requests, stop)
     step = _bind_step(recipe, method, models, ranks, budget)
     requests.say(say)
@@ -159,8 +160,6 @@ def _as_loaded(recipe: Recipe, device: torch.device) -> tuple[Recipe, torch.devi
     if recipe.teacher:  # what is offloaded then are its parts
         Storage(offload=recipe.teacher.offload).refuse_missing(device)
         settings["teacher"] = recipe.teacher.model_copy(update={"offload": False})
-    if device.type == "cuda" and recipe.attention == "auto":
-        settings["attention"] = "sdpa"
     return recipe.model_copy(update=settings), torch.device("cpu")
 
 
@@ -272,7 +271,7 @@ def _load_student(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> P
         add_lora(module, lora.r, lora.alpha, lora.target_modules, recipe.seed)
     if recipe.optimization.gradient_checkpointing:
         _checkpoint_gradients(module)
-    if recipe.sharding == "none":  # else gradients are made whole, summed and cut
+    if recipe.sharding == "none":  # else when it is shared out, to its device
         kernels.prepare_learner(module, device)
     return module
 

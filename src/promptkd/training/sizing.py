@@ -172,6 +172,8 @@ class Plan:
         offload: of the teacher.
         checkpointed: the student's graph; ``teacher_checkpointed`` the teacher's.
         sharded: over all ranks, both models; else every rank holds them whole.
+        gathered_for_step: whether layers of sharded models stay gathered from their first pass of a
+            step to its last.
         ranks: how many.
         memory: bytes of a card.
         device: cuda | cpu.
@@ -195,6 +197,7 @@ class Plan:
     checkpointed: bool = False
     teacher_checkpointed: bool = False
     sharded: bool = False
+    gathered_for_step: bool = False
     ranks: int = 1
     memory: float = 80e9
     device: str = "cuda"
@@ -245,11 +248,17 @@ def _gathered(plan: Plan) -> float:
     """Of sharded models, what is whole when the student's backward pass begins.
 
     The teacher's ends (embeddings, head), the student's and their gradient, and two layers of each
-    in bf16. Ends are gathered as they are stored: 4 bytes of a student that learns whole, else 2.
+    in bf16, or all. Ends are gathered as they are stored: 4 bytes of a student that learns whole,
+    else 2.
     """
     own, other = plan.student, plan.teacher
-    whole = (2 if plan.lora else 4 + 4) * own.ends + 2 * 2 * own.layer
-    return whole + (2 * (other.ends + 2 * other.layer) if other else 0)
+    layers = [
+        2 * (each.trunk if plan.gathered_for_step else 2 * each.layer)
+        for each in (own, other)
+        if each
+    ]
+    ends = (2 if plan.lora else 4 + 4) * own.ends + (2 * other.ends if other else 0)
+    return ends + sum(layers)
 
 
 def writing_bytes(plan: Plan, batch_tokens: int = 32768) -> float:
@@ -328,7 +337,8 @@ def step_seconds(plan: Plan, machine: Machine) -> dict[str, float]:
         teacher = 2 * other.trunk * plan.tokens * passes_of_trunk
         heads += passes * other.head
         parts = plan.ranks if plan.sharded else 1
-        fetched = plan.offload * pieces(plan) * passes_of_trunk * 2 * other.trunk / parts
+        times = 1 if plan.sharded and plan.gathered_for_step else pieces(plan) * passes_of_trunk
+        fetched = plan.offload * times * 2 * other.trunk / parts
     responses = plan.rows * plan.response
     return {
         "writing": _writing_seconds(plan, machine),
@@ -358,24 +368,27 @@ def _writing_seconds(plan: Plan, machine: Machine, batch_tokens: int = 32768) ->
 def _talk_seconds(plan: Plan, machine: Machine) -> float:
     """A ring: every rank sends 2 (n - 1) / n of the fp32 gradient once a step.
 
-    Sharded, half of that, the student in bf16 for writing, and for every micro-batch the layers in
-    bf16 once a pass (the student's two) and the ends of a student that learns whole in fp32.
+    Sharded, the student in bf16 for writing and, once a step, the ends as they are stored and half
+    of their gradient; of every micro-batch half of the layers' gradient and, for every pass (the
+    student's two), the layers in bf16, which are gathered for the first alone where they stay.
     """
     if plan.ranks == 1:
         return 0.0
     share = (plan.ranks - 1) / plan.ranks
     speed = machine.link if plan.ranks <= machine.per_machine else machine.network
     messages = 2 * (plan.ranks - 1) * machine.latency
-    gradient = 4 * plan.student.weights * (0.01 if plan.lora else 1)
+    own, other, learns = plan.student, plan.teacher, 0.01 if plan.lora else 1
     if not plan.sharded:
-        return 2 * share * gradient / speed + messages
-    own = plan.student
-    written = 2 * own.weights * plan.on_policy
-    layers = 2 * 2 * own.trunk + (2 if plan.lora else 4) * own.ends
-    if plan.teacher:
+        return 2 * share * 4 * own.weights * learns / speed + messages
+    once = 2 * own.weights * plan.on_policy
+    once += 4 * own.ends * learns + (2 if plan.lora else 4) * own.ends
+    each, layers = 4 * own.trunk * learns, 2 * 2 * own.trunk
+    if other:
         passes = (4 - plan.together) if plan.adapts else 1
-        layers += passes * 2 * plan.teacher.weights
-    return share * (gradient + written + pieces(plan) * layers) / speed + messages
+        once, layers = once + 2 * other.ends, layers + passes * 2 * other.trunk
+    if plan.gathered_for_step:
+        once, layers = once + 2 * (own.trunk + (other.trunk if other else 0)), 0
+    return share * (once + pieces(plan) * (each + layers)) / speed + messages
 
 
 def weak_scaling(plan: Plan, machine: Machine, ranks: int) -> float:

@@ -210,6 +210,7 @@ class Step:
             self._update("teacher", self.teacher_learner, metrics, ("towards_student",), step)
         for place, piece in enumerate(pieces):
             student = kept.pop(place, None) or self._student_states(piece.batch, True, metrics.cost)
+            sharding.expect_gradients(self.student.module, last=place == len(pieces) - 1)
             adapts = adaptation is not None and together
             work = Work(step=step, coefficient=coefficient, adapts=adapts, learns=True)
             self._evaluate(piece, student, work, metrics)
@@ -257,17 +258,14 @@ class Step:
         most = sharding.most([len(cut) for cut in own], self.student.device)
         for term, cut, number in zip(self.method.terms, own, most, strict=True):
             batch = idle(self.student.device, term.objective.annotations)
-            weights = {"weight": 0.0, "adaptation_weight": 0.0}
-            nothing = Piece(term, batch, num_positions=2, **weights, counts=False)
+            nothing = Piece(term, batch, 2, weight=0.0, adaptation_weight=0.0, counts=False)
             cut += (number - len(cut)) * [nothing]
         return [piece for cut in own for piece in cut]
 
     def _keeps_graphs(self, pieces: Sequence[Piece]) -> bool:
         """Whether the student's graphs of all pieces are within the budget, on every process."""
-        num_positions = sum(piece.num_positions for piece in pieces)
         budget = self.settings.kept_tokens or self.settings.micro_batch_tokens
-        keeps = num_positions <= budget
-        exceeds = [int(not keeps)]
+        exceeds = [int(sum(piece.num_positions for piece in pieces) > budget)]
         return not (sharding.most(exceeds, self.student.device) if self._together else exceeds)[0]
 
     def _packs(self, rollouts: Sequence[Rollout]) -> bool:
@@ -305,7 +303,7 @@ class Step:
         if not (adapts or work.learns):
             return
         work = replace(work, adapts=adapts)
-        # The head anew: a backward pass since may have given back the weights that were read.
+        # The head anew: what it multiplies by is held no longer than this pass.
         states = {"student": States(student.hidden, self.student.head, work.learns)}
         if objective.needs_teacher:
             states["teacher"] = self._teacher_states(piece.batch, adapts, metrics.cost)
@@ -371,8 +369,10 @@ class Step:
         step: int,
     ) -> None:
         """All-reduce, clip, step, zero."""
-        assert learner is not None, f"the {who} has nothing to train"
-        sharding.release(self.student.module)
+        assert learner, f"the {who} has nothing to train"
+        if who == "student":  # the last to move; the teacher's own weights never do
+            teacher = [self.teacher.model] if self.teacher else []
+            sharding.release(*(model.module for model in (self.student, *teacher)))
         norm = learner.clip(self.settings.max_grad_norm, self.ranks)
         if not math.isfinite(norm):
             raise LossNotFinite(

@@ -1,0 +1,85 @@
+"""On a card: what it computes is what the CPU does. Skipped without one; ``pytest -m cuda``."""
+
+import pytest
+import torch
+
+import tiny
+from promptkd.divergences import reverse_kl
+from promptkd.generation.sampling import GenerationSettings
+from promptkd.generation.transformers_engine import TransformersEngine
+from promptkd.kernels import attention, prepare
+from promptkd.models.language_model import PADDING, LanguageModel, proven, select_responses
+from promptkd.objectives import States, accumulate
+from test_attention import each_alone, module_of, randn
+
+pytestmark = [
+    pytest.mark.cuda,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
+]
+CARD = torch.device("cuda")
+
+
+def both_kls(logprobs, tile):
+    teacher, student = logprobs["teacher"], logprobs["student"]
+    return {
+        "adapt": reverse_kl(teacher, student.detach()),
+        "learn": reverse_kl(student, teacher.detach()),
+    }
+
+
+def on(device, name, seed, learns=True):
+    module = tiny.model(name, num_layers=2, seed=seed).requires_grad_(learns).to(device)
+    prepare(module, device)
+    return proven(LanguageModel(module, tiny.ROWS), name)
+
+
+@pytest.mark.parametrize(("heads", "shared", "width"), [(8, 2, 64), (4, 4, 128)])
+def test_packed_sequences_attend_by_varlen_as_each_does_alone(heads, shared, width):
+    """Within the rounding of bf16, of which a fp32 result has none."""
+    lengths, counts = [70, 9, 1, 128], (heads, shared, shared)
+    exact = [randn(sum(lengths), n, width, seed=n).requires_grad_() for n in counts]
+    rows = [each.detach().to(CARD, torch.bfloat16).requires_grad_() for each in exact]
+    packed = [each.transpose(0, 1)[None] for each in rows]
+    assert attention._has_varlen(packed[1], packed[2])
+    mask = torch.tensor(lengths).view(1, 1, 1, -1)
+    mixed, _ = attention.grouped_sdpa(module_of(heads, shared), *packed, mask, scaling=0.1)
+    expected = each_alone(*exact, lengths, 0.1)
+    outer = randn(*expected.shape, seed=9)
+    found = torch.autograd.grad(mixed[0], rows, outer.to(CARD, torch.bfloat16))
+    truth = torch.autograd.grad(expected, exact, outer)
+
+    for own, true in zip((mixed[0], *found), (expected, *truth), strict=True):
+        assert (own.double().cpu() - true).norm() < 0.02 * true.norm()
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama", "gpt2", "gemma2"])
+def test_a_step_of_promptkd_leaves_the_gradients_of_the_cpu(name):
+    tokens = torch.randint(2, tiny.ROWS, (4, 12), generator=torch.Generator().manual_seed(0))
+    tokens[1, 9:] = PADDING
+    mask = (tokens != PADDING) & (torch.arange(12) > 4)
+    found = []
+    for device in (torch.device("cpu"), CARD):
+        own, other = on(device, name, seed=1), on(device, name, seed=2, learns=False)
+        prompt = torch.nn.Parameter(randn(4, tiny.WIDTH, seed=3, dtype=torch.float32).to(device))
+        here, real = tokens.to(device), mask.to(device)
+        states = {
+            "student": States(select_responses(own.hidden_states(here), real), own.head, True),
+            "teacher": States(
+                select_responses(other.hidden_states(here, prompt), real), other.head, True
+            ),
+        }
+        accumulate(states, both_kls, {"adapt": 0.1, "learn": 0.1})
+        learnt = [prompt, *own.module.parameters()]
+        found.append([each.grad.to_dense().cpu() for each in learnt])
+
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_greedy_text_is_the_cpus():
+    written = []
+    for device in (torch.device("cpu"), CARD):
+        engine = TransformersEngine(on(device, "llama", seed=1, learns=False), ())
+        decoding = GenerationSettings(max_new_tokens=8, temperature=0.0)
+        written.append(engine.generate([(5, 6, 7), (8, 9)], [(0, 0), (0, 1)], decoding))
+
+    assert written[0] == written[1]
