@@ -66,7 +66,7 @@ class RunDirectory:
     def _check_owner(self) -> list[Change]:
         known = self._read_record()
         if known:
-            found = changes(known["identity"], identity(self.recipe, self.method))
+            found = changes(known["identity"], self.recipe, self.method)
             check(found, self.resuming, str(self.path))
             return found
         check_place(self.path)
