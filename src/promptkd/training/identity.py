@@ -36,6 +36,9 @@ ELSEWHERE = ("output", "tracking", "sharding")
 """No part of an identity: where a run goes, who watches, who has parts."""
 LONGEST_VALUE = 80
 
+Contents = dict[str, str | dict[str, Any]]
+"""What a run learns from, by name: digests, or settings that can be told apart one by one."""
+
 
 @dataclass(frozen=True)
 class Resuming:
@@ -134,6 +137,24 @@ def differences(recorded: dict[str, Any], own: dict[str, Any], prefix: str = "")
             found += differences(first, second, f"{prefix}{key}.")
         elif first != second:
             found.append(Change(f"{prefix}{key}", first, second))
+    return found
+
+
+def other_contents(recorded: Contents, own: Contents) -> list[str]:
+    """What isn't as it is on record, setting by setting where that is known.
+
+    An earlier version's record lacks what nobody compared then.
+    """
+    found: list[str] = []
+    for name in sorted(recorded.keys() & own.keys()):
+        before, now = recorded[name], own[name]
+        if isinstance(before, dict) and isinstance(now, dict):
+            known = before.keys() & now.keys()  # another version of transformers may have more
+            first, second = ({key: own[key] for key in known} for own in (before, now))
+            settings = ", ".join(map(str, differences(first, second)))
+            found += [f"{name} ({settings})"] * bool(settings)
+        elif before != now:
+            found.append(name)
     return found
 
 
