@@ -18,7 +18,7 @@ from promptkd.errors import UserError
 from promptkd.methods import build_method
 from promptkd.ranks import Ranks
 from promptkd.rollouts import Rollout
-from promptkd.training.identity import changes
+from promptkd.training.identity import changes, identity
 from promptkd.training.run_directory import RunDirectory
 from promptkd.training.step import Cost, StepMetrics
 from promptkd.training.tracking import JsonLines, describe_step
@@ -179,15 +179,95 @@ def test_a_tracker_is_told_the_same_numbers(finished, tmp_path):
     assert [event.step for event in accumulator.Scalars("eval_rouge_l")] == [0, 2, 4]
 
 
-def test_differences_are_named_by_their_dotted_keys():
-    recorded = {"recipe": {"seed": 0, "data": {"train": ["a"]}}, "method": "m"}
-    own = {"recipe": {"seed": 0, "data": {"train": ["b"], "template": "chat"}}, "method": "m"}
+def recorded(raw: dict[str, Any]) -> dict[str, Any]:
+    return identity(recipe_from_dict(raw), build_method("promptkd"))
 
-    assert changes(recorded, recorded) == []
-    assert [str(change) for change in changes(recorded, own)] == [
-        "data.template None -> 'chat'",
-        "data.train ['a'] -> ['b']",
+
+def changed(record: dict[str, Any], raw: dict[str, Any]) -> list[str]:
+    found = changes(record, recipe_from_dict(raw), build_method("promptkd"))
+    return [str(change) for change in found]
+
+
+def test_differences_are_named_by_their_dotted_keys():
+    raw = tiny.recipe(Path("pair"))
+    other = tiny.recipe(Path("pair"), data={"template": "chat", "train": ["b"]})
+    record = recorded(raw)
+
+    assert changed(record, raw) == []
+    assert changed(record, other) == [
+        "data.template 'none' -> 'chat'",
+        "data.train ['pair/train.jsonl'] -> ['b']",
     ]
+    record["recipe"]["data"]["gone"] = 3
+    assert changed(record, raw) == ["data.gone 3 -> None"]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "default", "other"),
+    [
+        ("sampling", "top_k", 0, 5),
+        ("teacher", "offload", False, True),
+        ("optimization", "schedule", "constant", "cosine"),
+        ("checkpoints", "keep", 2, 3),
+        ("evaluation", None, None, None),
+        ("seed", None, None, None),
+    ],
+)
+def test_a_record_without_a_key_that_came_later_is_that_of_its_default(
+    section, key, default, other
+):
+    raw = tiny.recipe(Path("pair"))
+    record = recorded(raw)
+    if key is None:
+        del record["recipe"][section]
+        assert changed(record, raw) == []
+        return
+    assert record["recipe"][section].pop(key) == default
+    assert changed(record, raw) == []
+    raw[section] = raw.get(section, {}) | {key: other}
+    assert changed(record, raw) == [f"{section}.{key} {default!r} -> {other!r}"]
+
+
+def test_a_composition_is_known_by_a_record_from_before_an_option_and_by_no_other():
+    now = build_method("promptkd")
+    text = repr(now)
+    assert now.is_recorded(text)
+    assert now.is_recorded(text.replace(", anneal=True", ""))
+    for part, other in (
+        (", anneal=True", ", anneal=False"),
+        (", weight=1.0", ", weight=2.0"),
+        ("seed=0", "seed=1"),
+        ("SoftPrompt(", "TextPrompt("),
+        ("rollouts=Student(), ", ""),  # no default: it was never left out
+        (", anneal=True", ", gone=1"),
+    ):
+        assert part in text
+        assert not now.is_recorded(text.replace(part, other)), (part, other)
+    assert not build_method("promptkd", length=3).is_recorded(text)
+    record = recorded(tiny.recipe(Path("pair")))
+    record["method"] = text.replace("weight=1.0", "weight=2.0")
+    assert changed(record, tiny.recipe(Path("pair"))) == [
+        "method, composed otherwise under the same name"
+    ]
+
+
+def test_a_run_of_an_earlier_version_goes_on(tmp_path):
+    tiny.save_pair(tmp_path)
+    tiny.write_data(tmp_path / "train.jsonl")
+    raw = tiny.recipe(tmp_path)
+    run = runs.train(raw)
+    record = json.loads((run / "environment.json").read_text())
+    del record["identity"]["recipe"]["sampling"]
+    del record["identity"]["recipe"]["teacher"]["offload"]
+    method = record["identity"]["method"].replace(", anneal=True", "")
+    record["identity"]["method"] = method
+    (run / "environment.json").write_text(json.dumps(record))
+    raw["optimization"]["max_steps"] = 4
+
+    runs.train(raw)
+    assert [row["step"] for row in runs.json_lines(run / "metrics.jsonl")] == [1, 2, 3, 4]
+    changed = json.loads((run / "environment.json").read_text())["changes"]
+    assert changed == [{"after_step": 3, "changed": ["optimization.max_steps 3 -> 4"]}]
 
 
 def test_rewinding_forgets_later_lines_and_an_unfinished_one(tmp_path):

@@ -1,7 +1,8 @@
 """What a method is put together from: terms, a teacher and what moves it, all by name."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -72,6 +73,29 @@ class Method:
     def compares_tokens(self) -> bool:
         """Whether student and teacher are compared token by token, so need one token table."""
         return any(term.objective.needs_teacher for term in self.terms)
+
+    def is_recorded(self, record: str) -> bool:
+        """Whether ``record`` is the repr of this composition, an earlier version's perhaps.
+
+        What a part was given before it had an option does what that option's default does.
+        """
+        return re.fullmatch(_spelling(self), record) is not None
+
+
+def _spelling(part: Any) -> str:
+    """A regular expression of its repr, in which options at their defaults may be missing."""
+    if isinstance(part, tuple):
+        return rf"\({'(?:, )?'.join(map(_spelling, part))},?\)"
+    if not is_dataclass(part):
+        return re.escape(repr(part))
+    options = ""
+    for own in fields(part):
+        value = getattr(part, own.name)
+        default = own.default if own.default_factory is MISSING else own.default_factory()
+        spelled = rf"(?:{own.name}={_spelling(value)}(?:, )?)"
+        if own.repr:
+            options += f"{spelled}?" if value == default else spelled
+    return rf"{re.escape(type(part).__qualname__)}\({options}\)"
 
 
 TEACHERS: dict[str, type[TeacherSpecification]] = {

@@ -359,7 +359,7 @@ def _method_of(run: FinishedRun, given: Method | None) -> Method:
     section = run.recipe.method
     method = given or build_method(section.name, **section.options)
     record = json.loads((run.directory / "environment.json").read_text())
-    if record["identity"]["method"] != repr(method):
+    if not method.is_recorded(record["identity"]["method"]):
         raise UserError(
             f"{run.directory} was made with {record['identity']['method']}, not with "
             f"{method!r}. A method composed in Python is not in the recipe: pass it as method=."

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from promptkd.errors import UserError
+from promptkd.models.settings import chosen
 
 
 def cache_directory() -> Path:
@@ -20,24 +21,29 @@ def cache_directory() -> Path:
 
 
 def fingerprint(module: nn.Module) -> str:
-    """A hash of a model's weights: names, shapes, and every number of every tensor."""
+    """A hash of a model's weights: names, shapes, and every number of every tensor.
+
+    What a checkpoint holds beside parameters (a router's correction) counts as well.
+    """
     digest = hashlib.sha256()
-    for name, parameter in sorted(module.named_parameters()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype} ".encode())
-        content = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8)
+    for name, weight in [*sorted(module.named_parameters()), *sorted(_saved_buffers(module))]:
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype} ".encode())
+        content = weight.detach().cpu().contiguous().view(-1).view(torch.uint8)
         digest.update(content.numpy().data)
     return digest.hexdigest()
 
 
-NAMES = {"_name_or_path", "architectures", "dtype", "transformers_version"}
-"""Keys of a model's configuration that change nothing of what it says."""
+def _saved_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    for place, part in module.named_modules():
+        for name, buffer in part.named_buffers(place, recurse=False):
+            if name.rpartition(".")[2] not in part._non_persistent_buffers_set:
+                yield name, buffer
 
 
 def author_of(module: nn.Module, dtype: torch.dtype, stop: Sequence[int]) -> str:
     """Who writes: weights, the configuration that says how they are used, precision, ends."""
     config: Any = module.config
-    settings = {key: value for key, value in config.to_diff_dict().items() if key not in NAMES}
-    how = _digest(json.dumps(settings, sort_keys=True, default=str))
+    how = _digest(json.dumps(chosen(config), sort_keys=True))
     return f"{fingerprint(module)} {how} {dtype} {list(stop)}"
 
 

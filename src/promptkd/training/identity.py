@@ -1,11 +1,14 @@
 """What makes a run this run: its record, and what may differ when it goes on."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
+
+from pydantic_core import to_jsonable_python
 
 from promptkd.composition import Method
 from promptkd.config import Recipe
 from promptkd.errors import UserError
+from promptkd.keys import Section
 
 GROWING = ("optimization.max_steps", "optimization.epochs")
 """May become larger without being asked."""
@@ -29,7 +32,12 @@ FIXED = (
 )
 """Never differ: checkpoints hold them, or states that belong to them."""
 COMPOSITION = "method.composition"
+ELSEWHERE = ("output", "tracking", "sharding")
+"""No part of an identity: where a run goes, who watches, who has parts."""
 LONGEST_VALUE = 80
+
+Contents = dict[str, str | dict[str, Any]]
+"""What a run learns from, by name: digests, or settings that can be told apart one by one."""
 
 
 @dataclass(frozen=True)
@@ -76,22 +84,22 @@ class Change:
 
 
 def identity(recipe: Recipe, method: Method) -> dict[str, Any]:
-    """What must be equal for a run to go on: all but where it goes, who watches, who has parts."""
-    settings = recipe.to_dict()
-    for key in ("output", "tracking", "sharding"):
-        settings.pop(key, None)
+    """What must be equal for a run to go on: all but ``ELSEWHERE``."""
+    settings = {key: value for key, value in recipe.to_dict().items() if key not in ELSEWHERE}
     return {"recipe": settings, "method": repr(method)}
 
 
-def changes(recorded: dict[str, Any], own: dict[str, Any]) -> list[Change]:
-    """How two identities differ, setting by setting.
+def changes(recorded: dict[str, Any], recipe: Recipe, method: Method) -> list[Change]:
+    """How a recorded identity differs from that of ``recipe`` and ``method``, setting by setting.
 
-    >>> first, second = ({"recipe": {"seed": seed}, "method": "m"} for seed in (0, 1))
-    >>> [str(change) for change in changes(first, second)]
-    ['seed 0 -> 1']
+    The record may be an earlier version's: what it doesn't name is at today's default.
     """
-    found = differences(recorded["recipe"], own["recipe"])
-    if recorded["method"] != own["method"] and not any(c.key.startswith("method") for c in found):
+    own = identity(recipe, method)
+    before = _with_defaults(Recipe, recorded["recipe"])
+    before = {key: value for key, value in before.items() if key not in ELSEWHERE}
+    found = differences(before, own["recipe"])
+    named = any(change.key.startswith("method") for change in found)
+    if not named and not method.is_recorded(recorded["method"]):
         found.append(Change(COMPOSITION, recorded["method"], own["method"]))
     return found
 
@@ -130,6 +138,42 @@ def differences(recorded: dict[str, Any], own: dict[str, Any], prefix: str = "")
         elif first != second:
             found.append(Change(f"{prefix}{key}", first, second))
     return found
+
+
+def other_contents(recorded: Contents, own: Contents) -> list[str]:
+    """What isn't as it is on record, setting by setting where that is known.
+
+    An earlier version's record lacks what nobody compared then.
+    """
+    found: list[str] = []
+    for name in sorted(recorded.keys() & own.keys()):
+        before, now = recorded[name], own[name]
+        if isinstance(before, dict) and isinstance(now, dict):
+            known = before.keys() & now.keys()  # another version of transformers may have more
+            first, second = ({key: own[key] for key in known} for own in (before, now))
+            settings = ", ".join(map(str, differences(first, second)))
+            found += [f"{name} ({settings})"] * bool(settings)
+        elif before != now:
+            found.append(name)
+    return found
+
+
+def _with_defaults(section: type[Section], recorded: dict[str, Any]) -> dict[str, Any]:
+    """A recorded recipe with the keys that came after it, at what they do where nobody gives them.
+
+    Whatever was no default stands in the record, so a key that doesn't is at its default or was
+    unknown then. Keys that are unknown now stay as they are.
+    """
+    filled = dict(recorded)
+    for key, field in section.model_fields.items():
+        own = recorded.get(key)
+        kinds = (field.annotation, *get_args(field.annotation))
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)]
+        if inner and isinstance(own, dict):
+            filled[key] = _with_defaults(inner[0], own)
+        elif key not in recorded and not field.is_required() and field.default is not None:
+            filled[key] = to_jsonable_python(field.default, exclude_none=True)
+    return filled
 
 
 def _short(value: Any) -> str:

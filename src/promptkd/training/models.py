@@ -12,8 +12,10 @@ from promptkd import kernels
 from promptkd.generation.response_cache import fingerprint
 from promptkd.models import sharding
 from promptkd.models.language_model import LanguageModel
+from promptkd.models.settings import generation_settings, settings, spelling
 from promptkd.models.sharding import WholeModel
 from promptkd.teachers import Teacher
+from promptkd.training.identity import Contents
 from promptkd.training.self_teacher import MovingAverage
 
 
@@ -26,6 +28,7 @@ class Models:
         teacher: the same, as the method uses it; None if the method doesn't.
         average: of the student, where that is its teacher.
         comparable: whether student and teacher share a token table, so KLs can be measured.
+        saved_dtype: the precision that the student came in, and is saved in.
         student_copy, teacher_copy: whole while they are gathered, if the models are sharded.
     """
 
@@ -34,6 +37,7 @@ class Models:
     teacher: Teacher | None
     teacher_tokenizer: Any
     comparable: bool
+    saved_dtype: torch.dtype
     average: MovingAverage | None = None
     student_copy: WholeModel | None = None
     teacher_copy: WholeModel | None = None
@@ -102,9 +106,18 @@ class Models:
                 own.data = own.data.to(device)
         return replace(self, student_copy=student_copy, teacher_copy=teacher_copy)
 
-    def digests(self) -> dict[str, str]:
-        """Of the weights; before they are shared out."""
-        digests = {"student weights": fingerprint(self.student.module)}
+    def contents(self) -> Contents:
+        """Of both directories, the student's tokenizer aside; before models are shared out."""
+        student: Any = self.student.module
+        contents: Contents = {
+            "student weights": fingerprint(student),
+            "student precision": str(self.saved_dtype),
+            "student config": settings(student.config),
+            "student generation_config": generation_settings(student),
+        }
         if self.plain_teacher:
-            digests["teacher weights"] = fingerprint(self.plain_teacher.module)
-        return digests
+            teacher: Any = self.plain_teacher.module
+            contents["teacher weights"] = fingerprint(teacher)
+            contents["teacher config"] = settings(teacher.config)
+            contents["teacher tokenizer"] = spelling(self.teacher_tokenizer)
+        return contents

@@ -23,8 +23,10 @@ from promptkd.data import (
 from promptkd.errors import UserError
 from promptkd.findings import Finding
 from promptkd.models.loading import load_tokenizer
+from promptkd.models.settings import spelling
 from promptkd.models.vocabularies import same_tokenizer
 from promptkd.training import preflight
+from promptkd.training.identity import Contents
 
 Say = Callable[[str], None]
 
@@ -52,12 +54,16 @@ class Requests:
         if self.validation:
             say(f"validation data: {self.validation.summary()}")
 
-    def digests(self) -> dict[str, str]:
-        """Of the data as the run reads them."""
-        digests = {"training requests": self.data.digest()}
+    def contents(self) -> Contents:
+        """Of the data as the run reads them, and of what makes text of its answers."""
+        contents: Contents = {
+            "training requests": self.data.digest(),
+            "student tokenizer": spelling(self.tokenizer),
+        }
         if self.validation:
-            digests["validation requests"] = self.validation.digest()
-        return digests
+            contents["validation requests"] = self.validation.digest()
+            contents["validation references"] = self.validation.digest_of_references()
+        return contents
 
     @property
     def longest_row(self) -> int:

@@ -24,10 +24,19 @@ from promptkd.files import (
     write_text,
 )
 from promptkd.given import of_object
-from promptkd.models.loading import adapter_base, dtype_of, save_model
+from promptkd.models.loading import adapter_base, save_model
 from promptkd.training import checkpoints, lock
 from promptkd.training.divergence import is_sane
-from promptkd.training.identity import AS_IT_WAS, Change, Resuming, changes, check, identity
+from promptkd.training.identity import (
+    AS_IT_WAS,
+    Change,
+    Contents,
+    Resuming,
+    changes,
+    check,
+    identity,
+    other_contents,
+)
 from promptkd.training.model_card import Frame, Validated, model_card
 from promptkd.training.setup import Setup
 from promptkd.training.tracking import JsonLines, environment
@@ -66,7 +75,7 @@ class RunDirectory:
     def _check_owner(self) -> list[Change]:
         known = self._read_record()
         if known:
-            found = changes(known["identity"], identity(self.recipe, self.method))
+            found = changes(known["identity"], self.recipe, self.method)
             check(found, self.resuming, str(self.path))
             return found
         check_place(self.path)
@@ -96,11 +105,11 @@ class RunDirectory:
             )
         return record
 
-    def claim(self, contents: dict[str, str], about: dict[str, Any], step: int) -> None:
+    def claim(self, contents: Contents, about: dict[str, Any], step: int) -> None:
         """Write down what runs here; the last thing before the first step.
 
         Args:
-            contents: digests of data and weights.
+            contents: what data and models say.
             about: what else is worth a record: the day that chat templates are told, the device.
             step: after which the run goes on.
 
@@ -116,20 +125,21 @@ class RunDirectory:
             if changed or self.restarts:
                 went_on = {"after_step": step, "changed": changed}
                 (self.path / "summary.json").unlink(missing_ok=True)
-                history = [*known.get("changes", []), went_on]
-                write_json(self._record, known | own | {"changes": history})
+                own["changes"] = [*known.get("changes", []), went_on]
+            if known | own != known:
+                write_json(self._record, known | own)
         recipe = self.path / "recipe.yaml"
         whole = self.recipe.to_yaml().encode()
         if not recipe.is_file() or recipe.read_bytes() != whole:  # new, changed, or damaged
             write_bytes(recipe, whole)
 
-    def refuse_others(self, contents: dict[str, str]) -> None:
+    def refuse_others(self, contents: Contents) -> None:
         """Refuse to return a finished run as that of models or rows which it didn't learn from.
 
         Raises:
             UserError: naming what differs.
         """
-        changed = _differing(self._read_record() or {}, contents)
+        changed = other_contents((self._read_record() or {}).get("contents", {}), contents)
         if changed:
             raise UserError(
                 f"{self.path} is finished, and it learnt from other {' and other '.join(changed)} "
@@ -137,12 +147,12 @@ class RunDirectory:
                 f"pk.TrainedRun.of('{self.path}') opens the run that is there."
             )
 
-    def _changed_contents(self, known: dict[str, Any], contents: dict[str, str]) -> list[str]:
-        changed = _differing(known, contents)
+    def _changed_contents(self, known: dict[str, Any], contents: Contents) -> list[str]:
+        changed = other_contents(known.get("contents", {}), contents)
         if changed and not self.resuming.allow_changes:
             raise UserError(
                 f"{self.path} began with other {' and other '.join(changed)} than there are "
-                "now: a file, the tokenizer or the template has changed. Bring them back, choose "
+                "now: a file of the data or of a model has changed. Bring them back, choose "
                 "another output, or go on with them: --allow-changes."
             )
         return [f"other {name}" for name in changed]
@@ -273,7 +283,7 @@ class RunDirectory:
     def _save_whole(self, module: PreTrainedModel, setup: Setup, directory: Path) -> None:
         """A model with its tokenizer, in the precision that the student came in."""
         whole = copy.deepcopy(merged(module) if self.recipe.student.lora else module)
-        whole.to(dtype_of(self.recipe.student.model))  # pyright: ignore
+        whole.to(setup.models.saved_dtype)  # pyright: ignore
         whole.generation_config.eos_token_id = list(setup.stop)  # pyright: ignore
         save_model(whole, directory)
         setup.requests.tokenizer.save_pretrained(directory)
@@ -284,12 +294,6 @@ class RunDirectory:
 
     def finish(self, summary: dict[str, Any]) -> None:
         write_json(self.path / "summary.json", summary)
-
-
-def _differing(known: dict[str, Any], contents: dict[str, str]) -> list[str]:
-    """Names of contents that aren't as they are on record."""
-    before = known.get("contents", contents)
-    return [n for n in sorted({*before, *contents}) if before.get(n) != contents.get(n)]
 
 
 def _frame(encoder: Encoder) -> Frame:

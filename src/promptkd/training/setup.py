@@ -24,6 +24,7 @@ from promptkd.models.language_model import LanguageModel, proven
 from promptkd.models.loaded_once import by_first
 from promptkd.models.loading import (
     compute_dtype,
+    dtype_of,
     embedding_rows,
     load_model,
     load_tokenizer,
@@ -35,6 +36,7 @@ from promptkd.models.sizes import num_parameters
 from promptkd.models.vocabularies import same_tokenizer, same_weights, shared_vocabulary
 from promptkd.ranks import Ranks
 from promptkd.training import preflight
+from promptkd.training.identity import Contents
 from promptkd.training.launch import describe
 from promptkd.training.learner import Learner
 from promptkd.training.models import Models
@@ -67,11 +69,12 @@ class Setup:
     max_steps: int
     about: dict[str, Any]
     found: dict[str, Any]
-    weights: dict[str, str]
+    contents_of_models: Contents
 
-    def contents(self) -> dict[str, str]:
-        """Digests of what a run learns from: a resumed one must find them as they were."""
-        return self.requests.digests() | (self.weights or self.models.digests())
+    def contents(self) -> Contents:
+        """What a run learns from: a resumed one must find it as it was."""
+        of_models = self.contents_of_models or self.models.contents()
+        return self.requests.contents() | of_models | _ends(self.stop)
 
     def summary(self) -> dict[str, Any]:
         """What summary.json says of the models."""
@@ -91,7 +94,7 @@ class LoadedPair:
     models: Models
     stop: tuple[int, ...]
     found: dict[str, Any]
-    weights: dict[str, str]
+    contents: Contents
 
 
 def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, say: Say) -> Setup:
@@ -118,7 +121,7 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
             preflight.check_exposure_bias(requests.validation, models.comparable, ranks.number)
         stop = _stop_set(requests, models, say)
         found = _check_pair(recipe, requests, models, stop, say)
-        return LoadedPair(models, stop, found, weights=models.digests() if sharded else {})
+        return LoadedPair(models, stop, found, contents=models.contents() if sharded else {})
 
     loaded = by_first(load) if sharded else load()
     models, stop = loaded.models, loaded.stop
@@ -140,15 +143,24 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
         max_steps=_count_steps(recipe, requests.data),
         about=about,
         found=loaded.found,
-        weights=loaded.weights,
+        contents_of_models=loaded.contents,
     )
 
 
-def contents(recipe: Recipe, method: Method, device: torch.device) -> dict[str, str]:
+def contents(recipe: Recipe, method: Method, device: torch.device) -> Contents:
     """``Setup.contents`` of a run that takes no step: its data and models, and nothing else."""
-    requests = read_requests(recipe, method, lambda sentence: None)
+    requests = read_requests(recipe, method, _unsaid)
     models = _load_models(*_as_loaded(recipe, device), method=method, requests=requests)
-    return requests.digests() | models.digests()
+    stop = _stop_set(requests, models, _unsaid)
+    return requests.contents() | models.contents() | _ends(stop)
+
+
+def _unsaid(sentence: str) -> None:
+    """What was said when the run began needs no saying."""
+
+
+def _ends(stop: tuple[int, ...]) -> Contents:
+    return {"ends of responses": {"ids": list(stop)}}
 
 
 def _as_loaded(recipe: Recipe, device: torch.device) -> tuple[Recipe, torch.device]:
@@ -257,6 +269,7 @@ def _load_models(
         teacher=teacher,
         teacher_tokenizer=teacher_tokenizer,
         comparable=comparable,
+        saved_dtype=dtype_of(recipe.student.model),
         average=average,
     )
 
