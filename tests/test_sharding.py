@@ -166,7 +166,7 @@ def distance(mine: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> f
 def test_one_process_finishes_what_two_that_shared_began_when_one_was_killed(pair, tmp_path):
     raw = recipe(pair, {"name": "promptkd"}, tmp_path / "run", max_steps=6)
     one = runs.train(raw | {"output": str(tmp_path / "one")})
-    path = runs.write_recipe(tmp_path, raw | {"sharding": "fsdp"})
+    path = runs.write_recipe(tmp_path, raw | {"sharding": "fsdp", "gathered_for": "step"})
     moment = runs.Moment("open", ".writing-step-000004")
     outcomes = runs.run_on_ranks(["train", path], tmp_path / "killed", 2, dies_at=moment)
     assert [outcome.status for outcome in outcomes] == [-9, 1]

@@ -32,8 +32,8 @@ FIXED = (
 )
 """Never differ: checkpoints hold them, or states that belong to them."""
 COMPOSITION = "method.composition"
-ELSEWHERE = ("output", "tracking", "sharding")
-"""No part of an identity: where a run goes, who watches, who has parts."""
+ELSEWHERE = ("output", "tracking", "sharding", "gathered_for")
+"""No part of an identity: where a run goes, who watches, who has parts and for how long."""
 LONGEST_VALUE = 80
 
 Contents = dict[str, str | dict[str, Any]]
