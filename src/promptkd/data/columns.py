@@ -13,7 +13,7 @@ from typing import Any
 
 from promptkd.config import ColumnsSection
 from promptkd.data.conversations import as_turns, conversation, history_turns
-from promptkd.data.examples import Example, Turn, refuse_lone_surrogates
+from promptkd.data.examples import Example, Turn, refuse_lone_surrogates, written
 from promptkd.errors import UserError
 
 KNOWN: dict[str, tuple[str, ...]] = {
@@ -47,6 +47,7 @@ CARRIERS = {name for names in KNOWN.values() for name in names} | {
     *("inputs", "outputs", "targets", "responses", "completions", "references", "conversations"),
     *("chat_history", "conversation_history", "previous_messages", "developer", "preamble"),
     *("instructions", "task_description", "definition", "explanation", "chain_of_thought", "cot"),
+    *("reference", "ground_truth", "gold", "gold_answer", "expected_output", "reply"),
     *("user", "assistant", "human", "tool_calls", "function_call", "available_tools"),
 }
 """Columns that carry a part of the request or of its reference, whatever their case: used, or
@@ -99,7 +100,7 @@ class ColumnReader:
             )
         if self.teacher_context and not _is_empty(context := row.get(self.teacher_context)):
             example = replace(example, teacher_context=self._context(context, where))
-        for text in example.texts():
+        for text in (*example.texts(), written(example)):
             refuse_lone_surrogates(text, example.at)
         known = {*parts.values(), *self.columns.ignore, self.teacher_context}
         left = [c for c in row if c not in known]
@@ -186,7 +187,7 @@ class ColumnReader:
         column, request, responses = parts["request"], values["request"], values.get("response")
         context = values.get("context", "")
         if not isinstance(context, str):
-            raise UserError(f"{where}: '{parts['context']}' is {context!r}, not a text.")
+            raise UserError(f"{where}: '{parts['context']}' is {context!r:.80}, not a text.")
         if isinstance(request, list) and request and isinstance(request[0], dict):
             turns = as_turns(request, where, self.unread)
             if context:
@@ -243,7 +244,7 @@ def _with_system(turns: list[Turn], system: Any, where: str) -> list[Turn]:
     if _is_empty(system):
         return turns
     if not isinstance(system, str):
-        raise UserError(f"{where}: the system message is {system!r}, not a text.")
+        raise UserError(f"{where}: the system message is {system!r:.80}, not a text.")
     if turns[0]["role"] != "system":
         return [{"role": "system", "content": system}, *turns]
     if turns[0]["content"].strip() == system.strip():
@@ -275,5 +276,7 @@ def _responses(value: Any, where: str) -> tuple[str, ...]:
         return ()
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(item, str) for item in values):
-        raise UserError(f"{where}: the response is {value!r}, neither a text nor a list of texts.")
+        raise UserError(
+            f"{where}: the response is {value!r:.80}, neither a text nor a list of texts."
+        )
     return tuple(item for item in values if not _is_empty(item))

@@ -75,3 +75,18 @@ def refuse_lone_surrogates(text: str, at: str) -> None:
             f"{at}the text holds {half} alone, half of a character (a lone surrogate). "
             "Remove or complete it."
         ) from None
+
+
+def written(example: Example) -> str:
+    """Turns and tools as JSON, with all that they hold beside texts: calls, names, thoughts.
+
+    Raises:
+        UserError: for what JSON can't hold: a date of a Parquet file, say.
+    """
+    try:
+        return json.dumps([example.messages, example.tools], ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"{example.at}a turn or a tool holds what can't be written as JSON ({error}). Make it "
+            "a text or a number."
+        ) from None

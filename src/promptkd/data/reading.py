@@ -23,7 +23,10 @@ UNREADABLE = (".arrow", ".bz2", ".feather", ".gz", ".tar", ".tgz", ".xlsx", ".xz
 KNOWN = "Use JSONL, JSON, CSV, TSV (each also as .gz) or Parquet."
 _SLICE = re.compile(r"[\w.-]+/[\w.-]+:\w+\[[\d:%-]*\]")
 """Of a split on the hub, as ``datasets`` writes it: owner/name:train[:100]."""
-_SPLIT = re.compile(r"(train|validation|valid|dev|eval|test)(?![a-z])", re.IGNORECASE)
+_SPLIT = re.compile(
+    r"(?<![a-z])(train|validation|valid|val|dev|eval|test)(?:ing|uation)?(?![a-z])", re.IGNORECASE
+)
+"""In the name of a file, or of a folder that it is in."""
 
 
 def read_examples(
@@ -58,8 +61,9 @@ def read_noted(
     read: Counter[str] = Counter()
     for source in _each(sources):
         for name, rows in _expand(source, notes):
-            read[name] += 1
-            if read[name] == 2 and not isinstance(source, GivenRows):
+            place = os.path.realpath(_at_home(name))  # one file has many names
+            read[place] += 1
+            if read[place] == 2 and not isinstance(source, GivenRows):
                 notes.append(f"{name} is read more than once")
             reader = ColumnReader(columns or ColumnsSection(), teacher_context)
             found = [reader.example(row, where) for where, row in rows]
@@ -118,8 +122,9 @@ def _expand(source: Any, notes: list[str]) -> Iterator[tuple[str, Rows]]:
         path.lstat()
     except FileNotFoundError:
         pass
-    except OSError as error:
-        raise UserError(f"{name:.80} can't be read: {error.strerror}. {PLACES}.") from None
+    except (OSError, ValueError) as error:  # the latter of what no name can hold, as NUL
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"{name[:80]!r} can't be read: {reason}. {PLACES}.") from None
     if path.exists() or not glob.has_magic(name) or _SLICE.fullmatch(name):
         yield name, _rows(path, name, notes)
         return
@@ -169,10 +174,16 @@ def _refuse_no_rows(source: Any) -> None:
 
 def _python_rows(source: Any, called: str) -> Rows:
     _refuse_no_rows(source)
-    for number, row in enumerate(source, 1):
+    plain = source.with_format(None) if hasattr(source, "with_format") else source
+    for number, row in enumerate(plain, 1):
         where = f"row {number} of {called}"
         if not isinstance(row, Mapping):
             raise UserError(f"{where} is {row!r:.80}. Give dictionaries of columns.")
+        if nameless := [name for name in row if not isinstance(name, str)]:
+            raise UserError(
+                f"{where} has {row[nameless[0]]!r:.80} under {nameless[0]!r}, which is no column's "
+                "name (csv.DictReader puts surplus fields under None). Name or remove it."
+            )
         yield where, dict(row)
 
 
@@ -224,10 +235,11 @@ def _parquet_rows(path: Path) -> Rows:
 
     try:
         table = pyarrow.parquet.read_table(path)
-    except (pyarrow.ArrowException, OSError) as error:
+        rows = table.to_pylist()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:  # the last of a value
         reason = str(error).partition("\n")[0]
         raise UserError(f"{path} can't be read: {reason}. Mend or convert it.") from None
-    return _numbered(str(path), table.to_pylist())
+    return _numbered(str(path), rows)
 
 
 def _numbered(name: str, rows: Iterable[Any]) -> Rows:
@@ -265,10 +277,15 @@ def _folder_rows(folder: Path, split: str | None, notes: list[str]) -> Rows:
         notes.append(f"{folder}: not read: {', '.join(others[:3])}{more}")
     by_split: dict[str, list[Path]] = {}
     for path in data:
-        match = _SPLIT.match(path.name)
-        by_split.setdefault(match[1].lower() if match else "", []).append(path)
+        by_split.setdefault(_split_in(path.relative_to(folder)), []).append(path)
     chosen = by_split[_split_of(str(folder), list(by_split), split, notes)]
     return chain.from_iterable(map(_some_rows, chosen))
+
+
+def _split_in(path: Path) -> str:
+    """The split that a file belongs to by its name, else by that of the nearest folder."""
+    named = (match[1].lower() for part in reversed(path.parts) if (match := _SPLIT.search(part)))
+    return next(named, "")
 
 
 def _some_rows(path: Path) -> Rows:
