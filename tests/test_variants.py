@@ -75,7 +75,7 @@ def test_half_a_character_in_a_call_is_found_as_in_a_text(tmp_path):
 
 def test_what_json_cannot_hold_in_a_call():
     call = {**CALL, "tool_calls": [{"name": "f", "arguments": {"on": datetime.date(2024, 1, 1)}}]}
-    with pytest.raises(UserError, match="can't be written as JSON .*Make it a text"):
+    with pytest.raises(UserError, match=r"can't be written as JSON .*Make it a text"):
         read_examples([{"messages": [USER, call, RESULT]}])
 
 
