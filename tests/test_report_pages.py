@@ -13,7 +13,8 @@ import yaml
 
 import tiny
 from promptkd.errors import UserError
-from promptkd.evaluation.results import Evaluation, Prediction, save_evaluation, summarise
+from promptkd.evaluation.kept import save_evaluation
+from promptkd.evaluation.results import Evaluation, Prediction, summarise
 from promptkd.numbers import plain
 from promptkd.report.places import read_subject
 from promptkd.report.report import report

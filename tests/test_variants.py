@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import peft
 import pyarrow as pa
 import pyarrow.parquet as parquet
 import pytest
+import torch
 
+import tiny
 from promptkd.data import read_examples, read_noted
 from promptkd.errors import UserError
+from promptkd.models.loading import load_model
 
 USER = {"role": "user", "content": "Why?"}
 
@@ -108,3 +112,18 @@ def test_a_message_quotes_no_more_than_a_line_of_a_value():
 def test_other_names_of_a_reference_are_refused(column):
     with pytest.raises(UserError, match=f"the text in '{column}' would be lost"):
         read_examples([{"prompt": "x", column: "y"}])
+
+
+def test_a_lora_as_a_student_learns_in_all_its_weights_and_is_looked_at_for_nan(tmp_path):
+    base, _ = tiny.save_pair(tmp_path)
+    adapter = peft.LoraConfig(r=2, target_modules=["q_proj"])
+    peft.get_peft_model(load_model(str(base), torch.float32), adapter).save_pretrained(
+        tmp_path / "lora"
+    )
+    loaded = load_model(str(tmp_path / "lora"), torch.float32)
+    assert all(parameter.requires_grad for parameter in loaded.parameters())
+    config = json.loads((tmp_path / "lora" / "adapter_config.json").read_text())
+    config["lora_alpha"] = float("nan")
+    (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"q_proj\.weight holds NaN"):
+        load_model(str(tmp_path / "lora"), torch.float32)

@@ -168,7 +168,7 @@ def function_named(name: str, what: str, purpose: str) -> Callable[..., Any]:
         sys.path.insert(0, os.getcwd())
     try:
         function = getattr(importlib.import_module(module), attribute)
-    except Exception as error:  # a user's module can raise anything
+    except (Exception, SystemExit) as error:  # a user's module can raise anything
         raise UserError(
             f"{what} '{name}' cannot be imported: {error}. Write module:function, "
             "with the module in the current directory or on the Python path."

@@ -13,10 +13,11 @@ from tqdm.auto import tqdm
 
 from promptkd.data import Encoder, Example, evaluation_set, reads
 from promptkd.errors import UserError
+from promptkd.evaluation.kept import kept_evaluation, refuse_to_replace, save_evaluation
 from promptkd.evaluation.named_models import named_models, run_of
 from promptkd.evaluation.protocol import OF_QUESTIONS, Asking, Data, Protocol, Questions
 from promptkd.evaluation.records import Scores, ScoresByData, ScoresByModel
-from promptkd.evaluation.results import Evaluation, save_evaluation
+from promptkd.evaluation.results import Evaluation
 from promptkd.evaluation.scorer import Scorer
 from promptkd.evaluation.size_and_speed import size_and_speed
 from promptkd.files import check_place
@@ -118,45 +119,87 @@ def answer(
 ) -> ScoresByData:
     """Load a model, let it answer, and save what came of it, if there is a place for it.
 
+    What is there already, of the same model on the same questions, isn't done again.
     ``by_teacher``: the model is the run's teacher, and reads what it taught with.
 
     Raises:
         UserError: if that is a column which the data lack.
     """
-    if output is not None:
-        check_place(output)
+    kept, asked = _kept(model, questions, output, by_teacher)
+    if len(kept) == len(questions.rows):
+        return ScoresByData({name: kept[name] for name in questions.rows})
     loaded = _load(model, questions, by_teacher)
     results, measured = ScoresByData(), {}
     for name, rows in questions.rows.items():
-        asked = _as_readable(loaded, name, rows, questions.protocol.context)
-        scorer = asked.scorer(rows, questions, ranks)
-        engine, seeds = asked.engine, questions.seeds
-        with scorer.bar(engine, f"responses to {name}", len(seeds)):
-            scores, predictions = scorer.score(engine, asked.student, asked.teacher, seeds)
-        requests = [e.request_of(asked.is_briefed) for e in scorer.data.examples]
-        measured = measured or size_and_speed(
-            model,
-            asked.student,
-            requests,
-            questions.protocol.decoding,
-            {questions.protocol.engine: engine},
-        )
-        if ranks.rank == 0:
-            tqdm.write(f"{name}: {scorer.data.summary()}")
-        evaluation = Evaluation(
-            name=name,
-            model=model,
-            data=tuple(questions.sources[name]),
-            seeds=seeds,
-            size_and_speed=measured,
-            scores=scores,
-            predictions=tuple(predictions),
-            **asked.settings(scorer),
-        )
+        if name in kept:
+            results[name] = kept[name]
+            continue
+        readable = _as_readable(loaded, name, rows, questions.protocol.context)
+        evaluation = _evaluation(model, readable, name, questions, measured, ranks)
+        measured = evaluation.size_and_speed
+        evaluation = replace(evaluation, asked=asked[name] or "")
         if output and ranks.rank == 0:
             save_evaluation(output, evaluation)
         results[name] = Scores.of(evaluation)
     return results
+
+
+def _kept(
+    model: str, questions: Questions, output: Path | None, by_teacher: bool
+) -> tuple[dict[str, Scores], dict[str, str | None]]:
+    """The evaluations that are there already, and the digest of every data set's questions.
+
+    Raises:
+        UserError: before any work, if there is no place for what would be found out.
+    """
+    if output is None:
+        return {}, dict.fromkeys(questions.rows)
+    check_place(output)
+    kept, asked = {}, {}
+    for name, rows in questions.rows.items():
+        place = output / f"{name}.json"
+        asked[name] = questions.digest(name, model, by_teacher)
+        if (found := kept_evaluation(place, asked[name])) is not None:
+            tqdm.write(f"{name}: was evaluated so before; remove {place} to do it again")
+            kept[name] = Scores.of(found)
+        else:
+            refuse_to_replace(place, len(rows) * len(questions.seeds))
+    return kept, asked
+
+
+def _evaluation(
+    model: str,
+    asked: "Loaded",
+    name: str,
+    questions: Questions,
+    measured: Mapping[str, Any],
+    ranks: Ranks,
+) -> Evaluation:
+    """Responses to one data set, and their scores; size and speed are measured once a model."""
+    scorer = asked.scorer(questions.rows[name], questions, ranks)
+    engine, seeds = asked.engine, questions.seeds
+    with scorer.bar(engine, f"responses to {name}", len(seeds)):
+        scores, predictions = scorer.score(engine, asked.student, asked.teacher, seeds)
+    requests = [e.request_of(asked.is_briefed) for e in scorer.data.examples]
+    measured = measured or size_and_speed(
+        model,
+        asked.student,
+        requests,
+        questions.protocol.decoding,
+        {questions.protocol.engine: engine},
+    )
+    if ranks.rank == 0:
+        tqdm.write(f"{name}: {scorer.data.summary()}")
+    return Evaluation(
+        name=name,
+        model=model,
+        data=tuple(questions.sources[name]),
+        seeds=seeds,
+        size_and_speed=dict(measured),
+        scores=scores,
+        predictions=tuple(predictions),
+        **asked.settings(scorer),
+    )
 
 
 @dataclass(frozen=True)

@@ -303,12 +303,27 @@ def _value(
     where = f"The metric {name} on the response to row {example['index']}"
     try:
         value = function(response, references, example)
-        number = None if value is None else float(value)
-    except Exception as error:
-        raise UserError(f"{where} raised {type(error).__name__}: {error}.") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(
+            f"{where} raised {type(error).__name__}: {error}. Mend it, or let it return None there."
+        ) from error
+    number = _number_of(value, where)
     if number is not None and not math.isfinite(number):
         raise UserError(f"{where} returned {number}. Return a finite number, or None.")
     return number
+
+
+def _number_of(value: Any, where: str) -> float | None:
+    """What a user's function returned; a truth value isn't taken for 1 or 0 percent."""
+    try:
+        if isinstance(value, (bool, str)):
+            raise TypeError
+        return None if value is None else float(value)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        raise UserError(
+            f"{where} returned {value!r:.80}, a {type(value).__name__}. Return a number (100.0 for "
+            "what is right, 0.0 for what is wrong), or None."
+        ) from None
 
 
 def check_metrics(names: Sequence[str], num_seeds: int, what: str = "metric") -> None:

@@ -1,16 +1,23 @@
 """How models are asked: a run's own protocol, another evaluation's, or the recipe's defaults."""
 
 import datetime
+import hashlib
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any, TypedDict
+
+import torch
 
 from promptkd.config import ColumnsSection, Recipe, TeacherSection
 from promptkd.data import (
     Encoder,
     Example,
     adopt_chat_template,
+    content_digest,
     date_of_run,
     given_rows,
     read_examples,
@@ -26,7 +33,8 @@ from promptkd.evaluation.metrics import (
 from promptkd.evaluation.results import Evaluation, own_evaluations
 from promptkd.evaluation.suites import PAPER_SEEDS, distinct, suite_of_files
 from promptkd.generation.sampling import GenerationSettings
-from promptkd.models.loading import load_tokenizer
+from promptkd.given import is_lost
+from promptkd.models.loading import digest_of_files, load_tokenizer
 from promptkd.models.vocabularies import same_tokenizer
 from promptkd.run import Place, TrainedRun, lacks_of_run
 
@@ -198,6 +206,26 @@ class Questions:
             teacher=teacher,
             metrics=tuple(metrics),
         )
+
+    def digest(self, name: str, model: str, by_teacher: bool) -> str | None:
+        """Equal exactly where the same models would be asked the same of data set ``name``.
+
+        None where nobody can say: of a model that is an object, or isn't here yet, and of metrics
+        that are a user's functions.
+        """
+        teacher = self.protocol.teacher_model if self.teacher is None else self.teacher
+        models = [model, *filter(None, (teacher,))]
+        contents = [None if is_lost(m) else digest_of_files(m) for m in models]
+        if not all(contents) or any(":" in metric for metric in self.metrics):
+            return None
+        briefed = self.protocol.teacher
+        texts = [self.protocol.template]
+        texts += [briefed.system, briefed.context_template] if briefed else []
+        written = [Path(t).read_bytes().hex() for t in texts if t and os.path.isfile(t)]
+        versions = [metadata.version(of) for of in ("promptkd", "torch", "transformers")]
+        whole = [content_digest(self.rows[name]), repr(self.protocol), written, contents, models]
+        whole += [self.seeds, self.metrics, by_teacher, versions, torch.cuda.is_available()]
+        return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
 
     @classmethod
     def like(cls, place: Place, data: Data, asked: Mapping[str, Any]) -> "Questions":

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from promptkd.bars import progress_bar
 from promptkd.errors import UserError
+from promptkd.evaluation.kept import save_evaluation
 from promptkd.evaluation.records import Scores, ScoresByData
-from promptkd.evaluation.results import own_evaluations, refuse_partial, save_evaluation
+from promptkd.evaluation.results import own_evaluations, refuse_partial
 from promptkd.run import Place, lacks_of_run
 
 

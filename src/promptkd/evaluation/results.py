@@ -19,7 +19,7 @@ from promptkd.evaluation.metrics import (
     score_text,
 )
 from promptkd.evaluation.statistics import bootstrap_interval, mean_and_deviation
-from promptkd.files import read_json, read_json_lines, write_json, write_json_lines
+from promptkd.files import read_json, read_json_lines
 
 MEASURED = ("response_length", "ended")
 """What is known of every response, whatever it is scored by."""
@@ -133,6 +133,7 @@ class Evaluation:
         size_and_speed: what the model weighs and how fast it generates; see that module.
         rows: digest of the requests' rows and references, where those are kept elsewhere.
         date: as of which requests were rendered, for templates that say it.
+        asked: digest of everything that decides responses and scores; "" where that isn't known.
     """
 
     name: str
@@ -146,6 +147,7 @@ class Evaluation:
     dtype: str = ""
     rows: str = ""
     date: str = ""
+    asked: str = ""
     teacher: str | None = None
     num_cut_requests: int = 0
     size_and_speed: dict[str, Any] = field(default_factory=dict)
@@ -320,25 +322,6 @@ def _pass(predictions: Sequence[Prediction], metric: str, k: int) -> Score:
     return Score(
         mean=fmean(values), num_requests=len(values), interval_95=bootstrap_interval(values)
     )
-
-
-def save_evaluation(directory: Path, evaluation: Evaluation) -> None:
-    """Write ``NAME.json`` and ``NAME.predictions.jsonl``, the latter first.
-
-    Raises:
-        UserError: if that would replace an evaluation of more responses, or there is no space.
-    """
-    place = directory / f"{evaluation.name}.json"
-    kept = read_evaluation(place) if place.is_file() else None
-    if kept and len(kept.predictions) > len(evaluation.predictions):
-        raise UserError(
-            f"{place} holds {len(kept.predictions)} responses, and this evaluation has only "
-            f"{len(evaluation.predictions)}: it would replace a larger one. Give another --output, "
-            "or remove that file."
-        )
-    rows = (prediction.to_row() for prediction in evaluation.predictions)
-    write_json_lines(directory / f"{evaluation.name}.predictions.jsonl", rows)
-    write_json(place, evaluation.to_dict())
 
 
 def read_evaluation(path: Path, notes: list[str] | None = None) -> Evaluation | None:

@@ -1,6 +1,7 @@
 """Loading causal language models and tokenizers, and what their configurations say."""
 
 import copy
+import hashlib
 import os
 from collections.abc import Mapping
 from inspect import signature
@@ -10,6 +11,7 @@ from typing import Any
 
 import peft
 import torch
+from huggingface_hub import try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -164,7 +166,9 @@ def _load_adapted(name: str, directory: Path, dtype: torch.dtype) -> PreTrainedM
         except Exception as error:
             raise UserError(_no_model(name, error)) from None
     damage.refuse_other_base(name, base, whole, directory)
-    return whole.merge_and_unload()
+    merged = whole.merge_and_unload().requires_grad_(True)  # PEFT froze the base
+    check_weights(name, merged, {"missing_keys": (), "unexpected_keys": ()})
+    return merged
 
 
 def adapter_config(directory: Path) -> Any:
@@ -356,6 +360,33 @@ def location(name: str) -> dict[str, Any]:
             "a .gguf file, a finished run, or a hub id."
         )
     return {"pretrained_model_name_or_path": name}
+
+
+def digest_of_files(name: str) -> str | None:
+    """Of every byte that a model is loaded from, its base's included; None if it isn't here whole.
+
+    Raises:
+        UserError: if the name can be no model's.
+    """
+    if isinstance(name, GivenModel):
+        return None
+    arguments = location(name)
+    directory = Path(arguments["pretrained_model_name_or_path"])
+    if not directory.is_dir():  # of the hub: the files of one commit
+        config = try_to_load_from_cache(str(directory), "config.json")
+        if not isinstance(config, str):
+            return None
+        directory = Path(config).parent
+    found = hashlib.sha256()
+    for path in sorted(path for path in directory.iterdir() if path.is_file()):
+        with open(path, "rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        found.update(f"{path.name} {content} ".encode())
+    if (directory / "adapter_config.json").is_file():
+        base = adapter_config(directory).base_model_name_or_path
+        own = digest_of_files(base) if base else None
+        return f"{own} {found.hexdigest()}" if own else None
+    return found.hexdigest()
 
 
 def _no_model(name: str, error: Exception) -> str:
