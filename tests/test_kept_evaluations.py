@@ -68,6 +68,12 @@ def test_a_smaller_evaluation_is_refused_before_a_model_is_loaded(again, monkeyp
         again[0](num_examples=2)
 
 
+@pytest.mark.parametrize("name", ["a b", "nobody/nothing"])
+def test_a_name_that_is_no_models_is_said_in_a_sentence(made, tmp_path, name):
+    with pytest.raises(UserError, match="is not a model that can be loaded"):
+        evaluate(name, str(made[1]), output=tmp_path, **ASKED)
+
+
 def test_a_file_that_is_no_evaluation_is_never_replaced(made, tmp_path):
     student, data, _ = made
     shutil.copytree(student, tmp_path / "model")

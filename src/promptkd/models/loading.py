@@ -366,14 +366,17 @@ def digest_of_files(name: str) -> str | None:
     """Of every byte that a model is loaded from, its base's included; None if it isn't here whole.
 
     Raises:
-        UserError: if the name can be no model's.
+        UserError: as ``load_model``.
     """
     if isinstance(name, GivenModel):
         return None
     arguments = location(name)
     directory = Path(arguments["pretrained_model_name_or_path"])
     if not directory.is_dir():  # of the hub: the files of one commit
-        config = try_to_load_from_cache(str(directory), "config.json")
+        try:
+            config = try_to_load_from_cache(str(directory), "config.json")
+        except ValueError:  # no name of the hub: whoever loads says so
+            return None
         if not isinstance(config, str):
             return None
         directory = Path(config).parent
