@@ -9,6 +9,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, TypeAlias
 
@@ -315,15 +316,13 @@ def _value(
 
 def _number_of(value: Any, where: str) -> float | None:
     """What a user's function returned; a truth value isn't taken for 1 or 0 percent."""
-    try:
-        if isinstance(value, (bool, str)):
-            raise TypeError
-        return None if value is None else float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        raise UserError(
-            f"{where} returned {value!r:.80}, a {type(value).__name__}. Return a number (100.0 for "
-            "what is right, 0.0 for what is wrong), or None."
-        ) from None
+    if not isinstance(value, (bool, str)):
+        with suppress(TypeError, ValueError, OverflowError, RuntimeError):
+            return None if value is None else float(value)
+    raise UserError(
+        f"{where} returned {value!r:.80}, a {type(value).__name__}. Return a number (100.0 for "
+        "what is right, 0.0 for what is wrong), or None."
+    )
 
 
 def check_metrics(names: Sequence[str], num_seeds: int, what: str = "metric") -> None:

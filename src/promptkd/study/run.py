@@ -15,6 +15,7 @@ from promptkd.config import SamplingSection
 from promptkd.data import date_of_run, reads
 from promptkd.errors import UserError
 from promptkd.evaluation.evaluate import answer
+from promptkd.evaluation.kept import kept_evaluation
 from promptkd.evaluation.protocol import Protocol, Questions
 from promptkd.evaluation.results import Evaluation, own_evaluations
 from promptkd.files import write_text
@@ -115,16 +116,20 @@ class StudyScorer:
             protocol = replace(protocol, date=date_of_run(run.parent), run=model)
         name = self._teacher if teacher else ""
         questions = replace(whole, protocol=protocol, teacher=name)
-        made = self._made(model, directory, questions)
+        informed = all(reads(own, protocol.context) for own in whole.rows.values())
+        by_teacher = informed and not teacher
+        made = self._made(model, directory, questions, by_teacher)
         rows = {name: own for name, own in whole.rows.items() if name not in made}
         if not rows:
             return made
-        informed = all(reads(own, protocol.context) for own in whole.rows.values())
-        answer(model, replace(questions, rows=rows), directory, by_teacher=informed and not teacher)
-        return self._made(model, directory, questions)
+        answer(model, replace(questions, rows=rows), directory, by_teacher=by_teacher)
+        return self._made(model, directory, questions, by_teacher)
 
-    def _made(self, model: str, directory: Path, questions: Questions) -> Scores:
-        """What was evaluated after its training, with these settings, on these rows."""
+    def _made(self, model: str, directory: Path, questions: Questions, by_teacher: bool) -> Scores:
+        """What was evaluated with these settings, on these rows, and is the model's as it is.
+
+        That is, after its training, or of the very files that are there.
+        """
         protocol = questions.protocol
         encoder = protocol.encoder(load_tokenizer(model), questions.teacher)
         settings: dict[str, Any] = {
@@ -148,7 +153,11 @@ class StudyScorer:
                 not found.num_lost
                 and all(getattr(found, key) == value for key, value in expected.items())
                 and references == {i: encoder.references(row) for i, row in enumerate(rows)}
-                and not (trained.is_file() and _time(written) < _time(trained))
+                and (
+                    not trained.is_file()
+                    or _time(written) > _time(trained)
+                    or kept_evaluation(written, questions.digest(found.name, model, by_teacher))
+                )
             ):
                 made[found.name] = found.also_scored_by(questions.metrics)
         return made
