@@ -42,7 +42,7 @@ def commands(place: Path) -> dict[str, tuple[list[str], list[str]]]:
     both = ["the student responds", "the teacher responds", "errors on either's text"]
     voices = ["the student responds"]
     return {
-        "evaluate": (["evaluate", run, *sampled], ["responses to train"]),
+        "evaluate": (["evaluate", run, *sampled, "2"], ["responses to train"]),
         "exposure-bias": (["exposure-bias", run, *sampled], both),
         "analyse-prompt": (["analyse-prompt", run, "--num-examples", "2"], ["validation: KLs"]),
         "generate": (["generate", run, "Count to three."], voices),
