@@ -155,10 +155,9 @@ def _kept(
     if output is None:
         return {}, dict.fromkeys(questions.rows)
     check_place(output)
-    kept, asked = {}, {}
+    kept, asked = {}, questions.digests(model, by_teacher)
     for name, rows in questions.rows.items():
         place = output / f"{name}.json"
-        asked[name] = questions.digest(name, model, by_teacher)
         if (found := kept_evaluation(place, asked[name])) is not None:
             tqdm.write(f"{name}: was evaluated so before; remove {place} to do it again")
             kept[name] = Scores.of(found)

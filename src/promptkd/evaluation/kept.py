@@ -46,7 +46,7 @@ def kept_evaluation(place: Path, asked: str | None) -> Evaluation | None:
 
     Args:
         place: NAME.json.
-        asked: see ``Questions.digest``.
+        asked: see ``Questions.digests``.
     """
     kept = read_evaluation(place) if asked and place.is_file() else None
     return kept if kept and kept.asked == asked and not kept.num_lost else None

@@ -207,8 +207,8 @@ class Questions:
             metrics=tuple(metrics),
         )
 
-    def digest(self, name: str, model: str, by_teacher: bool) -> str | None:
-        """Equal exactly where the same models would be asked the same of data set ``name``.
+    def digests(self, model: str, by_teacher: bool) -> dict[str, str | None]:
+        """By data set; equal exactly where the same models would be asked the same of it.
 
         None where nobody can say: of a model that is an object, or isn't here yet, and of metrics
         that are a user's functions.
@@ -217,15 +217,16 @@ class Questions:
         models = [model, *filter(None, (teacher,))]
         contents = [None if is_lost(m) else digest_of_files(m) for m in models]
         if not all(contents) or any(":" in metric for metric in self.metrics):
-            return None
+            return dict.fromkeys(self.rows)
         briefed = self.protocol.teacher
         texts = [self.protocol.template]
         texts += [briefed.system, briefed.context_template] if briefed else []
         written = [Path(t).read_bytes().hex() for t in texts if t and os.path.isfile(t)]
         versions = [metadata.version(of) for of in ("promptkd", "torch", "transformers")]
-        whole = [content_digest(self.rows[name]), repr(self.protocol), written, contents, models]
-        whole += [self.seeds, self.metrics, by_teacher, versions, torch.cuda.is_available()]
-        return hashlib.sha256(json.dumps(whole).encode()).hexdigest()
+        alike = [repr(self.protocol), written, contents, models]
+        alike += [self.seeds, self.metrics, by_teacher, versions, torch.cuda.is_available()]
+        whole = {name: json.dumps([content_digest(own), *alike]) for name, own in self.rows.items()}
+        return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in whole.items()}
 
     @classmethod
     def like(cls, place: Place, data: Data, asked: Mapping[str, Any]) -> "Questions":

@@ -155,8 +155,8 @@ class StudyScorer:
                 and references == {i: encoder.references(row) for i, row in enumerate(rows)}
                 and (
                     not trained.is_file()
-                    or _time(written) > _time(trained)
-                    or kept_evaluation(written, questions.digest(found.name, model, by_teacher))
+                    or _time(written) >= _time(trained)
+                    or kept_evaluation(written, questions.digests(model, by_teacher)[found.name])
                 )
             ):
                 made[found.name] = found.also_scored_by(questions.metrics)
