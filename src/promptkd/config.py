@@ -288,7 +288,7 @@ class OptimizationSection(Section):
 class EvaluationSection(Section):
     every_steps: int = Field(default=44, ge=0, description="0 evaluates at the end only")
     metric: str = Field(
-        "rouge_l", description="chooses the student: " + " | ".join([*CRITERIA, "module:function"])
+        default="rouge_l", description="best by: " + " | ".join([*CRITERIA, "module:function"])
     )
     num_examples: int = Field(default=200, ge=1)
     exposure_bias_every_steps: int = Field(
