@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from promptkd.files import out_of_space, recover_replaced, whole_directory
+from promptkd.errors import out_of_space
+from promptkd.files import recover_replaced, whole_directory
 from promptkd.training.checkpoints import (
     Checkpoint,
     load_latest,

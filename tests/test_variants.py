@@ -12,6 +12,7 @@ import pyarrow.parquet as parquet
 import pytest
 import torch
 
+import promptkd as pk
 import tiny
 from promptkd.data import read_examples, read_noted
 from promptkd.errors import UserError
@@ -127,3 +128,27 @@ def test_a_lora_as_a_student_learns_in_all_its_weights_and_is_looked_at_for_nan(
     (tmp_path / "lora" / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"q_proj\.weight holds NaN"):
         load_model(str(tmp_path / "lora"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("mark", "reason"),
+    [({"weight": 0}, "isn't to be learnt"), ({"prefix": True}, "a response goes on from it")],
+)
+def test_a_last_turn_marked_as_no_reference_is_refused(tmp_path, mark, reason):
+    said = {"role": "assistant", "content": "Because."}
+    row = {"messages": [USER, said | mark]}
+    with pytest.raises(UserError, match=rf"rows\.jsonl:1: the last assistant turn has.*{reason}"):
+        read_examples(rows_file(tmp_path / "rows.jsonl", row))
+    plain = {"weight": 1, "prefix": False}
+    earlier = {"messages": [USER, said | mark, USER, said | plain]}
+    assert read_examples(rows_file(tmp_path / "earlier.jsonl", earlier))[0].responses == (
+        "Because.",
+    )
+    past = {"prompt": "Why?", "history": [USER, said | mark], "response": "So."}
+    assert read_examples(rows_file(tmp_path / "past.jsonl", past))[0].responses == ("So.",)
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "train", "check", "write_report", "load_recipe"])
+def test_an_error_of_the_system_is_a_sentence_from_python_too(verb):
+    with pytest.raises(UserError, match=r"File name too long\. Name a shorter one"):
+        getattr(pk, verb)(300 * "a")

@@ -13,10 +13,11 @@ docs/python.md. Names are imported when used, so that ``import promptkd`` answer
 """
 
 import importlib
+import inspect
 from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from promptkd.errors import UserError
+from promptkd.errors import UserError, in_a_sentence
 
 if TYPE_CHECKING:
     from promptkd import divergences, methods, objectives, rollouts, teachers
@@ -97,7 +98,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name in _HOMES:
         module, _, attribute = _HOMES[name].partition(":")
-        return getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
+        return in_a_sentence(found) if inspect.isfunction(found) else found
     if name in _MODULES:
         return importlib.import_module(f"promptkd.{name}")
     if name == "__version__":

@@ -1,6 +1,12 @@
 """The exceptions a user can cause, and the system's own errors in the same form. No torch."""
 
 import errno
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class UserError(Exception):
@@ -45,6 +51,8 @@ REMEDIES = {
     errno.ENOMEM: "Free some memory, or use smaller models or batches.",
     errno.ECONNREFUSED: "Start the server, or name another one.",
 } | dict.fromkeys(NO_SPACE, "Free some space and run the same command again.")
+WORDS_FOR_NO_SPACE = ("No space left", "Disk quota", "File too large", "PytorchStreamWriter")
+"""How torch and safetensors hand on what the system said, in errors of their own."""
 WORDS_FOR_NO_MEMORY = ("OutOfMemoryError", "MemoryError", "can't allocate memory")
 
 
@@ -59,10 +67,41 @@ def sentence_of(error: BaseException) -> str | None:
             "The memory is used up. Use a smaller optimization.micro_batch_tokens, "
             "gradient_checkpointing, or smaller models."
         )
-    if not isinstance(error, OSError):
-        return None
+    if not isinstance(error, OSError):  # torch hides the system's own
+        full = "No space left on a disk. Free some space and run the same command again."
+        return full if out_of_space(error) else None
     if error.errno is None or error.strerror is None:  # a library's own, with its own words
         return " ".join(str(error).split())
     place = f"{error.filename}: " if error.filename else ""
     remedy = REMEDIES.get(error.errno, "Name another place.")
     return f"{place}{error.strerror}. {remedy}"
+
+
+def out_of_space(error: BaseException) -> bool:
+    """Whether the disk was full, whichever error it came as: torch's hides the system's own."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno in NO_SPACE:
+            return True
+        if any(word in str(seen) for word in WORDS_FOR_NO_SPACE):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
+
+
+def in_a_sentence(verb: Callable[P, T]) -> Callable[P, T]:
+    """The same function, in which an error of the system is a ``UserError`` with its remedy."""
+
+    @functools.wraps(verb)
+    def told(*args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return verb(*args, **kwargs)
+        except UserError:
+            raise
+        except Exception as error:
+            sentence = sentence_of(error)
+            if sentence is None:
+                raise
+            raise UserError(sentence) from error
+
+    return told

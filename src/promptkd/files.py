@@ -10,10 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from promptkd.errors import NO_SPACE, UserError
-
-WORDS_FOR_NO_SPACE = ("No space left", "Disk quota", "File too large", "PytorchStreamWriter")
-"""How torch and safetensors hand on what the system said, in errors of their own."""
+from promptkd.errors import UserError, out_of_space
 
 
 def check_place(path: Path) -> None:
@@ -165,18 +162,6 @@ def recover_replaced(final: Path) -> None:
     old = final.parent / f".replaced-{final.name}"
     if old.exists() and not final.exists():
         old.rename(final)
-
-
-def out_of_space(error: BaseException) -> bool:
-    """Whether the disk was full, whichever error it came as: torch's hides the system's own."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, OSError) and seen.errno in NO_SPACE:
-            return True
-        if any(word in str(seen) for word in WORDS_FOR_NO_SPACE):
-            return True
-        seen = seen.__cause__ or seen.__context__
-    return False
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import typer
 
 from promptkd.errors import Stopped, UserError, sentence_of
-from promptkd.files import out_of_space, write_text
+from promptkd.files import write_text
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -83,8 +83,6 @@ def _run(given: Any, received: list[int]) -> None:
         _end(str(stopped), stopped.status)
     except Exception as error:
         sentence = sentence_of(error)
-        if sentence is None and out_of_space(error):  # torch hides the system's own error
-            sentence = "No space left on a disk. Free some space and run the same command again."
         if sentence is not None:
             _end(sentence, FAILED)
         _end(_defect(error), DEFECT)

@@ -32,8 +32,11 @@ SHAREGPT_ROLES = {
 }
 
 
-def as_turns(value: Any, where: str, unread: Counter[str]) -> list[Turn]:
+def as_turns(value: Any, where: str, unread: Counter[str], *, past: bool = False) -> list[Turn]:
     """Turns of ``{role, content}``, or ShareGPT's ``{from, value}``, as templates read them.
+
+    Args:
+        past: whether none of them is the reference, so that no mark says anything about learning.
 
     Raises:
         UserError: for anything else, with file and line.
@@ -45,7 +48,24 @@ def as_turns(value: Any, where: str, unread: Counter[str]) -> list[Turn]:
             raise UserError(f"{where}: the conversation is a text that isn't JSON.") from None
     if not isinstance(value, list) or not value:
         raise UserError(f"{where}: messages must be a list of {{role, content}} objects.")
-    return [_turn(item, where, unread) for item in value]
+    turns = [_turn(item, where, unread) for item in value]
+    if not past and turns[-1]["role"] == "assistant":
+        _refuse_marks(value[-1], where)
+    return turns
+
+
+def _refuse_marks(reference: dict[str, Any], where: str) -> None:
+    """A last assistant turn is learnt from whole, so what says otherwise isn't passed over."""
+    if reference.get("weight") == 0:
+        mark = "weight 0, which says that it isn't to be learnt"
+    elif reference.get("prefix"):
+        mark = "prefix true, which says that a response goes on from it"
+    else:
+        return
+    raise UserError(
+        f"{where}: the last assistant turn has {mark}; it would be learnt as the reference. Take "
+        "out the turn, or the mark."
+    )
 
 
 def history_turns(value: Any, where: str, unread: Counter[str]) -> list[Turn]:
@@ -55,7 +75,7 @@ def history_turns(value: Any, where: str, unread: Counter[str]) -> list[Turn]:
         UserError: for anything else, with file and line.
     """
     if isinstance(value, list) and value and isinstance(value[0], dict):
-        return as_turns(value, where, unread)
+        return as_turns(value, where, unread, past=True)
     pairs = value if isinstance(value, list) else [value]
     turns: list[Turn] = []
     for pair in pairs:
