@@ -352,11 +352,11 @@ def quote(asked: str, results: Path = ROOT / "results" / "study") -> str:
 
     Args:
         asked: ``STUDY, DATA, METHOD SCORE`` or ``STUDY, DATA, METHOD - BASELINE SCORE``, where
-            DATA is a data set or ``over_all``.
+            DATA is a data set, ``over_all`` or ``exposure_bias``.
     """
     study, data, what = (part.strip() for part in asked.split(","))
     record = json.loads((results / study / "study.json").read_text())
-    found = record["over_all"] if data == "over_all" else record["data"][data]
+    found = record[data] if data in ("over_all", "exposure_bias") else record["data"][data]
     who, _, score = what.rpartition(" ")
     first, minus, second = who.partition(" - ")
     if minus:

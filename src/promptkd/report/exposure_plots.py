@@ -1,7 +1,9 @@
 """The figures of exposure bias: what each one plots, and the sentence below it."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from promptkd.numbers import digits
@@ -16,6 +18,10 @@ def exposure_figures(runs: Sequence[Run], directory: Path) -> list[Figure]:
     """The excess in both versions, its gaps by token, and how many responses still run."""
     made = _exposure_in_training(runs, directory)
     measured = [(slot, run) for slot, run in enumerate(runs) if run.exposure_bias]
+    methods: dict[str, list[Run]] = {}
+    for _, run in measured:
+        methods.setdefault(run.method_of_study or run.label, []).append(run)
+    bands = "bands: all training seeds" if len(methods) < len(measured) else "bands: 95%"
     for name, title, pick, note in (
         (
             "exposure-bias-per-token",
@@ -30,21 +36,37 @@ def exposure_figures(runs: Sequence[Run], directory: Path) -> list[Figure]:
             "A response that has ended counts as no error, so short responses look better.",
         ),
     ):
-        series = [s for slot, run in measured if (s := _excess(run, slot, pick)) is not None]
+        series = [
+            _mean(label, slot, own)
+            for slot, (label, found) in enumerate(methods.items())
+            if (own := [s for run in found if (s := _excess(run, slot, pick))])
+        ]
         if series:
             said = "; ".join(f"{s.label} ends at {s.y[-1]:+.0f}%" for s in series)
             figure = lines(
                 directory,
                 name,
                 title,
-                f"{said.replace('-', '−')}. {note} Zero is no exposure bias; bands: 95%.",
+                f"{said.replace('-', '−')}. {note} Zero is no exposure bias; {bands}.",
                 series,
                 style=Curves(unit=EXCESS, x_label="response token", zero_line=True),
             )
             made.append(figure)
-    for slot, run in measured:
-        made += _gaps(run, slot, directory, several=len(measured) > 1)
+    if len(methods) == len(measured):  # not of every training seed
+        for slot, run in measured:
+            made += _gaps(run, slot, directory, several=len(measured) > 1)
     return made
+
+
+def _mean(label: str, slot: int, series: Sequence[Series]) -> Series:
+    """Of a method's training seeds, whose band they span; a single one has its own."""
+    if len(series) < 2:
+        return replace(series[0], label=label)
+    at = [dict(zip(own.x, own.y, strict=True)) for own in series]
+    x = [step for step in series[0].x if all(step in own for own in at)]
+    values = [[own[step] for own in at] for step in x]
+    low, high = [min(own) for own in values], [max(own) for own in values]
+    return Series(label, x, [fmean(own) for own in values], slot=slot, low=low, high=high)
 
 
 def _exposure_in_training(runs: Sequence[Run], directory: Path) -> list[Figure]:

@@ -214,9 +214,8 @@ def _sections(subject: Subject, sets: Sequence[DataSet], figures: Path) -> Itera
     runs = subject.runs
     judged, took = judge_table(runs), cost_table(runs)
     study = subject.study
-    scored = (
-        study.tables if study else [score_table(data, n) for n, data in enumerate(sets, start=1)]
-    )
+    scored = study.tables if study else [score_table(d, n) for n, d in enumerate(sets, start=1)]
+    biased = [table for table in scored if table.name == "exposure-bias"]
     yield PageSection(
         id="scores",
         title="Scores",
@@ -227,7 +226,7 @@ def _sections(subject: Subject, sets: Sequence[DataSet], figures: Path) -> Itera
             *plots.score_figures(runs, sets, figures),
             *plots.length_figures(runs, sets, figures),
         ),
-        tables=(*scored, *([judged] if judged else [])),
+        tables=(*(t for t in scored if t not in biased), *([judged] if judged else [])),
     )
     yield PageSection(
         id="training",
@@ -241,6 +240,7 @@ def _sections(subject: Subject, sets: Sequence[DataSet], figures: Path) -> Itera
         lead="Does the student err more after its own text than after the teacher's? Errors "
         "are KL(teacher ‖ student), summed from the first token of the response.",
         figures=tuple(exposure_figures(runs, figures)),
+        tables=tuple(biased),
     )
     yield PageSection(
         id="prompt",

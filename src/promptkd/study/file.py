@@ -7,9 +7,9 @@ All start from the base's student and have its teacher, and all are scored alike
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, field_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, field_validator, model_validator
 
 from promptkd.config import Recipe, known_metric
 from promptkd.errors import UserError
@@ -19,6 +19,7 @@ from promptkd.keys import Section, read_keys, refuse_another_kind, suggest, vali
 
 DECIDED = {"method": "methods", "seed": "seeds", "output": "output"}
 """Keys of a recipe that the study decides, and its own keys for them."""
+DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 OTHERS = ("start", "teacher")
 """Who stands in the table beside the methods."""
 TAKEN = (
@@ -37,6 +38,19 @@ def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
 Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1), AfterValidator(_distinct)]
 
 
+class ExposureSection(Section):
+    """Exposure bias of every run's student against the plain teacher, on requests of the suite."""
+
+    data: str = Field(description="a name in the suite")
+    num_examples: int = Field(default=64, ge=2, description="the first ones; at most what is there")
+    seeds: Seeds = Field(default=(10, 20, 30), description="of the sampling")
+    precision: Literal["auto", "bf16", "fp32"] = "fp32"
+
+    def allows(self, dtype: str) -> bool:
+        """Whether what was measured in this type answers it."""
+        return self.precision == "auto" or DTYPES[self.precision] == dtype
+
+
 class ScoringSection(Section):
     """On what everything is scored; template and decoding are the base's, limits unless given."""
 
@@ -47,6 +61,7 @@ class ScoringSection(Section):
     max_response_tokens: int | None = Field(default=None, ge=1, description="the base's without it")
     no_repeat_ngram_size: int = Field(default=0, ge=0, description="6: the authors' test script")
     metric: str | None = Field(default=None, description="the score that decides, as in a recipe")
+    exposure_bias: ExposureSection | None = Field(default=None, description="not measured without")
 
     @field_validator("suite", mode="before")
     @classmethod
@@ -59,6 +74,12 @@ class ScoringSection(Section):
     @classmethod
     def _known_metric(cls, value: str | None) -> str | None:
         return value if value is None else known_metric(value)
+
+    @model_validator(mode="after")
+    def _known_data(self) -> "ScoringSection":
+        if self.exposure_bias and (name := self.exposure_bias.data) not in self.suite:
+            raise ValueError(f"exposure_bias.data is '{name}'{suggest(name, list(self.suite))}")
+        return self
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from promptkd.config import SamplingSection
 from promptkd.data import date_of_run, reads
 from promptkd.errors import UserError
 from promptkd.evaluation.evaluate import answer
+from promptkd.evaluation.exposure_bias import exposure_bias
 from promptkd.evaluation.kept import kept_evaluation
 from promptkd.evaluation.protocol import Protocol, Questions
 from promptkd.evaluation.results import Evaluation, own_evaluations
@@ -23,6 +24,8 @@ from promptkd.methods import build_method
 from promptkd.models.loading import default_device, load_tokenizer
 from promptkd.models.vocabularies import same_tokenizer
 from promptkd.ranks import ALONE
+from promptkd.study.exposure import FILE as EXPOSURE_BIAS
+from promptkd.study.exposure import measured
 from promptkd.study.file import PlannedRun, Study, planned_runs
 from promptkd.study.stored import conclude, keep
 from promptkd.study.table import Failure
@@ -47,6 +50,11 @@ def run_study(study: Study) -> Path:
     runs, base, output = planned_runs(study), study.base_recipe, Path(study.output)
     methods = _checked_methods(runs)
     scorer = StudyScorer(study)
+    if study.evaluation.exposure_bias and not scorer.teacher:
+        raise UserError(
+            "'evaluation.exposure_bias': the base has no teacher with the student's tokenizer, to "
+            "whose text the student's own could be compared. Take it out."
+        )
     _rehearse(runs, methods)
     _write_recipes(runs)
     models = {"start": base.student.model}
@@ -63,6 +71,7 @@ def run_study(study: Study) -> Path:
         try:
             directory = train(run.recipe, methods[run.label]).path
             scorer.score(str(directory), directory / "evaluation", teacher=True)
+            _measure_exposure(study, directory)
             keep(study, directory, directory / "evaluation")
         except UserError as error:
             typer.echo(f"{run.name} failed, the study goes on: {error}", err=True)
@@ -75,6 +84,9 @@ def run_study(study: Study) -> Path:
 
 class StudyScorer:
     """Scores every model of a study under the same settings, each only once.
+
+    Attributes:
+        teacher: whom a KL is measured to; empty without one that has the student's tokenizer.
 
     Raises:
         UserError: if a data set can't be read, or a metric is unknown.
@@ -96,11 +108,11 @@ class StudyScorer:
             num_examples=asked.num_examples,
             metrics=asked.metrics,
         )
-        self._teacher = ""
+        self.teacher = ""
         if base.teacher:
             tokenizers = load_tokenizer(base.student.model), load_tokenizer(base.teacher_model())
             if same_tokenizer(*tokenizers):
-                self._teacher = base.teacher_model()
+                self.teacher = base.teacher_model()
 
     def score(self, model: str, directory: Path, *, teacher: bool) -> Scores:
         """Evaluate on every data set that ``directory`` has no scores of, and give all of them.
@@ -114,7 +126,7 @@ class StudyScorer:
         whole, protocol = self._questions, self._questions.protocol
         if (run := Path(model) / "recipe.yaml").is_file():
             protocol = replace(protocol, date=date_of_run(run.parent), run=model)
-        name = self._teacher if teacher else ""
+        name = self.teacher if teacher else ""
         questions = replace(whole, protocol=protocol, teacher=name)
         informed = all(reads(own, protocol.context) for own in whole.rows.values())
         by_teacher = informed and not teacher
@@ -161,6 +173,22 @@ class StudyScorer:
             ):
                 made[found.name] = found.also_scored_by(questions.metrics)
         return made
+
+
+def _measure_exposure(study: Study, run: Path) -> None:
+    """Exposure bias, if the study asks for it and it isn't known since the run's training."""
+    asked = study.evaluation.exposure_bias
+    if asked is None or (
+        measured(run, study) and _time(run / EXPOSURE_BIAS) >= _time(run / "summary.json")
+    ):
+        return
+    exposure_bias(
+        run,
+        study.evaluation.suite[asked.data],
+        num_examples=asked.num_examples,
+        seeds=asked.seeds,
+        precision=asked.precision,
+    )
 
 
 def _time(path: Path) -> int:
