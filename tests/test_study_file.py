@@ -71,6 +71,12 @@ def test_what_a_run_would_find_before_its_first_step_is_found_before_the_first_r
         ({"seed": 1}, "unknown key 'seed'; did you mean 'seeds'?"),
         ({"seeds": [1, 1]}, "'seeds' is [1, 1]: a seed stands there twice"),
         ({"seeds": []}, "'seeds' is []: "),
+        ({"seeds": [True]}, "'seeds.0' is True"),
+        ({"results": ""}, "'results' is ''"),
+        (
+            {"evaluation": {"suite": {"a": [""]}}},
+            "'evaluation.suite': 'a' is [''], which is no data",
+        ),
         (
             {"evaluation": {"suite": {"a": "a"}, "num_exampels": 3}},
             "unknown key 'evaluation.num_exampels'; did you mean 'num_examples'?",

@@ -42,7 +42,7 @@ def suite_of_mapping(raw: Any, what: str) -> dict[str, list[str]]:
     if not isinstance(raw, dict) or not raw:
         raise UserError(f"{what} holds no data sets. {form}")
     for name, sources in raw.items():
-        if not all(isinstance(source, str) for source in listed(sources)) or not sources:
+        if not sources or not all(isinstance(own, str) and own for own in listed(sources)):
             raise UserError(f"{what}: '{name}' is {sources!r}, which is no data. {form}")
         if "/" in str(name) or not str(name).isprintable():
             raise UserError(

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, NonNegativeInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from promptkd.config import Recipe, known_metric
 from promptkd.errors import UserError
 from promptkd.evaluation.metrics import is_text_metric
 from promptkd.evaluation.suites import PAPER_SEEDS, read_suite, suite_of_mapping
-from promptkd.keys import Section, read_keys, refuse_another_kind, suggest, validate
+from promptkd.keys import Name, Section, read_keys, refuse_another_kind, suggest, validate
 
 DECIDED = {"method": "methods", "seed": "seeds", "output": "output"}
 """Keys of a recipe that the study decides, and its own keys for them."""
@@ -35,7 +35,8 @@ def _distinct(values: tuple[int, ...]) -> tuple[int, ...]:
     return values
 
 
-Seeds = Annotated[tuple[NonNegativeInt, ...], Field(min_length=1), AfterValidator(_distinct)]
+Seed = Annotated[int, Field(ge=0, strict=True)]
+Seeds = Annotated[tuple[Seed, ...], Field(min_length=1), AfterValidator(_distinct)]
 
 
 class ExposureSection(Section):
@@ -96,8 +97,8 @@ class Study(Section):
     seeds: Seeds = Field(default=(0, 1, 2), description="training seeds")
     evaluation: ScoringSection
     baseline: str = Field(default="start", description="whom everything is compared with")
-    output: str
-    results: str | None = Field(
+    output: Name
+    results: Name | None = Field(
         default=None, description="keeps scores, responses, tables, no weights"
     )
 
