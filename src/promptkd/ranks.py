@@ -17,8 +17,9 @@ from torch.distributed.constants import default_pg_timeout
 
 from promptkd.errors import UserError
 
-ARRIVAL = 60.0
-"""Seconds that a process waits for the others of its launch."""
+ARRIVAL, LONGER = 60.0, 5.0
+"""Seconds that a process waits for the others of its launch, and what more the one waits by whose
+store the others know who is missing."""
 OF_A_LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What launchers tell every process in its environment."""
 
@@ -54,8 +55,7 @@ def _store_of_all(rank: int, number: int) -> TCPStore:
             wait_for_workers=False,
             multi_tenant=True,
         )
-        # the host gives up last: without its store nobody knows who is missing
-        missing = _missing(store, rank, number, seconds=ARRIVAL + 5 * is_host)
+        missing = _missing(store, rank, number, seconds=ARRIVAL + LONGER * is_host)
     except RuntimeError as error:
         if "EADDRINUSE" in str(error):
             raise UserError(

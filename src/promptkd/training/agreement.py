@@ -1,5 +1,6 @@
 """What all processes of a run must find alike, also on machines with files of their own."""
 
+import os
 import time
 from pathlib import Path
 
@@ -9,9 +10,6 @@ from promptkd.errors import UserError
 from promptkd.ranks import Ranks
 from promptkd.training.identity import Contents, differences, identity, other_contents
 from promptkd.training.lock import NAME
-
-SEEN_AFTER = 20.0
-"""Seconds until all machines see a file of one: NFS remembers for a while what wasn't there."""
 
 
 def agree_on_end(is_finished: bool, directory: Path, ranks: Ranks) -> None:
@@ -23,15 +21,18 @@ def agree_on_end(is_finished: bool, directory: Path, ranks: Ranks) -> None:
     _refuse_blind(is_finished, directory, ranks)
 
 
-def check_shared(directory: Path, ranks: Ranks) -> None:
+def check_shared(directory: Path, ranks: Ranks, patience: float) -> None:
     """All processes see the directory that rank 0 owns.
+
+    Args:
+        patience: seconds until they must. Networks remember for a while what wasn't there.
 
     Raises:
         UserError: naming those that don't, on every process.
     """
     lock = directory / NAME
     owner = ranks.gather([lock.read_text() if ranks.rank == 0 else ""])[0]
-    end = time.monotonic() + SEEN_AFTER
+    end = time.monotonic() + patience
     while not (sees := _holds(lock, owner)) and time.monotonic() < end:
         time.sleep(0.5)
     _refuse_blind(sees, directory, ranks)
@@ -49,8 +50,8 @@ def check_alike(recipe: Recipe, method: Method, contents: Contents, ranks: Ranks
         found = [*map(str, differences(asked, own_asked)), *other_contents(read, own_read)]
         if found:
             raise UserError(
-                f"Rank {rank} of {ranks.number} has not what rank 0 has ({', '.join(found)}): the "
-                "machines' files, or the commands given there, differ. Give all of them the same."
+                f"Rank {rank} of {ranks.number} doesn't have what rank 0 has ({', '.join(found)}): "
+                "the machines' files, or the commands given there, differ. Make them the same."
             )
 
 
@@ -68,6 +69,8 @@ def _refuse_blind(found: bool, directory: Path, ranks: Ranks) -> None:
 
 def _holds(path: Path, text: str) -> bool:
     try:
+        for place in (path.parent.parent, path.parent):
+            os.listdir(place)  # has NFS look again
         return path.read_text() == text
     except OSError:
         return False

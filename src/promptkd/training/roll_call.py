@@ -35,11 +35,12 @@ class RollCall:
 
     Attributes:
         phase: what this process does now, for messages.
+        patience: seconds without a sign of life until a process counts as lost.
     """
 
     def __init__(self, ranks: Ranks):
         self.phase = "loading"
-        self._ranks, self._patience = ranks, _patience()
+        self._ranks, self.patience = ranks, _patience()
         self._others = [rank for rank in range(ranks.number) if rank != ranks.rank]
         self._blamed: int | None = None
         self._is_done, self._last_words = False, ""
@@ -81,7 +82,7 @@ class RollCall:
     def _talk(self) -> None:
         shared: Any = dist.distributed_c10d._get_default_store()  # its stubs know no clone
         store = shared.clone()  # a connection of this thread's own
-        store.set_timeout(timedelta(seconds=self._patience))
+        store.set_timeout(timedelta(seconds=self.patience))
         number = 0
         while True:
             is_last, number = self._is_done, number + 1
@@ -119,7 +120,7 @@ class RollCall:
         while not self._is_done:
             time.sleep(1)
             now = time.monotonic()
-            if now - before > self._patience / 4:  # this process stood still itself
+            if now - before > self.patience / 4:  # this process stood still itself
                 self._answered, self._since = now, dict.fromkeys(self._others, now)
             before = now
             silent = self._silent(now)
@@ -127,10 +128,10 @@ class RollCall:
                 self._end(silent)
 
     def _silent(self, now: float) -> int | None:
-        if now - self._answered > self._patience:
+        if now - self._answered > self.patience:
             return 0  # which hosts the store
         for rank, sign in self._heard.items():
-            limit = float("inf") if sign.get("done") else self._patience
+            limit = float("inf") if sign.get("done") else self.patience
             if sign.get("last_words"):
                 limit = FOLLOWING
             if now - self._since[rank] > limit:

@@ -187,7 +187,7 @@ class Trainer:
 
     def _resume(self) -> None:
         directory, contents = self.directory, self.parts.contents()
-        check_shared(directory.path, self.ranks)
+        check_shared(directory.path, self.ranks, self.roll_call.patience)
         saved, complaints = directory.load_checkpoint()
         for complaint in complaints:
             self.journal.say(f"warning: {complaint}")
