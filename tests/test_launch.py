@@ -60,14 +60,25 @@ def test_a_task_of_slurms_knows_how_many_are_on_its_machine(of_nodes, on_each, t
     assert said.read_text().split() == ["9", "1", "16", on_each]
 
 
-def test_what_slurm_does_at_the_end_of_a_job_is_as_the_file_says():
-    """A job that saves must not be killed by its first process to end."""
-    text = (LAUNCH / "slurm.sbatch").read_text()
+@pytest.mark.parametrize(
+    ("status", "is_queued"), [(138, True), (0, False), (1, False), (137, False)]
+)
+def test_a_job_is_queued_again_after_its_signal_alone(status, is_queued, tmp_path):
+    """By the status of srun; no task may be killed because another one has ended, having saved."""
+    asked = tmp_path / "asked"
+    for name, ends in (("srun", status), ("scontrol", 0)):
+        made = tmp_path / name
+        made.write_text(f'#!/bin/sh\necho {name} "$@" >> {asked}\nexit {ends}\n')
+        made.chmod(0o755)
+    told = {"JOB_ID": "7", "JOB_NODELIST": "node[1-2]", "SUBMIT_DIR": str(LAUNCH.parents[1])}
+    environment = {f"SLURM_{name}": value for name, value in told.items()}
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    job = subprocess.run(["bash", LAUNCH / "slurm.sbatch", "recipe.yaml"], env=environment)
+    lines = asked.read_text().splitlines()
 
-    assert "--signal=USR1@300" in text
-    assert "--requeue" in text
-    assert "--kill-on-bad-exit=0" in text
-    assert "--open-mode=append" in text
+    assert job.returncode == status
+    assert ("scontrol requeue 7" in lines) == is_queued
+    assert f"srun --kill-on-bad-exit=0 sh {LAUNCH / 'rank.sh'} recipe.yaml" in lines
 
 
 def start_under_slurm(recipe: str, num_tasks: int, port: int) -> list[subprocess.Popen[str]]:
