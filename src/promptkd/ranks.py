@@ -12,7 +12,7 @@ import torch.distributed
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore  # pyright: ignore
 from torch.distributed.constants import default_pg_timeout
 
 from promptkd.errors import UserError
@@ -62,16 +62,21 @@ def _store_of_all(rank: int, number: int) -> TCPStore:
                 f"Port {port}, by which {number} processes were to meet, is taken on the machine "
                 "of rank 0. Give all of them another one (MASTER_PORT)."
             ) from None
-        missing = [0]
+        raise _absent([0], rank, number) from None
     if missing:
-        raise UserError(
-            f"Rank {', '.join(map(str, missing))} of {number} didn't come to {host}:{port} within "
-            f"{ARRIVAL:.0f} s of rank {rank}. What it said itself tells why. If it said nothing, "
-            "it wasn't started, or that name and port don't lead to the machine of rank 0. Then "
-            "start all processes again."
-        )
+        raise _absent(missing, rank, number)
     store.set_timeout(default_pg_timeout)
     return store
+
+
+def _absent(missing: list[int], rank: int, number: int) -> UserError:
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    return UserError(
+        f"Rank {', '.join(map(str, missing))} of {number} didn't come to {place} within "
+        f"{ARRIVAL:.0f} s of rank {rank}. What it said itself tells why. If it said nothing, it "
+        "wasn't started, or that name and port don't lead to the machine of rank 0. Then start "
+        "all processes again."
+    )
 
 
 def _missing(store: TCPStore, rank: int, number: int, seconds: float) -> list[int]:
