@@ -135,11 +135,15 @@ def train_on_ranks(
 
 
 def start_on_ranks(
-    arguments: Sequence[str], directory: Path, num_ranks: int, dies_at: Moment | None = None
+    arguments: Sequence[str],
+    directory: Path,
+    num_ranks: int,
+    dies_at: Moment | None = None,
+    others: Sequence[str] | None = None,
 ) -> list[Command]:
     """The same command on several processes that talk over gloo on the loopback device.
 
-    Rank 0 is the one that dies.
+    Rank 0 is the one that dies; ``others`` are the arguments of the other ranks, if they differ.
     """
     common = {
         "MASTER_ADDR": "127.0.0.1",
@@ -151,7 +155,7 @@ def start_on_ranks(
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
     return [
         Command(
-            arguments,
+            arguments if others is None or rank["RANK"] == "0" else others,
             directory / f"rank-{rank['RANK']}",
             common | rank,
             dies_at if rank["RANK"] == "0" else None,

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,8 @@ from torch.testing import assert_close
 
 import runs
 import tiny
+from promptkd import ranks
+from promptkd.errors import UserError
 from promptkd.files import write_json_lines
 
 MAX_STEPS = 3
@@ -217,6 +220,72 @@ def test_a_rank_that_stands_still_ends_the_others(pair, tmp_path, monkeypatch):
     assert re.search(
         r"Rank 1 of 2 stands still in (step|the checkpoint of step) \d", outcome.stderr
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "differs", "says"),
+    [
+        ("place", "output=elsewhere", "Rank 1 of 2 doesn't see .*/run of rank 0, from which"),
+        ("seed", "seed=5", r"Rank 1 of 2 doesn't have what rank 0 has \(recipe.seed 0 -> 5\)"),
+        ("rows", "data.train=fewer.jsonl", r"Rank 1 .*data.train.*, training requests"),
+    ],
+)
+def test_what_differs_on_a_machine_is_named_on_all(
+    pair, tmp_path, monkeypatch, name, differs, says
+):
+    """Paths that aren't shared, commands and files that aren't the same."""
+    monkeypatch.setenv("PROMPTKD_PATIENCE", "10")
+    tiny.write_data(tmp_path / "fewer.jsonl", 8)
+    path = runs.write_recipe(tmp_path, recipe(pair, METHODS["sft"], tmp_path / "run"))
+    key, _, value = differs.partition("=")
+    value = value if name == "seed" else str(tmp_path / value)
+    command = ["train", path]
+    started = runs.start_on_ranks(command, tmp_path / name, 2, others=[*command, f"{key}={value}"])
+    outcomes = [process.wait() for process in started]
+
+    assert [outcome.status for outcome in outcomes] == [1, 1]
+    for outcome in outcomes:
+        assert re.search(says, outcome.stderr), outcome.stderr
+    assert not (tmp_path / "run" / "environment.json").exists()
+
+
+def test_why_a_rank_ended_is_said_by_the_others(pair, tmp_path):
+    """Its machine has no such file; what it says itself stands in its own log alone."""
+    command = ["train", runs.write_recipe(tmp_path, recipe(pair, METHODS["sft"], tmp_path / "run"))]
+    others = [*command, f"data.train={tmp_path / 'nothing.jsonl'}"]
+    started = runs.start_on_ranks(command, tmp_path / "processes", 2, others=others)
+    outcomes = [process.wait() for process in started]
+
+    assert [outcome.status for outcome in outcomes] == [1, 1]
+    said = outcomes[1].stderr.strip().removeprefix("promptkd: ")
+    assert f"Rank 1 of 2 ended in loading and said: {said}" in outcomes[0].stderr
+
+
+def launch(monkeypatch, rank: int, port: int, seconds: float) -> None:
+    """This process as one of two, of which the other never comes."""
+    told = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    for name, value in told.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setattr(ranks, "ARRIVAL", seconds)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_never_comes_is_named(monkeypatch, rank):
+    launch(monkeypatch, rank, runs.free_port(), seconds=1.0)
+    monkeypatch.setattr(ranks, "LONGER", 0.0)
+
+    with pytest.raises(UserError, match=f"Rank {1 - rank} of 2 didn't come to 127.0.0.1:"):
+        ranks.meet()
+
+
+def test_a_port_that_is_taken_is_named(monkeypatch):
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        launch(monkeypatch, 0, taken.getsockname()[1], seconds=5.0)
+        with pytest.raises(UserError, match="is taken on the machine of rank 0"):
+            ranks.meet()
 
 
 def test_a_batch_smaller_than_the_number_of_ranks_is_refused(pair, tmp_path):

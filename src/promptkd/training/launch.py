@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from promptkd.data import Encoder
 from promptkd.errors import UserError
-from promptkd.ranks import Ranks
+from promptkd.ranks import Ranks, meet
 
 SHARDERS = {
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -69,7 +69,11 @@ def started(trackers: Sequence[str], place: Path) -> Accelerator:
     Args:
         trackers: accelerate's names.
         place: a directory for what they write.
+
+    Raises:
+        UserError: if other processes of the launch don't come.
     """
+    meet()
     return Accelerator(
         cpu=not torch.cuda.is_available(),
         log_with=list(trackers) or None,

@@ -13,6 +13,7 @@ from promptkd.config import Recipe
 from promptkd.errors import Stopped, UserError
 from promptkd.objects import has_objects
 from promptkd.ranks import Ranks
+from promptkd.training.agreement import agree_on_end, check_alike, check_shared
 from promptkd.training.forecast import Schedule
 from promptkd.training.identity import AS_IT_WAS, Resuming
 from promptkd.training.journal import Journal
@@ -58,6 +59,8 @@ class Trainer:
         self.stop = StopRequest()
         self.step_number = 0
         self.took: dict[str, float] = {}
+        with self.roll_call.held():
+            agree_on_end(self.directory.finished, self.directory.path, self.ranks)
         if self.directory.finished:
             if has_objects(recipe):  # whose names don't say what is in them
                 self.directory.refuse_others(contents(recipe, method, self.accelerator.device))
@@ -83,6 +86,7 @@ class Trainer:
         """
         if self.directory.finished:
             self.journal.say(f"{self.directory.path} is finished; nothing to do.")
+            self.roll_call.close()
             return
         with self.roll_call.held(), locked(self.directory.path) if self.is_main else nullcontext():
             with self.stop.listening():
@@ -96,7 +100,7 @@ class Trainer:
         if self.directory.finished:
             raise UserError(f"{self.directory.path} is finished. Name another output to check.")
         with self.roll_call.held():
-            return rehearse(
+            rehearsal = rehearse(
                 self.recipe,
                 self.parts,
                 self.ranks,
@@ -104,6 +108,8 @@ class Trainer:
                 self.take_step,
                 self.seconds_loading,
             )
+        self.roll_call.close()
+        return rehearsal
 
     def _train(self) -> None:
         max_steps, recipe = self.parts.max_steps, self.recipe
@@ -181,6 +187,7 @@ class Trainer:
 
     def _resume(self) -> None:
         directory, contents = self.directory, self.parts.contents()
+        check_shared(directory.path, self.ranks, self.roll_call.patience)
         saved, complaints = directory.load_checkpoint()
         for complaint in complaints:
             self.journal.say(f"warning: {complaint}")
@@ -188,6 +195,8 @@ class Trainer:
             self.state.load(saved)
             self.step_number = saved.step
             self.journal.say(f"resuming {directory.path} after step {saved.step}")
+        found = contents | {"newest checkpoint": f"step {self.step_number}"}
+        check_alike(self.recipe, self.method, found, self.ranks)
         for change in directory.changes:
             self.journal.say(f"from here on: {change}")
         self.accelerator.wait_for_everyone()
