@@ -7,7 +7,7 @@ import tiny
 from promptkd.divergences import reverse_kl
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
-from promptkd.kernels import attention, prepare
+from promptkd.kernels import attention, matmul, prepare
 from promptkd.models.language_model import PADDING, LanguageModel, proven, select_responses
 from promptkd.objectives import States, accumulate
 from test_attention import each_alone, module_of, randn
@@ -73,6 +73,21 @@ def test_a_step_of_promptkd_leaves_the_gradients_of_the_cpu(name):
         found.append([each.grad.to_dense().cpu() for each in learnt])
 
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weights_gradient_is_summed_in_fp32_in_one_product(dtype):
+    """10,000 rows of 12,000: of slices, each product would be rounded to ``dtype`` first."""
+    there = randn(12_000, 96, seed=1, dtype=torch.float32)
+    gradient, states = randn(500, 10_000, seed=2).to(dtype), randn(500, 96, seed=3).to(dtype)
+    sums = there.double()
+    sums[:10_000] += gradient.double().T @ states.double()
+    into = there.to(CARD)
+    assert matmul._sums_in_fp32(into) == (torch.version.hip is None)
+    matmul.add_outer(into[:10_000], gradient.to(CARD), states.to(CARD))
+
+    assert (into.double().cpu() - sums).norm() < 1e-5 * sums.norm()
+    assert torch.equal(into[10_000:].cpu(), there[10_000:])
 
 
 def test_greedy_text_is_the_cpus():

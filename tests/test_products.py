@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from promptkd.kernels.matmul import BLOCK, FEWEST_BLOCKS, GenerationMatmuls, linear
+from promptkd.kernels import matmul
+from promptkd.kernels.matmul import BLOCK, FEWEST_BLOCKS, GenerationMatmuls, add_outer, linear
 
 
 def randn(*shape, seed=0):
@@ -56,3 +57,51 @@ def test_weights_that_are_laid_out_anew_give_torchs_products(dtype, error, shape
 
 def given(layer):
     return layer.weight, layer.bias
+
+
+def outer(into_dtype, dtype):
+    """A gradient that is there, and what 7 tokens add to all of its rows but the last two."""
+    there, gradient, states = randn(12, 5).to(into_dtype), randn(7, 10, seed=1), randn(7, 5, seed=2)
+    gradient, states = gradient.to(dtype), states.to(dtype)
+    sums = there.double()
+    sums[:10] += gradient.double().T @ states.double()
+    return there, gradient, states, sums
+
+
+@pytest.mark.parametrize(
+    ("into", "dtype", "error"),
+    [
+        (torch.float32, torch.float32, 1e-6),
+        (torch.float32, torch.bfloat16, 2**-8),
+        (torch.bfloat16, torch.bfloat16, 2**-7),
+    ],
+)
+def test_a_weights_gradient_is_added_to_the_rows_that_are_compared(monkeypatch, into, dtype, error):
+    monkeypatch.setattr(matmul, "SLICE", 4)
+    there, gradient, states, sums = outer(into, dtype)
+    before = there[10:].clone()
+    add_outer(there[:10], gradient, states)
+    assert there.dtype == into
+    assert (there - sums).norm() < error * sums.norm()
+    assert torch.equal(there[10:], before)
+
+
+def test_on_a_card_it_is_one_product_summed_in_place(monkeypatch):
+    """What ``addmm`` is given: torch checks it without numbers, and float64 stands for the card."""
+    real, calls = torch.addmm, []
+
+    def addmm(input, mat1, mat2, *, out_dtype, out):
+        asked = [each.to("meta") for each in (input, mat1, mat2)]
+        assert real(*asked, out_dtype=out_dtype, out=asked[0]).shape == out.shape
+        assert out is input  # or it would be copied first
+        calls.append(out_dtype)
+        return out.copy_(input.double() + mat1.double() @ mat2.double())
+
+    monkeypatch.setattr(matmul, "_sums_in_fp32", lambda into: True)
+    monkeypatch.setattr(torch, "addmm", addmm)
+    there, gradient, states, sums = outer(torch.float32, torch.bfloat16)
+    before = there[10:].clone()
+    add_outer(there[:10], gradient, states)
+    torch.testing.assert_close(there.double(), sums, rtol=1e-6, atol=1e-6)
+    assert torch.equal(there[10:], before)
+    assert calls == [torch.float32]

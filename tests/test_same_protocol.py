@@ -181,7 +181,7 @@ def test_a_run_is_evaluated_with_the_engine_that_it_wrote_with(run):
     recipe = load_recipe(run / "recipe.yaml", ["sampling.engine=vllm"])
     assert Protocol.of(TrainedRun(run, recipe), {}).engine == "vllm"
     assert Protocol.of(TrainedRun(run, recipe), {"engine": "transformers"}).engine == "transformers"
-    assert Protocol.of(None, {}).engine == "transformers"
+    assert Protocol.of(None, {}).engine == "auto"
 
 
 def test_the_command_names_every_model(run, scored, tmp_path):

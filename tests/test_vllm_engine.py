@@ -308,7 +308,10 @@ def test_on_a_gpu_it_writes_by_cuda_graphs(started, monkeypatch):
 @pytest.mark.parametrize(
     ("sampling", "reason"),
     [
-        ({"vllm": {"seed": 1}}, "the engine is transformers: set engine: vllm"),
+        (
+            {"engine": "transformers", "vllm": {"seed": 1}},
+            "the engine is transformers: set engine: vllm",
+        ),
         ({"engine": "vllm", "vllm": {"dtype": "half"}}, "vllm.dtype is set by the run itself"),
         ({"engine": "vllm", "vllm": {"tensor_parallel_size": 2}}, "start one process per GPU"),
         ({"engine": "vllm", "vllm": {"gpu_memory_utilization": 1.5}}, "it lies between 0 and 1"),

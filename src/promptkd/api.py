@@ -40,7 +40,7 @@ def train(
     """
     trainer = _trainer(recipe, method, objects, Resuming(restart_from, allow_changes))
     trainer.run()
-    return TrainedRun(trainer.directory.path, trainer.recipe)
+    return TrainedRun(trainer.directory.path, trainer.directory.asked)
 
 
 def check(

@@ -10,7 +10,16 @@ from pydantic import TypeAdapter, ValidationError
 from promptkd.adapters import LoRA, Prefix
 from promptkd.keys import option_faults, refuse_look_alikes, suggest
 from promptkd.objectives import Objective
-from promptkd.rollouts import Mixture, OfflineTeacher, Reference, Source, Student
+from promptkd.replay import Repeated
+from promptkd.rollouts import (
+    Corpus,
+    Mixture,
+    OfflineTeacher,
+    Reference,
+    Source,
+    Student,
+    TeacherMixed,
+)
 from promptkd.teachers import (
     Adaptation,
     Frozen,
@@ -74,12 +83,23 @@ class Method:
         """Whether student and teacher are compared token by token, so need one token table."""
         return any(term.objective.needs_teacher for term in self.terms)
 
+    @property
+    def student_writes_alone(self) -> bool:
+        """Whether it learns from what the student writes without its teacher's help."""
+        others = Reference | OfflineTeacher | Corpus | TeacherMixed
+        return any(not isinstance(_first_source(term.rollouts), others) for term in self.terms)
+
     def is_recorded(self, record: str) -> bool:
         """Whether ``record`` is the repr of this composition, an earlier version's perhaps.
 
         What a part was given before it had an option does what that option's default does.
         """
         return re.fullmatch(_spelling(self), record) is not None
+
+
+def _first_source(source: Source) -> Source:
+    """Who writes what is repeated."""
+    return _first_source(source.source) if isinstance(source, Repeated) else source
 
 
 def _spelling(part: Any) -> str:

@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
+    BeforeValidator,
     ConfigDict,
     Field,
     TypeAdapter,
@@ -45,6 +47,14 @@ def known_metric(name: str) -> str:
     return name
 
 
+def one_or_many(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[Name, ...], BeforeValidator(one_or_many)]
+"""A list of them; one may stand alone."""
+TemplateOptions = Annotated[dict[str, Any], AfterValidator(refuse_reserved)]
+"""What a chat template is given, beside what it always is."""
 THE_STUDENT = "student"
 """As ``teacher.model``: the student itself."""
 
@@ -92,7 +102,7 @@ class TeacherSection(Section):
     template: Name | None = Field(
         default=None, description="the teacher's own, as data.template; not given: the student's"
     )
-    template_options: dict[str, Any] = Field(
+    template_options: TemplateOptions = Field(
         default={}, description="given to the teacher's chat template, over the student's"
     )
     max_request_tokens: int | None = Field(
@@ -107,11 +117,6 @@ class TeacherSection(Section):
     gradient_checkpointing: bool = Field(
         default=False, description="its activations are made again in the backward pass"
     )
-
-    @field_validator("template_options")
-    @classmethod
-    def _options_of_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return refuse_reserved(value)
 
     @model_validator(mode="after")
     def _only_the_student_moves(self) -> "TeacherSection":
@@ -156,12 +161,9 @@ class ColumnsSection(Section):
     history: str | None = Field(default=None, description="turns before the request")
     messages: str | None = Field(default=None, description="a whole conversation")
     tools: str | None = Field(default=None, description="tools that a conversation may call")
-    ignore: tuple[str, ...] = Field(default=(), description="columns that are not to be read")
-
-    @field_validator("ignore", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+    ignore: Annotated[tuple[str, ...], BeforeValidator(one_or_many)] = Field(
+        default=(), description="columns that are not to be read"
+    )
 
     @model_validator(mode="after")
     def _one_meaning_each(self) -> "ColumnsSection":
@@ -183,16 +185,14 @@ class LengthSchedule(Section):
 
 
 class DataSection(Section):
-    train: tuple[Name, ...] = Field(
-        min_length=1, description="path, glob or hub id, or a list of them"
-    )
-    validation: tuple[Name, ...] = Field(default=(), description="held-out data, same formats")
+    train: Names = Field(min_length=1, description="path, glob or hub id, or a list of them")
+    validation: Names = Field(default=(), description="held-out data, same formats")
     template: Name = Field(
         default="auto",
         description="auto | chat | alpaca | none | a Jinja file; auto: the tokenizer's chat "
         "template where it has one, else alpaca",
     )
-    template_options: dict[str, Any] = Field(
+    template_options: TemplateOptions = Field(
         default={}, description="given to the chat template (enable_thinking: false)"
     )
     columns: ColumnsSection = ColumnsSection()
@@ -221,23 +221,15 @@ class DataSection(Section):
         limits = self.max_response_tokens
         return limits if isinstance(limits, int) else max(limits.start, limits.end)
 
-    @field_validator("train", "validation", mode="before")
-    @classmethod
-    def _one_or_many(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
-
-    @field_validator("template_options")
-    @classmethod
-    def _options_of_the_template(cls, value: dict[str, Any]) -> dict[str, Any]:
-        return refuse_reserved(value)
-
 
 SMALLEST_TEMPERATURE = 1e-6
 """Below it, scores divided by the temperature leave the range of floats."""
 
 
 class SamplingSection(Section):
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Literal["auto", "transformers", "vllm"] = Field(
+        default="auto", description="auto: vLLM on a GPU where it is installed, else transformers"
+    )
     vllm: dict[str, Any] = Field(
         default={},
         description="options of vllm.LLM (gpu_memory_utilization, enable_sleep_mode, ...)",
@@ -287,18 +279,13 @@ class OptimizationSection(Section):
 
 class EvaluationSection(Section):
     every_steps: int = Field(default=44, ge=0, description="0 evaluates at the end only")
-    metric: str = Field(
+    metric: Annotated[str, AfterValidator(known_metric)] = Field(
         default="rouge_l", description="best by: " + " | ".join([*CRITERIA, "module:function"])
     )
     num_examples: int = Field(default=200, ge=1)
     exposure_bias_every_steps: int = Field(
         default=0, ge=0, description="R(l), E(l), ExAccErr(l) on the validation data; 0: never"
     )
-
-    @field_validator("metric")
-    @classmethod
-    def _known_metric(cls, value: str) -> str:
-        return known_metric(value)
 
 
 class CheckpointSection(Section):
@@ -353,7 +340,7 @@ class Recipe(Section):
     def _what_can_be_sharded(self) -> "Recipe":
         others = {
             "teacher.model: student": self.teacher and self.teacher.model == THE_STUDENT,
-            "sampling.engine: vllm": self.sampling.engine == "vllm",
+            "sampling.engine: vllm": self.sampling.engine == "vllm" and self.vllm_cannot_write,
             "attention: flash": self.attention == "flash",
             "a measured micro_batch_tokens": self.optimization.micro_batch_tokens is None,
             "teacher.quantization": self.teacher and self.teacher.quantization,
@@ -364,6 +351,11 @@ class Recipe(Section):
         if self.sharding == "none" and self.gathered_for == "step":
             raise ValueError("gathered_for: step needs sharding: fsdp; nothing is gathered")
         return self
+
+    @property
+    def vllm_cannot_write(self) -> bool:
+        """Whether ``sampling.engine: vllm`` is refused, so that ``auto`` is transformers."""
+        return self.sharding == "fsdp"
 
     def teacher_model(self, run: str | Path | None = None) -> str:
         """The name to load the teacher by, as it starts or as a finished ``run`` left it."""

@@ -34,7 +34,7 @@ def check(engine: str, options: dict[str, Any]) -> None:
     Raises:
         ValueError: naming the option.
     """
-    if options and engine != "vllm":
+    if options and engine == "transformers":
         raise ValueError(f"vllm has options, but the engine is {engine}: set engine: vllm")
     if ours := sorted(options.keys() & {*SET_BY_THE_RUN}):
         raise ValueError(f"vllm.{ours[0]} is set by the run itself: leave it out")

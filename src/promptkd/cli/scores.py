@@ -37,7 +37,7 @@ def evaluate(
     no_repeat_ngram_size: Annotated[
         int | None, typer.Option(min=0, help="6 as the authors' test script")
     ] = None,
-    engine: Annotated[str | None, typer.Option(help="transformers | vllm")] = None,
+    engine: Annotated[str | None, typer.Option(help="auto | transformers | vllm")] = None,
     teacher: Annotated[str | None, typer.Option(help="also measure KL(student || teacher)")] = None,
     metric: Annotated[list[str] | None, typer.Option(help="more scores: docs/metrics.md")] = None,
 ) -> None:
@@ -46,8 +46,8 @@ def evaluate(
     for name in ("model", "data", "suite", "with_", "metric"):
         del options[name]
     _check_sources(data, suite, like)
-    if engine not in (None, "transformers", "vllm"):
-        raise UserError(f"--engine is '{engine}'; known: transformers, vllm.")
+    if engine not in (None, "auto", "transformers", "vllm"):
+        raise UserError(f"--engine is '{engine}'; known: auto, transformers, vllm.")
     if metric:
         options["metrics"] = metric
     found = _evaluated(model, (with_ or "").split(","), _sources(data, suite), options)

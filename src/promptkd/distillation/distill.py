@@ -20,6 +20,7 @@ from promptkd.evaluation.named_models import run_of
 from promptkd.evaluation.records import Scores, ScoresByData, ScoresByModel
 from promptkd.files import check_place, read_json, whole_directory, write_json, write_text
 from promptkd.generation.response_cache import fingerprint
+from promptkd.generation.vllm_engine import expect_several
 from promptkd.given import GivenModel
 from promptkd.models.loading import load_model, load_tokenizer, save_model, text_config
 from promptkd.models.objects import given_model
@@ -121,6 +122,7 @@ def distill(
     Raises:
         UserError: for bad input, in one sentence.
     """
+    expect_several()
     models = {"teacher": teacher, "student": choices.get("student")}
     named = {who: given_model(m, tokenizer, who) for who, m in models.items() if m is not None}
     given = {who: name for who, name in named.items() if isinstance(name, GivenModel)}

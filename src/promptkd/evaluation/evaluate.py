@@ -22,7 +22,7 @@ from promptkd.evaluation.scorer import Scorer
 from promptkd.evaluation.size_and_speed import size_and_speed
 from promptkd.files import check_place
 from promptkd.generation.transformers_engine import Engine, TransformersEngine
-from promptkd.generation.vllm_engine import VLLMEngine
+from promptkd.generation.vllm_engine import VLLMEngine, expect_several
 from promptkd.given import is_lost, same
 from promptkd.models.language_model import LanguageModel
 from promptkd.models.loading import check_context, load_tokenizer, stop_ids
@@ -98,6 +98,7 @@ def evaluate_with(
     Raises:
         UserError: for a name that the run doesn't know, and as ``evaluate``.
     """
+    expect_several()
     own = run_of(run)
     models = named_models(own, others)
     questions = _questions(_run(own, None), data, like, _with_named_teacher(asked, None))

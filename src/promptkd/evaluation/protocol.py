@@ -33,6 +33,7 @@ from promptkd.evaluation.metrics import (
 from promptkd.evaluation.results import Evaluation, own_evaluations
 from promptkd.evaluation.suites import PAPER_SEEDS, distinct, suite_of_files
 from promptkd.generation.sampling import GenerationSettings
+from promptkd.generation.vllm_engine import lacking_here
 from promptkd.given import is_lost
 from promptkd.models.loading import digest_of_files, load_tokenizer
 from promptkd.models.vocabularies import same_tokenizer
@@ -58,7 +59,7 @@ class Asking(TypedDict, total=False):
             ``distinct_N``, ``NAME@K`` for pass@k, or ``module:function``.
         no_repeat_ngram_size: 6 reproduces the authors' test script; 0, the default, blocks nothing.
         precision: auto | bf16 | fp32.
-        engine: transformers | vllm.
+        engine: auto | transformers | vllm; auto: vLLM on a GPU where it is installed.
     """
 
     seeds: Sequence[int] | None
@@ -93,7 +94,7 @@ class Protocol:
     max_request_tokens: int = 256
     decoding: GenerationSettings = GenerationSettings(256)
     precision: str = "auto"
-    engine: str = "transformers"
+    engine: str = "auto"
     date: datetime.date | None = None
     teacher: TeacherSection | None = None
     teacher_model: str | None = None
@@ -192,6 +193,8 @@ class Questions:
         """
         seeds = distinct(PAPER_SEEDS if seeds is None else seeds)
         check_metrics(metrics, len(seeds))
+        if protocol.engine == "auto":
+            protocol = replace(protocol, engine="transformers" if lacking_here() else "vllm")
         suite = data if isinstance(data, Mapping) else suite_of_files(given_rows(data, "data"))
         sources = {str(name): given_rows(own, str(name)) for name, own in suite.items()}
         rows = {

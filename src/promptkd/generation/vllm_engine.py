@@ -6,13 +6,14 @@ vLLM is optional (docs/quickstart.md) and imported only when chosen. Its tokens 
 
 import copy
 import importlib
+import importlib.util
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed
@@ -35,6 +36,9 @@ NEAR = {torch.float32: 1e-2, torch.bfloat16: 0.5}
 class VLLMEngine:
     """A copy of the student inside vLLM.
 
+    Attributes:
+        alone: whether it is the only one that this process will have; see ``expect_several``.
+
     Args:
         model: the student, or another model.
         stop_ids: the tokens that end a response.
@@ -45,6 +49,8 @@ class VLLMEngine:
     Raises:
         UserError: if vLLM isn't installed, or doesn't know an option.
     """
+
+    alone: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -62,6 +68,7 @@ class VLLMEngine:
         self._proven = False
         self._sleeps, self._is_asleep = vllm_options.sleeps(dict(options)), False
         vllm = _import_vllm()
+        expect_several()
         self._parameters = vllm.SamplingParams
         with tempfile.TemporaryDirectory() as directory, _own_threads_back():
             config = copy.deepcopy(model.module.config)
@@ -73,7 +80,7 @@ class VLLMEngine:
             except (TypeError, ValueError) as error:  # unknown options, and senseless values
                 raise UserError(
                     f"sampling.vllm is {dict(options)}, which vLLM doesn't take: {error}. "
-                    "Leave out what it doesn't know."
+                    "Leave out what it doesn't know, or use sampling.engine=transformers."
                 ) from None
 
     def _set_by_the_run(self, max_tokens: int) -> dict[str, Any]:
@@ -178,6 +185,24 @@ class VLLMEngine:
             "reload_weights", kwargs={"weights_iterator": list(whole_weights(self._model))}
         )
         self._engine.reset_prefix_cache()
+
+
+def expect_several() -> None:
+    """More than one model writes in this process: from now on ``engine: auto`` is transformers.
+
+    An engine that was started keeps its share of the card until the process ends, though nobody
+    needs it any more (vLLM's issue 21073), and the next one finds less.
+    """
+    VLLMEngine.alone = False
+
+
+def lacking_here() -> str | None:
+    """Why ``engine: auto`` isn't vLLM in this process; None where it is."""
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    if not VLLMEngine.alone:
+        return "other models write in this process, and vLLM leaves them no room on the card"
+    return None if importlib.util.find_spec("vllm") else "vLLM is not installed"
 
 
 def whole_weights(model: LanguageModel) -> Iterator[tuple[str, torch.Tensor]]:

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from promptkd.errors import UserError
 from promptkd.kernels.attention import can_pack, packed_arguments
-from promptkd.kernels.matmul import linear
+from promptkd.kernels.matmul import add_outer, linear
 from promptkd.models import sharding
 
 PADDING = -1
@@ -75,12 +75,7 @@ class Head:
         weight, _ = self.matrix
         gradient, states = gradient.to(self.dtype), hidden.to(self.dtype)
         if self.weight.requires_grad:
-            into = _gradient_of(self.weight)[: self.vocabulary]
-            if into.dtype == self.dtype:
-                into.addmm_(gradient.T, states)
-            else:  # master weights: a product in bf16, summed in fp32 while it is in a cache
-                for rows, part in zip(into.split(4096), gradient.T.split(4096), strict=True):
-                    rows += part @ states
+            add_outer(_gradient_of(self.weight)[: self.vocabulary], gradient, states)
         return (gradient @ weight).to(hidden.dtype)
 
     @cached_property

@@ -11,7 +11,6 @@ import typer
 from promptkd.api import train
 from promptkd.bars import progress_bar
 from promptkd.composition import Method
-from promptkd.config import SamplingSection
 from promptkd.data import date_of_run, reads
 from promptkd.errors import UserError
 from promptkd.evaluation.evaluate import answer
@@ -20,6 +19,7 @@ from promptkd.evaluation.kept import kept_evaluation
 from promptkd.evaluation.protocol import Protocol, Questions
 from promptkd.evaluation.results import Evaluation, own_evaluations
 from promptkd.files import write_text
+from promptkd.generation.vllm_engine import expect_several
 from promptkd.methods import build_method
 from promptkd.models.loading import default_device, load_tokenizer
 from promptkd.models.vocabularies import same_tokenizer
@@ -47,6 +47,7 @@ def run_study(study: Study) -> Path:
             the end, when all is written, if runs failed.
     """
     _refuse_several_processes(study)
+    expect_several()
     runs, base, output = planned_runs(study), study.base_recipe, Path(study.output)
     methods = _checked_methods(runs)
     scorer = StudyScorer(study)
@@ -243,8 +244,8 @@ def _rehearse(runs: Sequence[PlannedRun], methods: Mapping[str, Method]) -> None
             left.setdefault(run.label, run)
     with progress_bar(left.items(), desc="checking methods", unit="method") as shown:
         for label, run in shown:
-            transformers = {**run.recipe.sampling.model_dump(), "engine": "transformers"}
-            sampling = SamplingSection(**transformers)  # another engine takes a minute
+            plain = {"engine": "transformers", "vllm": {}}  # another engine takes a minute
+            sampling = run.recipe.sampling.model_copy(update=plain)
             recipe = run.recipe.model_copy(update={"sampling": sampling})
             try:
                 set_up(recipe, methods[label], device, ALONE, lambda sentence: None)

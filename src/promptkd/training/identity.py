@@ -94,14 +94,20 @@ def changes(recorded: dict[str, Any], recipe: Recipe, method: Method) -> list[Ch
 
     The record may be an earlier version's: what it doesn't name is at today's default.
     """
-    own = identity(recipe, method)
-    before = _with_defaults(Recipe, recorded["recipe"])
+    own, there = identity(recipe, method), recorded["recipe"]
+    sampling = {**there.get("sampling", {}), "engine": recorded_engine(there)}
+    before = _with_defaults(Recipe, {**there, "sampling": sampling})
     before = {key: value for key, value in before.items() if key not in ELSEWHERE}
     found = differences(before, own["recipe"])
     named = any(change.key.startswith("method") for change in found)
     if not named and not method.is_recorded(recorded["method"]):
         found.append(Change(COMPOSITION, recorded["method"], own["method"]))
     return found
+
+
+def recorded_engine(recipe: dict[str, Any]) -> str:
+    """Who writes in the run of a recorded recipe; where that names nobody, there was no choice."""
+    return recipe.get("sampling", {}).get("engine", "transformers")
 
 
 def check(found: list[Change], resuming: Resuming, place: str) -> None:

@@ -13,6 +13,7 @@ from promptkd.models.loading import text_config
 from promptkd.numbers import duration
 from promptkd.rollouts import Corpus, OfflineTeacher, Reference
 from promptkd.teachers import FromTokens
+from promptkd.training.engine import against_vllm
 from promptkd.training.preflight import check_sharding
 from promptkd.training.sizing import (
     H100,
@@ -61,13 +62,15 @@ def plan_of(recipe: Recipe, method: Method, cluster: Cluster) -> Plan:
 def plan_for(
     recipe: Recipe, method: Method, pair: tuple[Shape, Shape | None], cluster: Cluster
 ) -> Plan:
-    """The same for given shapes of student and teacher."""
+    """The same for given shapes of student and teacher; on cards, with vLLM installed there."""
     student, teacher = pair
     section, options = recipe.teacher if teacher else None, recipe.sampling.vllm
     request, response = recipe.data.max_request_tokens, recipe.data.longest_response
     adapts = method.adaptation is not None
     front = method.teacher.length if isinstance(method.teacher, FromTokens) else 0
-    given = Reference | OfflineTeacher | Corpus
+    given, engine = Reference | OfflineTeacher | Corpus, recipe.sampling.engine
+    on_cards = cluster.device == "cuda" and against_vllm(recipe, method) is None
+    by_vllm = engine == "vllm" or (engine == "auto" and on_cards)
     return Plan(
         student=student,
         teacher=teacher,
@@ -79,7 +82,7 @@ def plan_for(
         adapts=adapts,
         together=recipe.optimization.teacher_step == "with_student",
         on_policy=any(not isinstance(term.rollouts, given) for term in method.terms),
-        vllm_share=vllm_options.share(options) if recipe.sampling.engine == "vllm" else None,
+        vllm_share=vllm_options.share(options) if by_vllm else None,
         vllm_sleeps=vllm_options.sleeps(options),
         lora=recipe.student.lora is not None,
         quantization=section.quantization if section else None,

@@ -27,6 +27,7 @@ from promptkd.given import of_object
 from promptkd.models.loading import adapter_base, save_model
 from promptkd.training import checkpoints, lock
 from promptkd.training.divergence import is_sane
+from promptkd.training.engine import with_engine
 from promptkd.training.identity import (
     AS_IT_WAS,
     Change,
@@ -49,6 +50,8 @@ class RunDirectory:
     """Where one recipe and method live.
 
     Attributes:
+        asked: the recipe, as recipe.yaml keeps it: another machine may choose otherwise.
+        recipe: with the engine that writes here in place of ``auto``, as the record keeps it.
         changes: what differs from the settings that are recorded there, and is allowed.
         notes: sentences on files that were found damaged.
 
@@ -58,22 +61,23 @@ class RunDirectory:
 
     def __init__(self, recipe: Recipe, method: Method, resuming: Resuming = AS_IT_WAS):
         self.path = Path(recipe.output)
-        self.recipe = recipe
+        self.asked = recipe
         self.method = method
         self.resuming = resuming
         self.metrics = JsonLines(self.path / "metrics.jsonl")
         self.samples = JsonLines(self.path / "samples.jsonl")
         self._record = self.path / "environment.json"
         self._checkpoints = self.path / "checkpoints"
-        self.changes = self._check_owner()
+        known = self._read_record()
+        self.recipe = with_engine(recipe, method, known["identity"] if known else None)
+        self.changes = self._check_owner(known)
         lock.refuse_if_held(self.path)
         self.notes: list[str] = []
         whole = read_json(self.path / "summary.json", self.notes) is not None
         self.restarts = resuming.restart_from is not None
         self.finished = whole and not self.changes and not self.restarts
 
-    def _check_owner(self) -> list[Change]:
-        known = self._read_record()
+    def _check_owner(self, known: dict[str, Any] | None) -> list[Change]:
         if known:
             found = changes(known["identity"], self.recipe, self.method)
             check(found, self.resuming, str(self.path))
@@ -129,7 +133,7 @@ class RunDirectory:
             if known | own != known:
                 write_json(self._record, known | own)
         recipe = self.path / "recipe.yaml"
-        whole = self.recipe.to_yaml().encode()
+        whole = self.asked.to_yaml().encode()
         if not recipe.is_file() or recipe.read_bytes() != whole:  # new, changed, or damaged
             write_bytes(recipe, whole)
 

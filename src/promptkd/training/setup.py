@@ -109,7 +109,7 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     preflight.check_sampling(method, recipe.sampling)
     requests = read_requests(recipe, method, say)
     about = describe(requests.encoder, compute_dtype(recipe.precision, device), device, ranks)
-    about["sharding"] = recipe.sharding
+    about |= {"sharding": recipe.sharding, "engine": recipe.sampling.engine}
     say(", ".join(f"{name} {value}" for name, value in about.items()))
     preflight.check_sharding(recipe, ranks.number)
     preflight.check_batch(recipe.optimization.global_batch_size, len(requests.data), ranks.number)

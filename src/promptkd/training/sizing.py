@@ -13,8 +13,8 @@ from typing import Any
 
 CONTEXT_BYTES = {"cuda": 0.7e9, "cpu": 0.0}
 """Of the device's own library."""
-LOSS_BYTES = {"cuda": 1.2e9, "cpu": 0.2e9}
-"""Logits of a chunk and temporaries of a tile, ``objectives.TILINGS``."""
+LOSS_BYTES = {"cuda": 2.0e9, "cpu": 0.2e9}
+"""Both models' logits of a chunk and temporaries of a tile, ``objectives.TILINGS``."""
 USABLE = 0.9
 """Of a card's memory; the allocator's fragments take the rest."""
 BITS = {None: 16.0, "8bit": 8.1, "4bit": 4.5}

@@ -45,9 +45,9 @@ class Trainer:
 
     def __init__(self, recipe: Recipe, method: Method, resuming: Resuming = AS_IT_WAS):
         refuse_unknown_launch()
-        self.recipe = recipe
         self.method = method
         self.directory = RunDirectory(recipe, method, resuming)
+        self.recipe = recipe = self.directory.recipe
         check_trackers(recipe.tracking)
         self.accelerator = started(recipe.tracking, self.directory.path / "tracking")
         self.ranks = Ranks(self.accelerator.process_index, self.accelerator.num_processes)
