@@ -112,9 +112,9 @@ def _caption(asked: ExposureSection, found: BySeed) -> str:
         "How much more the student errs after its own text than after the plain teacher's: "
         f"100 (R − E) / E, sums of KL(teacher ‖ student) up to a length, {asked.num_examples} "
         f"requests of {asked.data}, seeds {listed([str(seed) for seed in asked.seeds])}, "
-        f"{protocol['dtype']}; first per token, over the responses still running, then as the paper has it, where a response that "
-        "has ended counts as no error. 0 is no exposure bias. Means over training seeds ± their "
-        "standard deviation; square brackets: Student's 95% interval over training seeds (requests "
+        f"{protocol['dtype']}; first per token, over the responses still running, then as the "
+        "paper has it, where a response that has ended counts as no error. 0 is no exposure bias. "
+        "Means over training seeds ± their standard deviation; square brackets: Student's 95% interval over training seeds (requests "
         "and decoding seeds are the same for all)."
     )
 
