@@ -114,8 +114,8 @@ def _caption(asked: ExposureSection, found: BySeed) -> str:
         f"requests of {asked.data}, seeds {listed([str(seed) for seed in asked.seeds])}, "
         f"{protocol['dtype']}; first per token, over the responses still running, then as the "
         "paper has it, where a response that has ended counts as no error. 0 is no exposure bias. "
-        "Means over training seeds ± their standard deviation; square brackets: Student's 95% interval over training seeds (requests "
-        "and decoding seeds are the same for all)."
+        "Means over training seeds ± their standard deviation; square brackets: Student's 95% "
+        "interval over training seeds (requests and decoding seeds are the same for all)."
     )
 
 
