@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -152,3 +153,7 @@ def test_a_last_turn_marked_as_no_reference_is_refused(tmp_path, mark, reason):
 def test_an_error_of_the_system_is_a_sentence_from_python_too(verb):
     with pytest.raises(UserError, match=r"File name too long\. Name a shorter one"):
         getattr(pk, verb)(300 * "a")
+
+
+def test_a_verb_can_be_sent_to_another_process():
+    assert pickle.loads(pickle.dumps(pk.train)) is pk.train

@@ -99,7 +99,11 @@ def __getattr__(name: str) -> Any:
     if name in _HOMES:
         module, _, attribute = _HOMES[name].partition(":")
         found = getattr(importlib.import_module(module), attribute)
-        return in_a_sentence(found) if inspect.isfunction(found) else found
+        if inspect.isfunction(found):
+            found = in_a_sentence(found)
+            found.__module__, found.__qualname__ = __name__, name  # by which pickle finds it
+            globals()[name] = found
+        return found
     if name in _MODULES:
         return importlib.import_module(f"promptkd.{name}")
     if name == "__version__":

@@ -3,13 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
-from typing import Any
 
 from promptkd.numbers import digits
 from promptkd.report.data import Row, Run
 from promptkd.report.figures import Curves, Figure, Series, lines
-from promptkd.report.plots import change
+from promptkd.report.plots import change, runs_of_methods, series_of
 
 EXCESS = "percent above the error on the teacher's text"
 
@@ -18,10 +16,8 @@ def exposure_figures(runs: Sequence[Run], directory: Path) -> list[Figure]:
     """The excess in both versions, its gaps by token, and how many responses still run."""
     made = _exposure_in_training(runs, directory)
     measured = [(slot, run) for slot, run in enumerate(runs) if run.exposure_bias]
-    methods: dict[str, list[Run]] = {}
-    for _, run in measured:
-        methods.setdefault(run.method_of_study or run.label, []).append(run)
-    bands = "bands: all training seeds" if len(methods) < len(measured) else "bands: 95%"
+    of_methods = len(runs_of_methods(runs)) < len(runs)
+    bands = "all training seeds" if of_methods else "95%"
     for name, title, pick, note in (
         (
             "exposure-bias-per-token",
@@ -36,48 +32,34 @@ def exposure_figures(runs: Sequence[Run], directory: Path) -> list[Figure]:
             "A response that has ended counts as no error, so short responses look better.",
         ),
     ):
-        series = [
-            _mean(label, slot, own)
-            for slot, (label, found) in enumerate(methods.items())
-            if (own := [s for run in found if (s := _excess(run, slot, pick))])
-        ]
+        series = _excess(runs, pick)
         if series:
             said = "; ".join(f"{s.label} ends at {s.y[-1]:+.0f}%" for s in series)
             figure = lines(
                 directory,
                 name,
                 title,
-                f"{said.replace('-', '−')}. {note} Zero is no exposure bias; {bands}.",
+                f"{said.replace('-', '−')}. {note} Zero is no exposure bias; bands: {bands}.",
                 series,
                 style=Curves(unit=EXCESS, x_label="response token", zero_line=True),
             )
             made.append(figure)
-    if len(methods) == len(measured):  # not of every training seed
+    if not of_methods:
         for slot, run in measured:
             made += _gaps(run, slot, directory, several=len(measured) > 1)
     return made
 
 
-def _mean(label: str, slot: int, series: Sequence[Series]) -> Series:
-    """Of a method's training seeds, whose band they span; a single one has its own."""
-    if len(series) < 2:
-        return replace(series[0], label=label)
-    at = [dict(zip(own.x, own.y, strict=True)) for own in series]
-    x = [step for step in series[0].x if all(step in own for own in at)]
-    values = [[own[step] for own in at] for step in x]
-    low, high = [min(own) for own in values], [max(own) for own in values]
-    return Series(label, x, [fmean(own) for own in values], slot=slot, low=low, high=high)
-
-
 def _exposure_in_training(runs: Sequence[Run], directory: Path) -> list[Figure]:
     """The paper's Figure 3(b): the excess of whole responses while the student learns."""
-    series = []
-    for slot, run in enumerate(runs):
-        points = [(row["step"], row["exposure_bias"]["excess"][-1]) for row in run.exposures]
-        known = [(step, excess) for step, excess in points if excess is not None]
-        if known:
-            x, y = zip(*known, strict=True)
-            series.append(Series(label=run.label, x=x, y=y, slot=slot))
+    series = series_of(
+        runs,
+        lambda run: [
+            (row["step"], excess)
+            for row in run.exposures
+            if (excess := row["exposure_bias"]["excess"][-1]) is not None
+        ],
+    )
     if not series:
         return []
     figure = lines(
@@ -92,35 +74,30 @@ def _exposure_in_training(runs: Sequence[Run], directory: Path) -> list[Figure]:
     return [figure]
 
 
-def _excess(run: Run, slot: int, pick: Callable[[Any], Any]) -> Series | None:
-    curve = pick(run.exposure_bias)
-    if not curve:
-        return None
-    bands = (curve.get("intervals") or {}).get("excess") or {}
-    none = [None] * len(curve["steps"])
-    rows = [
-        row
-        for row in zip(
-            curve["steps"],
-            curve["excess"],
-            bands.get("low", none),
-            bands.get("high", none),
-            strict=True,
-        )
-        if row[1] is not None
+def _excess(runs: Sequence[Run], pick: Callable[[Row], Row | None]) -> list[Series]:
+    """The excess by length; a run that stands alone has a band over requests."""
+
+    def points(run: Run) -> list[tuple[float, float]]:
+        curve = pick(run.exposure_bias or {}) or {}
+        known = zip(curve.get("steps", ()), curve.get("excess", ()), strict=True)
+        return [(step, excess) for step, excess in known if excess is not None]
+
+    alone = {label: own[0] for label, own in runs_of_methods(runs).items() if len(own) == 1}
+    return [
+        _with_band(one, pick(alone[one.label].exposure_bias or {}) or {})
+        if one.label in alone
+        else one
+        for one in series_of(runs, points)
     ]
-    if not rows:
-        return None
-    x, y, low, high = (list(column) for column in zip(*rows, strict=True))
-    banded = None not in low and None not in high
-    return Series(
-        label=run.label,
-        x=x,
-        y=y,
-        slot=slot,
-        low=low if banded else None,
-        high=high if banded else None,
-    )
+
+
+def _with_band(one: Series, curve: Row) -> Series:
+    bands = (curve.get("intervals") or {}).get("excess")
+    if not bands:
+        return one
+    ends = dict(zip(curve["steps"], zip(bands["low"], bands["high"], strict=True), strict=True))
+    low, high = zip(*(ends[step] for step in one.x), strict=True)
+    return one if None in (*low, *high) else replace(one, low=low, high=high)
 
 
 def _gaps(run: Run, slot: int, directory: Path, several: bool) -> list[Figure]:

@@ -26,7 +26,7 @@ from promptkd.report.places import Subject
 from promptkd.report.prompt import PromptFindings, prompt_findings
 from promptkd.report.responses import embedded, response_sets
 from promptkd.report.savings import savings
-from promptkd.report.study import StudyOutline, difference_figures
+from promptkd.report.study import EXPOSURE_BIAS, StudyOutline, difference_figures
 from promptkd.report.tables import (
     cost_table,
     judge_table,
@@ -215,7 +215,7 @@ def _sections(subject: Subject, sets: Sequence[DataSet], figures: Path) -> Itera
     judged, took = judge_table(runs), cost_table(runs)
     study = subject.study
     scored = study.tables if study else [score_table(d, n) for n, d in enumerate(sets, start=1)]
-    biased = [table for table in scored if table.name == "exposure-bias"]
+    biased = [table for table in scored if table.name == EXPOSURE_BIAS]
     yield PageSection(
         id="scores",
         title="Scores",

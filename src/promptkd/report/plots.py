@@ -76,7 +76,7 @@ def training_figures(runs: Sequence[Run], directory: Path) -> list[Figure]:
     """Validation curves first, because they are what the run was for; then the steps'."""
     made = []
     for key, title, unit, note in VALIDATION_CURVES:
-        series = _series(runs, partial(_validation_points, key=key), mark=True)
+        series = series_of(runs, partial(_validation_points, key=key), mark=True)
         if series:
             said = _kept_change(series) if series[0].marked else change(series)
             message = f"{said} {note}{_band(series)}"
@@ -199,7 +199,7 @@ def _step_figures(
     made = []
     for key, title, unit, note in curves:
         points = partial(_step_points, key=key)
-        series = _series(runs, points, first_slot=first_slot)
+        series = series_of(runs, points, first_slot=first_slot)
         if series:
             figure = lines(
                 directory,
@@ -232,7 +232,7 @@ def _slot(runs: Sequence[Run], model: Model) -> int:
     return OTHERS_SLOT[model.role]
 
 
-def _series(
+def series_of(
     runs: Sequence[Run],
     points: Callable[[Run], list[tuple[float, float]]],
     mark: bool = False,

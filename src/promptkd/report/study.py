@@ -14,6 +14,9 @@ from promptkd.report.data import Row
 from promptkd.report.figures import Figure, intervals
 from promptkd.report.tables import safe_name
 
+EXPOSURE_BIAS = "exposure-bias"
+"""The name of a study's table that stands in a section of its own."""
+
 
 @dataclass(frozen=True)
 class StudyScores:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,6 +12,7 @@ from promptkd.files import read_json
 from promptkd.numbers import plain, signed
 from promptkd.report.cells import Cell, Table
 from promptkd.report.comparisons import listed
+from promptkd.report.study import EXPOSURE_BIAS
 from promptkd.study.file import ExposureSection, Study
 
 FILE = "exposure_bias.json"
@@ -36,74 +38,98 @@ def measured(directory: Path, study: Study) -> dict[str, Any] | None:
     return found if wanted.items() <= found.items() and asked.allows(found["dtype"]) else None
 
 
-def exposure_record(study: Study) -> dict[str, Any] | None:
-    """Every method's excess errors at the last length, and the differences to the baseline.
+@dataclass(frozen=True)
+class Exposures:
+    """What was measured of a study's methods, and in which settings.
 
-    Both versions: ``excess_per_token``, in which lengths don't matter, and ``excess``, the paper's.
-    A mean's interval is Student's over training seeds (one has none); requests and decoding seeds
-    are the same for all. None if nothing is measured.
+    Attributes:
+        last: the last length that all have, of either version: ``excess_per_token``, in which
+            lengths don't matter, and ``excess``, the paper's.
     """
-    methods = _by_method(study)
-    if not methods:
-        return None
-    last = _last(methods)
-    values = {
-        label: {
-            name: {s: _excess(own, name, last[name]) for s, own in found.items()} for name in last
+
+    asked: ExposureSection
+    baseline: str
+    methods: Mapping[str, BySeed]
+    last: Mapping[str, int]
+
+    @classmethod
+    def of(cls, study: Study) -> "Exposures | None":
+        """Read what is there; None if nothing is."""
+        asked, methods = study.evaluation.exposure_bias, _by_method(study)
+        if asked is None or not methods:
+            return None
+        return cls(asked, study.baseline, methods, _last(methods))
+
+    def by_seed(self, label: str, name: str) -> dict[int, float]:
+        """A method's excess at the last length, in percent."""
+        return {s: _excess(own, name, self.last[name]) for s, own in self.methods[label].items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every method's excess at the last length, and the differences to the baseline.
+
+        A mean's interval is Student's over training seeds (one has none); requests and decoding
+        seeds are the same for all.
+        """
+        compared = [label for label in self.methods if label != self.baseline]
+        return {
+            "lengths": dict(self.last),
+            "models": [
+                {
+                    "label": label,
+                    "training_seeds": list(found),
+                    "scores": {
+                        name: _described(list(self.by_seed(label, name).values()))
+                        for name in self.last
+                    },
+                }
+                for label, found in self.methods.items()
+            ],
+            "differences": [
+                {"first": label, "second": self.baseline, "score": name} | difference
+                for label in compared
+                for name in self.last
+                if (difference := self.difference(label, name))
+            ],
         }
-        for label, found in methods.items()
-    }
-    return {
-        "lengths": last,
-        "models": [
-            {
-                "label": label,
-                "training_seeds": list(methods[label]),
-                "scores": {name: _described(list(by.values())) for name, by in own.items()},
-            }
-            for label, own in values.items()
-        ],
-        "differences": [
-            {"first": label, "second": study.baseline, "score": name} | difference
-            for label, own in values.items()
-            for name, by in own.items()
-            if label != study.baseline and study.baseline in values
-            if (difference := _difference(by, values[study.baseline][name]))
-        ],
-    }
 
+    def difference(self, label: str, name: str) -> dict[str, Any] | None:
+        """To the baseline, paired by training seed; None with fewer than two."""
+        if self.baseline not in self.methods:
+            return None
+        own, other = self.by_seed(label, name), self.by_seed(self.baseline, name)
+        paired = [own[seed] - other[seed] for seed in own if seed in other]
+        if len(paired) < 2:
+            return None
+        found = _estimate(paired)
+        low, high = found.interval_95
+        return {"difference": found.value, "low": low, "high": high, "p_value": found.p_value}
 
-def exposure_table(study: Study) -> Table | None:
-    """The excess at a few lengths, and at the last against the baseline."""
-    record, asked = exposure_record(study), study.evaluation.exposure_bias
-    if record is None or asked is None:
-        return None
-    methods, last = _by_method(study), record["lengths"]
-    lengths = [length for length in LENGTHS if length < last["excess_per_token"]]
-    rows = []
-    for model in record["models"]:
-        label, found = model["label"], methods[model["label"]]
-        cells = [Cell(label), Cell(str(len(found)))]
-        for length in lengths:
-            at = [_excess(own, "excess_per_token", length) for own in found.values()]
-            cells.append(_cell(_described(at)))
-        for name in last:
-            cells += [_cell(model["scores"][name]), _gain(record, label, name)]
-        cells.append(Cell(_lengths(found)))
-        rows.append(tuple(cells))
-    ends, whole = last["excess_per_token"], last["excess"]
-    return Table(
-        name="exposure-bias",
-        title="Exposure bias",
-        caption=_caption(asked, next(iter(methods.values()))),
-        headings=(
-            *("Model", "Seeds", *(f"{length} tokens, %" for length in lengths)),
-            *(f"{ends} tokens, %", f"{ends} tokens, % − {study.baseline}"),
-            *(f"paper's, {whole} tokens, %", f"paper's, % − {study.baseline}"),
-            "Length: own / teacher's",
-        ),
-        rows=tuple(rows),
-    )
+    def table(self) -> Table:
+        """The excess at a few lengths, and at the last against the baseline."""
+        ends, whole = self.last["excess_per_token"], self.last["excess"]
+        lengths = [length for length in LENGTHS if length < ends]
+        rows = []
+        for label, found in self.methods.items():
+            cells = [Cell(label), Cell(str(len(found)))]
+            for length in lengths:
+                at = [_excess(own, "excess_per_token", length) for own in found.values()]
+                cells.append(_cell(at))
+            for name in self.last:
+                gain = None if label == self.baseline else self.difference(label, name)
+                cells += [_cell(list(self.by_seed(label, name).values())), _gain(gain)]
+            rows.append((*cells, Cell(_lengths(found))))
+        return Table(
+            name=EXPOSURE_BIAS,
+            title="Exposure bias",
+            caption=_caption(self.asked, next(iter(self.methods.values()))),
+            headings=(
+                *("Model", "Seeds", *(f"{length} tokens, %" for length in lengths)),
+                *(f"{ends} tokens, %", f"{ends} tokens, % − {self.baseline}"),
+                *(f"paper's, {whole} tokens, %", f"paper's, % − {self.baseline}"),
+                "Length: own / teacher's",
+            ),
+            rows=tuple(rows),
+        )
 
 
 def _caption(asked: ExposureSection, found: BySeed) -> str:
@@ -168,27 +194,20 @@ def _estimate(values: Sequence[float]) -> Estimate:
     )
 
 
-def _difference(own: Mapping[int, float], other: Mapping[int, float]) -> dict[str, Any] | None:
-    """Paired by training seed; None with fewer than two."""
-    seeds = [seed for seed in own if seed in other]
-    if len(seeds) < 2:
-        return None
-    found = _estimate([own[seed] - other[seed] for seed in seeds])
-    low, high = found.interval_95
-    return {"difference": found.value, "low": low, "high": high, "p_value": found.p_value}
-
-
-def _cell(described: Mapping[str, Any]) -> Cell:
+def _cell(values: Sequence[float]) -> Cell:
+    if any(map(math.isnan, values)):
+        return Cell("–")
+    described = _described(values)
     spread, interval = described["deviation_over_seeds"], described["interval_95"]
     text = signed(described["mean"]) + ("" if spread is None else f" ± {spread:.1f}")
     return Cell(text, "" if interval is None else _bracketed(*interval))
 
 
-def _gain(record: Mapping[str, Any], label: str, name: str) -> Cell:
-    for row in record["differences"]:
-        if (row["first"], row["score"]) == (label, name):
-            return Cell(signed(row["difference"]), _bracketed(row["low"], row["high"]))
-    return Cell("–")
+def _gain(difference: Mapping[str, Any] | None) -> Cell:
+    if difference is None:
+        return Cell("–")
+    low, high = difference["low"], difference["high"]
+    return Cell(signed(difference["difference"]), _bracketed(low, high))
 
 
 def _bracketed(low: float, high: float) -> str:

@@ -26,7 +26,7 @@ from promptkd.report.cost import cost_of_steps
 from promptkd.report.data import read_lines
 from promptkd.report.report import report
 from promptkd.study.exposure import FILE as EXPOSURE_BIAS
-from promptkd.study.exposure import exposure_record, exposure_table, measured
+from promptkd.study.exposure import Exposures, measured
 from promptkd.study.file import Study
 from promptkd.study.findings import Findings, Line
 from promptkd.study.power import power_report
@@ -176,8 +176,8 @@ def _write_tables(study: Study, lines: Sequence[Line], failed: Sequence[Failure]
     shown = [*([over_all] if over_all else []), *findings.values()]
     tables = [study_table(found, len(study.seeds), failed) for found in shown]
     said, first = [statement(found) for found in shown], methods_table(shown[0])
-    if exposure := exposure_table(study):
-        tables, said = [*tables, exposure], [*said, ""]
+    if exposures := Exposures.of(study):
+        tables, said = [*tables, exposures.table()], [*said, ""]
     record = {
         "study": study.model_dump(mode="json"),
         "statements": said,
@@ -185,7 +185,7 @@ def _write_tables(study: Study, lines: Sequence[Line], failed: Sequence[Failure]
         "tables": [asdict(table) for table in tables],
         "over_all": over_all.to_dict() if over_all else None,
         "data": {name: found.to_dict() for name, found in findings.items()},
-        "exposure_bias": exposure_record(study),
+        "exposure_bias": exposures.to_dict() if exposures else None,
         "failed": [asdict(failure) for failure in failed],
     }
     markdown = [

@@ -12,13 +12,21 @@ from promptkd.training.identity import Contents, differences, identity, other_co
 from promptkd.training.lock import NAME
 
 
-def agree_on_end(is_finished: bool, directory: Path, ranks: Ranks) -> None:
-    """All processes find the run finished, or none does.
+def check_seen_alike(found: bool, directory: Path, ranks: Ranks) -> None:
+    """All processes found something in the directory of rank 0, or none did.
 
     Raises:
-        UserError: naming those that see another directory than rank 0, on every process.
+        UserError: naming those that found otherwise than rank 0, on every process.
     """
-    _refuse_blind(is_finished, directory, ranks)
+    everybody = ranks.gather([(found, str(directory))])
+    of_first, place = everybody[0]
+    blind = [rank for rank, (own, _) in enumerate(everybody) if own is not of_first]
+    if blind:
+        raise UserError(
+            f"Rank {', '.join(map(str, blind))} of {ranks.number} doesn't see {place} of rank 0, "
+            "from which all processes read checkpoints: machines have directories of their own "
+            "there, or were given different paths. Name one that they share, by its whole path."
+        )
 
 
 def check_shared(directory: Path, ranks: Ranks, patience: float) -> None:
@@ -35,7 +43,7 @@ def check_shared(directory: Path, ranks: Ranks, patience: float) -> None:
     end = time.monotonic() + patience
     while not (sees := _holds(lock, owner)) and time.monotonic() < end:
         time.sleep(0.5)
-    _refuse_blind(sees, directory, ranks)
+    check_seen_alike(sees, directory, ranks)
 
 
 def check_alike(recipe: Recipe, method: Method, contents: Contents, ranks: Ranks) -> None:
@@ -53,18 +61,6 @@ def check_alike(recipe: Recipe, method: Method, contents: Contents, ranks: Ranks
                 f"Rank {rank} of {ranks.number} doesn't have what rank 0 has ({', '.join(found)}): "
                 "the machines' files, or the commands given there, differ. Make them the same."
             )
-
-
-def _refuse_blind(found: bool, directory: Path, ranks: Ranks) -> None:
-    everybody = ranks.gather([(found, str(directory))])
-    of_first, place = everybody[0]
-    blind = [rank for rank, (own, _) in enumerate(everybody) if own is not of_first]
-    if blind:
-        raise UserError(
-            f"Rank {', '.join(map(str, blind))} of {ranks.number} doesn't see {place} of rank 0, "
-            "from which all processes read checkpoints: machines have directories of their own "
-            "there, or were given different paths. Name one that they share, by its whole path."
-        )
 
 
 def _holds(path: Path, text: str) -> bool:

@@ -13,7 +13,7 @@ from promptkd.config import Recipe
 from promptkd.errors import Stopped, UserError
 from promptkd.objects import has_objects
 from promptkd.ranks import Ranks
-from promptkd.training.agreement import agree_on_end, check_alike, check_shared
+from promptkd.training.agreement import check_alike, check_seen_alike, check_shared
 from promptkd.training.forecast import Schedule
 from promptkd.training.identity import AS_IT_WAS, Resuming
 from promptkd.training.journal import Journal
@@ -60,7 +60,7 @@ class Trainer:
         self.step_number = 0
         self.took: dict[str, float] = {}
         with self.roll_call.held():
-            agree_on_end(self.directory.finished, self.directory.path, self.ranks)
+            check_seen_alike(self.directory.finished, self.directory.path, self.ranks)
         if self.directory.finished:
             if has_objects(recipe):  # whose names don't say what is in them
                 self.directory.refuse_others(contents(recipe, method, self.accelerator.device))
