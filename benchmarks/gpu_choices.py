@@ -15,7 +15,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from promptkd.divergences import reverse_kl
 from promptkd.generation import decode_graph
-from promptkd.generation.decoder import Decoder
+from promptkd.generation.decoder import Decoder, Queue
 from promptkd.kernels.attention import _side_by_side, grouped_sdpa
 from promptkd.kernels.matmul import SLICE, GenerationMatmuls, add_outer
 
@@ -103,8 +103,8 @@ def as_a_graph() -> dict[str, Any]:
         model = language_model(name)
         for way, devices in (("eager", ()), ("graph", (DEVICE.type,))):
             decode_graph.DEVICES = devices
-            read = rows * [tuple(range(5, 69))]
-            decoder = Decoder(model, GenerationMatmuls(), read, num_rows=rows, room=room)
+            queue = Queue(rows * [tuple(range(5, 69))], num_rows=rows, room=room)
+            decoder = Decoder(model, GenerationMatmuls(), queue)
             decoder.read(decoder.start().argmax(-1))
             ways[f"{name}, {way}"] = 1e3 * seconds_of(decoder.step, repeats=room - 1)
     return {"ms": ways}

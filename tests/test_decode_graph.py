@@ -6,7 +6,7 @@ import torch
 import tiny
 from promptkd.generation import decode_graph
 from promptkd.generation.decode_graph import FixedSteps, fits
-from promptkd.generation.decoder import Decoder
+from promptkd.generation.decoder import Decoder, Queue
 from promptkd.generation.kv_cache import reserved_cache
 from promptkd.kernels.matmul import GenerationMatmuls
 from promptkd.models.language_model import LanguageModel
@@ -21,7 +21,7 @@ def module_of(name):
 
 
 def decoder(model, rows):
-    return Decoder(model, GenerationMatmuls(), REQUESTS, num_rows=rows, room=24)
+    return Decoder(model, GenerationMatmuls(), Queue(REQUESTS, num_rows=rows, room=24))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -66,7 +66,8 @@ def test_it_asks_the_device_nothing(monkeypatch, name):
     tokens = torch.empty(3, 1, dtype=torch.long, device="meta")
     mask = torch.empty(3, 32, dtype=torch.bool, device="meta")
     with torch.no_grad():
-        scores = FixedSteps(decoder(model, 3)._decode, tokens, mask, cache)(8)
+        decode = decoder(model, 3)._decode
+        scores = FixedSteps(decode, tokens=tokens, mask=mask, cache=cache)(8)
 
     assert scores.shape == (3, tiny.ROWS)
 

@@ -11,6 +11,7 @@ copy's memory while the run learns.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -66,6 +67,7 @@ class FixedSteps:
     def __init__(
         self,
         decode: Decode,
+        *,
         tokens: Int[Tensor, "rows one"],
         mask: Bool[Tensor, "rows capacity"],
         cache: DynamicCache,
@@ -73,6 +75,7 @@ class FixedSteps:
         self._decode, self._tokens, self._mask, self._cache = decode, tokens, mask, cache
         self._column = torch.zeros(1, dtype=torch.long, device=mask.device)
         self._steps: dict[int, Callable[[], Tensor]] = {}
+        self._memory: Any = None
 
     def __call__(self, column: int) -> Float[Tensor, "rows vocab"]:
         """Scores after the last tokens, which are written at ``column``; valid until the next."""
@@ -86,17 +89,20 @@ class FixedSteps:
             return self._decode(self._tokens, mask, view)
 
         scores = step()  # libraries get ready in it, which they can't while they are captured
-        self._steps[extent] = _captured(step) if mask.is_cuda else step
+        self._steps[extent] = self._captured(step) if mask.is_cuda else step
         return scores
 
+    def _captured(self, step: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """All graphs share the memory of their intermediate results; one at a time needs it."""
+        if self._memory is None:
+            self._memory = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        # Other threads may use the card meanwhile, as those that watch over processes do.
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            scores = step()
 
-def _captured(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        scores = step()
+        def replay() -> Tensor:
+            graph.replay()
+            return scores
 
-    def replay() -> Tensor:
-        graph.replay()
-        return scores
-
-    return replay
+        return replay

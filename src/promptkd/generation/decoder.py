@@ -6,6 +6,7 @@ keys and values are copied into the columns before the next one.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -29,10 +30,11 @@ class Past(Protocol):
     def cache(self, batch: int) -> DynamicCache: ...
 
 
-class Decoder:
-    """A model in the middle of writing.
+@dataclass(frozen=True)
+class Queue:
+    """Requests that one model answers in a number of rows.
 
-    Args:
+    Attributes:
         requests: token ids; rows take them in this order.
         num_rows: written at once.
         room: new tokens of a response at most.
@@ -40,21 +42,19 @@ class Decoder:
         prefix: keys and values in front of every request.
     """
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        products: GenerationMatmuls,
-        requests: Sequence[Tokens],
-        *,
-        num_rows: int,
-        room: int,
-        soft_prompt: Tensor | None = None,
-        prefix: Past | None = None,
-    ):
+    requests: Sequence[Tokens]
+    num_rows: int
+    room: int
+    soft_prompt: Tensor | None = None
+    prefix: Past | None = None
+
+
+class Decoder:
+    """A model in the middle of generating."""
+
+    def __init__(self, model: LanguageModel, products: GenerationMatmuls, queue: Queue):
         self._model, self._products, self._head = model, products, model.head
-        self._first, self._waiting = requests[:num_rows], requests[num_rows:]
-        self._longest, self._room = max(map(len, requests)), room
-        self._soft_prompt, self._prefix = soft_prompt, prefix
+        self._queue, self._waiting = queue, queue.requests[queue.num_rows :]
 
     @property
     def worth_leaving(self) -> float:
@@ -66,15 +66,16 @@ class Decoder:
 
     def start(self) -> Float[Tensor, "rows vocab"]:
         """Read the first requests; scores are log-probabilities up to a constant per row."""
-        num_rows = len(self._first)
-        past = self._prefix.cache(num_rows) if self._prefix else None
-        inputs, real = self._inputs(self._first, self._longest, past)
-        self._columns, self._front = real.shape[1], real.shape[1] - self._longest
-        self._starts = num_rows * [0]  # the first column that a row's text may have
-        capacity = self._columns + self._room
+        given = self._queue
+        past = given.prefix.cache(given.num_rows) if given.prefix else None
+        longest = max(map(len, given.requests))
+        inputs, real = self._inputs(given.requests[: given.num_rows], longest, past)
+        self._columns, self._front = real.shape[1], real.shape[1] - longest
+        self._starts = given.num_rows * [0]  # the first column that a row's text may have
+        capacity = self._columns + given.room
         self._cache = reserved_cache(self._model.module.config, capacity, past)
-        self._tokens = torch.zeros(num_rows, 1, dtype=torch.long, device=real.device)
-        self._mask = F.pad(real, (0, self._room), value=False)
+        self._tokens = torch.zeros(given.num_rows, 1, dtype=torch.long, device=real.device)
+        self._mask = F.pad(real, (0, given.room), value=False)
         self._fixed = self._fixed_steps()
         return self._scores(inputs, real, self._cache)
 
@@ -105,7 +106,7 @@ class Decoder:
     def refill(self, rows: Sequence[int]) -> None:
         """Give rows to the next requests; their last tokens come next, as the others' chosen."""
         requests, self._waiting = self._waiting[: len(rows)], self._waiting[len(rows) :]
-        past = self._prefix.cache(len(rows)) if self._prefix else None
+        past = self._queue.prefix.cache(len(rows)) if self._queue.prefix else None
         inputs, real = self._inputs(requests, max(map(len, requests)), past)
         inputs, real = {name: given[:, :-1] for name, given in inputs.items()}, real[:, :-1]
         where, width = torch.tensor(rows, device=real.device), real.shape[1]
@@ -135,7 +136,7 @@ class Decoder:
     def _fixed_steps(self) -> FixedSteps | None:
         if not fits(self._model):
             return None
-        return FixedSteps(self._decode, self._tokens, self._mask, self._cache)
+        return FixedSteps(self._decode, tokens=self._tokens, mask=self._mask, cache=self._cache)
 
     def _decode(
         self, tokens: Int[Tensor, "rows one"], real: Bool[Tensor, "rows columns"], cache: Any
@@ -171,10 +172,10 @@ class Decoder:
         """What the trunk is given of requests, and which columns are real, those of a past too."""
         tokens, real = left_pad(requests, self._model.device, width)
         inputs = {"input_ids": tokens}
-        if self._soft_prompt is not None:
-            of_prompt, real = prompt_positions(real, len(self._soft_prompt))
+        if self._queue.soft_prompt is not None:
+            of_prompt, real = prompt_positions(real, len(self._queue.soft_prompt))
             embeddings = self._model.module.get_input_embeddings()(tokens)
-            inputs = {"inputs_embeds": put_in_front(self._soft_prompt, embeddings, of_prompt)}
+            inputs = {"inputs_embeds": put_in_front(self._queue.soft_prompt, embeddings, of_prompt)}
         if past is not None:
             real = F.pad(real, (past.get_seq_length(), 0), value=True)
         return inputs, real

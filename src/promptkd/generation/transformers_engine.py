@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from promptkd.generation.decoder import Decoder, Past, Tokens, histories
+from promptkd.generation.decoder import Decoder, Past, Queue, Tokens, histories
 from promptkd.generation.kv_cache import is_plain
 from promptkd.generation.responses_bar import Progress, ReportsProgress, unseen
 from promptkd.generation.sampling import GenerationSettings, TokenSampler
@@ -110,28 +110,25 @@ class TransformersEngine:
             max_batch_tokens: rows x (request + response) written at once; bounds the caches, beside
                 which requests lie that are read meanwhile.
         """
-        others_read = (co_generator and co_generator.requests) or requests
-        lengths = [max(map(len, pair)) for pair in zip(requests, others_read, strict=True)]
-        order = sorted(range(len(requests)), key=lambda i: lengths[i], reverse=True)
+        told = (co_generator and co_generator.requests) or requests
+        lengths = [max(map(len, pair)) for pair in zip(requests, told, strict=True)]
         responses: dict[int, Response] = {}
+        products, room = GenerationMatmuls(), decoding.max_new_tokens
         others = [co_generator.model] if co_generator else []
-        products = GenerationMatmuls()
         with self._current() as model, products.within(*(m.module for m in (model, *others))):
             refills = all(is_plain(each.module) for each in (model, *others))
-            while order:
-                longest = lengths[order[0]] + decoding.max_new_tokens
-                num_rows = min(len(order), max(1, max_batch_tokens // longest))
-                cut = len(order) if refills else num_rows
-                group, order = order[:cut], order[cut:]
-                read, told = ([texts[i] for i in group] for texts in (requests, others_read))
-                sizes = {"num_rows": num_rows, "room": decoding.max_new_tokens}
-                first = Decoder(
-                    model, products, read, soft_prompt=soft_prompt, prefix=prefix, **sizes
+            for group, num_rows in _groups(lengths, room, max_batch_tokens, refills):
+                texts = [tuple(read[i] for i in group) for read in (requests, told)]
+                first = Queue(
+                    texts[0], num_rows=num_rows, room=room, soft_prompt=soft_prompt, prefix=prefix
                 )
-                second = [Decoder(other, products, told, **sizes) for other in others]
+                queues = [first, *(Queue(texts[1], num_rows=num_rows, room=room) for _ in others)]
+                models = zip((model, *others), queues, strict=True)
+                decoders = [Decoder(each, products, queue) for each, queue in models]
                 share = co_generator and co_generator.share
-                of_group = [seeds[i] for i in group]
-                written = self._write([first, *second], read, of_group, decoding, share)
+                written = self._write(
+                    decoders, texts[0], [seeds[i] for i in group], decoding, share
+                )
                 responses.update(zip(group, written, strict=True))
         return [responses[i] for i in range(len(requests))]
 
@@ -189,6 +186,22 @@ class TransformersEngine:
             if ended:
                 _hand_over(slots, decoders)
             scores = [decoder.step() for decoder in decoders]
+
+
+def _groups(
+    lengths: Sequence[int], room: int, max_batch_tokens: int, refills: bool
+) -> Iterator[tuple[list[int], int]]:
+    """Requests that are written one after the other, the longest first, and in how many rows.
+
+    Where rows can be refilled, it is one group; else each has as many requests as rows.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    while order:
+        longest = lengths[order[0]] + room
+        num_rows = min(len(order), max(1, max_batch_tokens // longest))
+        cut = len(order) if refills else num_rows
+        yield order[:cut], num_rows
+        order = order[cut:]
 
 
 def _hand_over(slots: Slots, decoders: Sequence[Decoder]) -> None:
