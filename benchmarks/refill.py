@@ -5,7 +5,8 @@ lengths are uneven. The groups are what ``TransformersEngine`` writes of caches 
 Writes results/refill.*.json.
 """
 
-from typing import Any
+from collections import defaultdict
+from functools import partial
 
 from setting import DTYPE, Setting, Side, alternate, record, setting, times_faster
 
@@ -19,22 +20,19 @@ from promptkd.models.loading import stop_ids
 ROWS = 16
 
 
-def sides(given: Setting) -> tuple[dict[str, Side], list[int]]:
-    """By groups and refilled; each pass of the trunk is counted in the list."""
+def sides(given: Setting, passes: dict[str, list[int]]) -> dict[str, Side]:
+    """By groups and refilled; passes of the trunk are counted, turn by turn."""
     module, tokenizer = given.teacher, given.tokenizer
     kernels.prepare(module, module.device)
     newlines = [token for text, token in tokenizer.get_vocab().items() if "\u010a" in text]
     model = LanguageModel(module, module.config.vocab_size, DTYPE)
     engine = TransformersEngine(model, (*stop_ids(tokenizer, module), *newlines))
     requests = sorted(given.requests, key=len, reverse=True)
-    decoding, passes = GenerationSettings(given.num_new), [0]
+    decoding, counted = GenerationSettings(given.num_new), []
+    module.base_model.register_forward_hook(lambda *_: counted.append(1))
 
-    def count(*_: Any) -> None:
-        passes[0] += 1
-
-    module.base_model.register_forward_hook(count)
-
-    def write(number: int, at_once: int) -> int:
+    def write(name: str, at_once: int, number: int) -> int:
+        counted.clear()
         tokens = 0
         for start in range(0, len(requests), at_once):
             group = requests[start : start + at_once]
@@ -42,27 +40,21 @@ def sides(given: Setting) -> tuple[dict[str, Side], list[int]]:
             budget = ROWS * (len(group[0]) + given.num_new)
             written = engine.generate(group, seeds, decoding, max_batch_tokens=budget)
             tokens += sum(len(response.token_ids) for response in written)
+        passes[name].append(len(counted))
         return tokens
 
-    ways = {"groups": lambda number: write(number, ROWS)}
-    ways["refilled"] = lambda number: write(number, len(requests))
-    return ways, passes
+    ways = {"groups": ROWS, "refilled": len(requests)}
+    return {name: partial(write, name, at_once) for name, at_once in ways.items()}
 
 
 def main() -> None:
     keep_freed_memory()  # as promptkd's commands do
-    given = setting(64)
-    ways, passes = sides(given)
-    counted = {}
-    for name, way in ways.items():
-        before = passes[0]
-        way(0)
-        counted[name] = passes[0] - before
-    timings = alternate(ways)
+    given, passes = setting(64), defaultdict(list)
+    timings = alternate(sides(given, passes))
     row = {
         "rows": ROWS,
         "new_tokens": given.num_new,
-        "passes": counted,
+        "passes": dict(passes),
         "seconds": {name: own.seconds for name, own in timings.items()},
         "tokens": {name: own.tokens for name, own in timings.items()},
         "times_faster": times_faster(timings, "groups"),

@@ -78,7 +78,7 @@ def expect_each_as_alone(model, decoding, options, budgets):
 def test_what_is_written_does_not_depend_on_the_rows_written_at_once(name, kind, temperature):
     model = tiny_model(name)
     options = options_of(kind, model, name)
-    expect_each_as_alone(model, decoding_of(kind, temperature), options, (1, 80, 150))
+    expect_each_as_alone(model, decoding_of(kind, temperature), options, (1, 100))
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,8 @@ class TransformersEngine:
         sampler, most = TokenSampler(decoding), decoding.max_new_tokens
         uniforms = torch.stack([sampler.uniforms(seed) for seed in seeds])
         scores = [decoder.start() for decoder in decoders]
-        slots = Slots(len(requests), len(scores[0]), most, frozenset(self.stop_ids.tolist()))
+        stop = frozenset(self.stop_ids.tolist())
+        slots = Slots(len(requests), len(scores[0]), max_new_tokens=most, stop=stop)
         noted = [] if share is None else [*decoders, sampler]
         logprobs = [[list[float]() for _ in requests] for _ in noted]
         while True:
