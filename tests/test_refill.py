@@ -1,14 +1,17 @@
 """Rows whose responses have ended go to other requests, and nobody's text depends on it."""
 
 import pytest
+import torch
 
 import tiny
 from promptkd.adapters import Prefix
 from promptkd.generation import decode_graph
+from promptkd.generation.decoder import Decoder, Queue
 from promptkd.generation.kv_cache import is_plain
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.slots import Slots
 from promptkd.generation.transformers_engine import CoGenerator, TransformersEngine
+from promptkd.kernels.matmul import GenerationMatmuls
 from promptkd.teachers import prompt_vectors
 from test_architectures import language_model
 
@@ -55,9 +58,9 @@ def of_row(options, row):
     return {"co_generator": CoGenerator(both.model, both.share, (both.requests[row],))}
 
 
-def expect_each_as_alone(model, decoding, options, budgets):
+def expect_each_as_alone(model, decoding, options, budgets, stop=STOP):
     """Token by token; of two models' logprobs up to rounding."""
-    engine = TransformersEngine(model, STOP)
+    engine = TransformersEngine(model, stop)
     alone = [
         engine.generate([request], [seed], decoding, **of_row(options, row))[0]
         for row, (request, seed) in enumerate(zip(REQUESTS, SEEDS, strict=True))
@@ -79,6 +82,31 @@ def test_what_is_written_does_not_depend_on_the_rows_written_at_once(name, kind,
     model = tiny_model(name)
     options = options_of(kind, model, name)
     expect_each_as_alone(model, decoding_of(kind, temperature), options, (1, 100))
+
+
+def test_so_it_is_where_columns_run_out():
+    model, longest = tiny_model("gpt2"), max(LENGTHS) + 40
+    budgets = 3 * longest, 4 * longest
+    expect_each_as_alone(model, GenerationSettings(40), {}, budgets, stop=STOP[:2])
+
+
+def test_a_row_that_waits_has_no_position_beyond_the_longest_text():
+    """GPT-2 has no vector for it, and raises an error."""
+    model = tiny_model("gpt2", n_positions=9 + 6)
+    queue = Queue([REQUESTS[0], (5,), (6,)], num_rows=2, room=6)
+    writing = Decoder(model, GenerationMatmuls(), queue)
+    with torch.no_grad():
+        scores = writing.start()
+        for time in range(12):
+            writing.read(scores.argmax(-1))
+            if time == 0:
+                writing.release([0])
+            if time == 6:
+                writing.release([0, 1])
+                writing.refill([1])
+            scores = writing.step()
+
+    assert scores.isfinite().all()
 
 
 @pytest.mark.parametrize(
