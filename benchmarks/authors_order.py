@@ -34,7 +34,7 @@ from setting import (
 )
 from transformers import DynamicCache
 
-from promptkd.generation.transformers_engine import left_pad
+from promptkd.generation.decoder import left_pad
 
 PADDED, MICRO_BATCH = 512, 2
 

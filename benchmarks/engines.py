@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from setting import DTYPE, Setting, Side, alternate, own_process, record, setting, times_faster
 
+from promptkd.generation.decoder import left_pad
 from promptkd.generation.sampling import GenerationSettings
-from promptkd.generation.transformers_engine import Engine, TransformersEngine, left_pad
+from promptkd.generation.transformers_engine import Engine, TransformersEngine
 from promptkd.generation.vllm_engine import VLLMEngine
 from promptkd.kernels.allocator import keep_freed_memory
 from promptkd.models.language_model import LanguageModel

@@ -5,6 +5,7 @@ import torch
 
 import tiny
 from promptkd.divergences import reverse_kl
+from promptkd.generation import decode_graph
 from promptkd.generation.sampling import GenerationSettings
 from promptkd.generation.transformers_engine import TransformersEngine
 from promptkd.kernels import attention, matmul, prepare
@@ -98,3 +99,38 @@ def test_greedy_text_is_the_cpus():
         written.append(engine.generate([(5, 6, 7), (8, 9)], [(0, 0), (0, 1)], decoding))
 
     assert written[0] == written[1]
+
+
+REQUESTS = [tuple(range(5, 5 + length)) for length in (9, 1, 4, 2, 7, 1, 5, 3)]
+SEEDS = [(0, row) for row in range(len(REQUESTS))]
+STOP = tuple(range(0, tiny.ROWS, 9))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "qwen3"])
+def test_tokens_written_by_captured_steps_are_those_of_single_launches(monkeypatch, name):
+    """Over extents of 8 columns, while rows are refilled and leave."""
+    monkeypatch.setattr(decode_graph, "EXTENT", 8)
+    model, written = on(CARD, name, seed=1, learns=False), []
+    for devices in ((), ("cuda",)):
+        monkeypatch.setattr(decode_graph, "DEVICES", devices)
+        assert decode_graph.fits(model) == bool(devices)
+        engine, decoding = TransformersEngine(model, STOP), GenerationSettings(20)
+        written.append(engine.generate(REQUESTS, SEEDS, decoding, max_batch_tokens=90))
+
+    assert written[0] == written[1]
+
+
+def test_steps_are_captured_anew_when_weights_have_changed():
+    """The working copy of mixed precision lies somewhere else at every call."""
+    decoding = GenerationSettings(20, temperature=0.0)
+
+    def engine_of(module):
+        return TransformersEngine(LanguageModel(module, tiny.ROWS, torch.bfloat16), ())
+
+    module, other = (tiny.model("llama", seed=seed).to(CARD) for seed in (1, 9))
+    engine = engine_of(module)
+    before = engine.generate(REQUESTS, SEEDS, decoding)
+    module.load_state_dict(other.state_dict())
+    after = engine.generate(REQUESTS, SEEDS, decoding)
+
+    assert after == engine_of(other).generate(REQUESTS, SEEDS, decoding) != before

@@ -2,27 +2,26 @@
 
 Sampling is a function of (model, request, seed) alone: every request draws its own uniform numbers,
 so batch size, batch order and number of ranks don't change what is written (beyond float noise).
+A row whose response has ended is given to the next request; see ``decoder``.
 """
 
 import copy
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from promptkd.generation.kv_cache import reserved_cache
+from promptkd.generation.decoder import Decoder, Past, Queue, Tokens, histories
+from promptkd.generation.kv_cache import is_plain
 from promptkd.generation.responses_bar import Progress, ReportsProgress, unseen
 from promptkd.generation.sampling import GenerationSettings, TokenSampler
+from promptkd.generation.slots import Slots
 from promptkd.kernels.matmul import GenerationMatmuls
-from promptkd.models.language_model import PADDING, LanguageModel, prompt_positions, put_in_front
-
-Tokens = tuple[int, ...]
+from promptkd.models.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -56,19 +55,6 @@ class CoGenerator:
     model: LanguageModel
     share: float
     requests: tuple[Tokens, ...] | None = None
-
-    def of(self, rows: Sequence[int]) -> "CoGenerator":
-        """For some of the requests."""
-        if self.requests is None:
-            return self
-        return replace(self, requests=tuple(self.requests[row] for row in rows))
-
-
-@runtime_checkable
-class Past(Protocol):
-    """Keys and values that a number of rows have in front of their text."""
-
-    def cache(self, batch: int) -> DynamicCache: ...
 
 
 @runtime_checkable
@@ -121,28 +107,27 @@ class TransformersEngine:
             soft_prompt: vectors in front of every request.
             prefix: keys and values in front of every request.
             co_generator: a second model whose probabilities are mixed in.
-            max_batch_tokens: rows x (request + response) written at once; bounds the caches.
+            max_batch_tokens: rows x (request + response) written at once; bounds the caches, beside
+                which requests lie that are read meanwhile.
         """
-        others_read = (co_generator and co_generator.requests) or requests
-        lengths = [max(map(len, pair)) for pair in zip(requests, others_read, strict=True)]
-        order = sorted(range(len(requests)), key=lambda i: lengths[i], reverse=True)
+        told = (co_generator and co_generator.requests) or requests
+        lengths = [max(map(len, pair)) for pair in zip(requests, told, strict=True)]
         responses: dict[int, Response] = {}
-        others = [co_generator.model.module] if co_generator else []
-        products = GenerationMatmuls()
-        with self._current() as model, products.within(model.module, *others):
-            while order:
-                longest = lengths[order[0]] + decoding.max_new_tokens
-                rows = max(1, max_batch_tokens // longest)
-                group, order = order[:rows], order[rows:]
-                written = self._generate_group(
-                    model,
-                    products,
-                    [requests[i] for i in group],
-                    [seeds[i] for i in group],
-                    decoding,
-                    soft_prompt,
-                    prefix,
-                    co_generator.of(group) if co_generator else None,
+        products, room = GenerationMatmuls(), decoding.max_new_tokens
+        others = [co_generator.model] if co_generator else []
+        with self._current() as model, products.within(*(m.module for m in (model, *others))):
+            refills = all(is_plain(each.module) for each in (model, *others))
+            for group, num_rows in _groups(lengths, room, max_batch_tokens, refills):
+                texts = [tuple(read[i] for i in group) for read in (requests, told)]
+                first = Queue(
+                    texts[0], num_rows=num_rows, room=room, soft_prompt=soft_prompt, prefix=prefix
+                )
+                queues = [first, *(Queue(texts[1], num_rows=num_rows, room=room) for _ in others)]
+                models = zip((model, *others), queues, strict=True)
+                decoders = [Decoder(each, products, queue) for each, queue in models]
+                share = co_generator and co_generator.share
+                written = self._write(
+                    decoders, texts[0], [seeds[i] for i in group], decoding, share
                 )
                 responses.update(zip(group, written, strict=True))
         return [responses[i] for i in range(len(requests))]
@@ -162,74 +147,82 @@ class TransformersEngine:
             _forget_weights(model.module)
         model.module.train(learning)
 
-    def _co_decoders(
+    def _write(
         self,
-        co_generator: CoGenerator | None,
-        products: GenerationMatmuls,
-        requests: list[Tokens],
-        room: int,
-    ) -> "list[_Decoder]":
-        if co_generator is None:
-            return []
-        read = co_generator.requests or requests
-        return [_Decoder(co_generator.model, products, read, room=room)]
-
-    def _generate_group(
-        self,
-        model: LanguageModel,
-        products: GenerationMatmuls,
-        requests: list[Tokens],
-        seeds: list[Sequence[int]],
+        decoders: Sequence[Decoder],
+        requests: Sequence[Tokens],
+        seeds: Sequence[Sequence[int]],
         decoding: GenerationSettings,
-        soft_prompt: Tensor | None,
-        prefix: Past | None,
-        co_generator: CoGenerator | None,
+        share: float | None,
     ) -> list[Response]:
-        sampler, room = TokenSampler(decoding), decoding.max_new_tokens
-        uniforms = torch.stack([sampler.uniforms(seed) for seed in seeds]).to(model.device)
-        past = prefix.cache(len(requests)) if prefix else None
-        first = _Decoder(model, products, requests, soft_prompt=soft_prompt, past=past, room=room)
-        decoders = [first, *self._co_decoders(co_generator, products, requests, room)]
-        history = first.tokens.masked_fill(~first.mask, PADDING)  # padding is part of no n-gram
+        """Responses by one model, or by two whose probabilities are mixed by the ``share``."""
+        sampler, most = TokenSampler(decoding), decoding.max_new_tokens
+        uniforms = torch.stack([sampler.uniforms(seed) for seed in seeds])
+        scores = [decoder.start() for decoder in decoders]
         stop = frozenset(self.stop_ids.tolist())
-        rows, token_ids = [*range(len(requests))], [list[int]() for _ in requests]  # live rows
-        share_of_token, noted = len(requests) / room, [*decoders, sampler] if co_generator else []
-        logprobs: list[list[list[float]]] = [[[] for _ in requests] for _ in noted]
-        for time in range(room):
-            laws = [decoder.next_scores() for decoder in decoders]
-            if co_generator:
-                laws = [scores.log_softmax(-1) for scores in laws]
-            mixed = _mixture(*laws, co_generator.share) if co_generator else laws[0]
+        slots = Slots(len(requests), len(scores[0]), max_new_tokens=most, stop=stop)
+        noted = [] if share is None else [*decoders, sampler]
+        logprobs = [[list[float]() for _ in requests] for _ in noted]
+        while True:
+            numbers = uniforms[slots.requests, slots.times].to(scores[0].device)
+            laws = scores if share is None else [each.log_softmax(-1) for each in scores]
+            mixed = laws[0] if share is None else _mixture(*laws, share)
+            history = None
+            if sampler.reads_history:
+                texts = [(*requests[i], *slots.token_ids[i]) for i in slots.requests]
+                history = histories(texts, mixed.device)
             law = sampler.warp(mixed, history)
-            chosen = sampler.choose(law, uniforms[:, time])
+            chosen = sampler.choose(law, numbers)
             tokens = chosen.tolist()  # read once: the host waits for a GPU here
-            for row, token in zip(rows, tokens, strict=True):
-                token_ids[row].append(token)
-            if co_generator:
-                own = [scores.gather(-1, chosen[:, None])[:, 0] for scores in laws]
-                _note(logprobs, rows, [*own, sampler.logprobs_of(chosen, law)])
-            going_on = [place for place, token in enumerate(tokens) if token not in stop]
-            self.progress(share_of_token)
-            if not going_on:
-                break
-            history = torch.cat([history, chosen[:, None]], dim=1)
+            if share is not None:
+                own = [each.gather(-1, chosen[:, None])[:, 0] for each in laws]
+                _note(logprobs, slots, [*own, sampler.logprobs_of(chosen, law)])
+            parts, ended = len(slots.live), slots.append(tokens)
+            parts += sum(most - len(slots.token_ids[slots.requests[row]]) for row in ended)
+            self.progress(parts / most)
+            if not slots.live and not slots.num_waiting:
+                return _responses(slots.token_ids, logprobs)
             for decoder in decoders:
                 decoder.read(chosen)
-            if len(going_on) <= 0.75 * len(rows):  # finished rows leave; moving caches costs
-                rows = [rows[place] for place in going_on]
-                keep = torch.tensor(going_on, device=model.device)
-                uniforms, history = uniforms[keep], history[keep]
-                for decoder in decoders:
-                    decoder.keep(keep)
-        self.progress(len(requests) - share_of_token * max(map(len, token_ids)))
-        return _responses(token_ids, logprobs, stop)
+            if ended:
+                _hand_over(slots, decoders)
+            scores = [decoder.step() for decoder in decoders]
 
 
-def _note(logprobs: list[list[list[float]]], rows: Sequence[int], chosen: Sequence[Tensor]) -> None:
+def _groups(
+    lengths: Sequence[int], room: int, max_batch_tokens: int, refills: bool
+) -> Iterator[tuple[list[int], int]]:
+    """Requests that are written one after the other, the longest first, and in how many rows.
+
+    Where rows can be refilled, it is one group; else each has as many requests as rows.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True)
+    while order:
+        longest = lengths[order[0]] + room
+        num_rows = min(len(order), max(1, max_batch_tokens // longest))
+        cut = len(order) if refills else num_rows
+        yield order[:cut], num_rows
+        order = order[cut:]
+
+
+def _hand_over(slots: Slots, decoders: Sequence[Decoder]) -> None:
+    """Free rows go to the next requests; where nobody waits, they leave."""
+    free, started = slots.free, slots.refill()
+    kept = slots.leave(min(decoder.worth_leaving for decoder in decoders))
+    for decoder in decoders:
+        decoder.release(free)
+        if started:
+            decoder.refill(started)
+        if kept:
+            decoder.keep(kept)
+
+
+def _note(logprobs: list[list[list[float]]], slots: Slots, chosen: Sequence[Tensor]) -> None:
     """Append what each noted law says of the tokens just chosen, one per live row."""
     for of_law, values in zip(logprobs, chosen, strict=True):
-        for row, value in zip(rows, values.tolist(), strict=True):
-            of_law[row].append(value)
+        of_row = values.tolist()
+        for row in slots.live:
+            of_law[slots.requests[row]].append(of_row[row])
 
 
 def _mixture(
@@ -241,102 +234,13 @@ def _mixture(
 
 
 def _responses(
-    token_ids: list[list[int]], logprobs: list[list[list[float]]], stop: Container[int]
+    token_ids: Sequence[list[int]], logprobs: Sequence[list[list[float]]]
 ) -> list[Response]:
-    """Each up to its stop token; with logprobs where there are those of two models."""
-    ended = [_cut_after_stop(ids, stop) for ids in token_ids]
-    if not logprobs:
-        return [Response(ids) for ids in ended]
-    return [
-        Response(ids, *(tuple(values[: len(ids)]) for values in noted))
-        for ids, *noted in zip(ended, *logprobs, strict=True)
-    ]
-
-
-class _Decoder:
-    """One model, its requests and its cache, while a group of responses is written.
-
-    Attributes:
-        tokens: what it has not read yet: its requests, later the token chosen last.
-        mask: true at the real tokens among all so far.
-    """
-
-    def __init__(
-        self,
-        model: LanguageModel,
-        products: GenerationMatmuls,
-        requests: Sequence[Tokens],
-        *,
-        room: int,
-        soft_prompt: Tensor | None = None,
-        past: DynamicCache | None = None,
-    ):
-        self.model = model
-        self.products = products
-        self.soft_prompt = soft_prompt
-        self.tokens, self.mask = left_pad(requests, model.device)
-        front = 0 if soft_prompt is None else len(soft_prompt)
-        capacity = self.tokens.shape[1] + room
-        self.cache = reserved_cache(model.module.config, front + capacity) if past is None else past
-        self.past_length = self.cache.get_seq_length()
-        self.head = model.head
-
-    def next_scores(self) -> Float[Tensor, "rows vocab"]:
-        """Log-probabilities up to a constant per row, which choosing a token doesn't see."""
-        hidden = self._advance(self.tokens, self.mask).to(self.head.dtype)
-        return self.head.cap(self.products.linear(hidden, *self.head.matrix))
-
-    def _advance(self, tokens: Tensor, mask: Tensor) -> Float[Tensor, "rows width"]:
-        first = self.cache.get_seq_length() == self.past_length
-        arguments: dict[str, Any] = {"input_ids": tokens}
-        new = tokens.shape[1]
-        if self.soft_prompt is not None:
-            of_prompt, mask = prompt_positions(mask, len(self.soft_prompt))
-            if first:
-                embeddings = self.model.module.get_input_embeddings()(tokens)
-                embeddings = put_in_front(self.soft_prompt, embeddings, of_prompt)
-                arguments, new = {"inputs_embeds": embeddings}, embeddings.shape[1]
-        full_mask = F.pad(mask, (self.past_length, 0), value=True).long()
-        positions = (full_mask.cumsum(-1) - 1).clamp_min(0)
-        trunk: Any = self.model.module.base_model
-        with self.model.autocast():
-            output = trunk(
-                **arguments,
-                attention_mask=full_mask,
-                position_ids=positions[:, -new:],
-                past_key_values=self.cache,
-                use_cache=True,
-            )
-        return output.last_hidden_state[:, -1]
-
-    def read(self, chosen: Tensor) -> None:
-        """The tokens that were chosen come next."""
-        self.tokens = chosen[:, None]
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(chosen), 1)], dim=1)
-
-    def keep(self, rows: Tensor) -> None:
-        self.tokens, self.mask = self.tokens[rows], self.mask[rows]
-        self.cache.reorder_cache(rows)  # pyright: ignore[reportArgumentType]
+    """With logprobs where there are those of two models."""
+    columns = [map(tuple, of_law) for of_law in (token_ids, *logprobs)]
+    return [Response(*row) for row in zip(*columns, strict=True)]
 
 
 def _forget_weights(module: nn.Module) -> None:
     for parameter in module.parameters():
         parameter.data = parameter.data.new_empty(0)
-
-
-def left_pad(requests: Sequence[Tokens], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Requests side by side, ending together: (rows, width) token ids, and true at real tokens."""
-    width = max(len(request) for request in requests)
-    tokens = torch.zeros(len(requests), width, dtype=torch.long)
-    mask = torch.zeros(len(requests), width, dtype=torch.bool)
-    for row, request in enumerate(requests):
-        tokens[row, width - len(request) :] = torch.tensor(request)
-        mask[row, width - len(request) :] = True
-    return tokens.to(device), mask.to(device)
-
-
-def _cut_after_stop(ids: list[int], stop: Container[int]) -> Tokens:
-    for position, token in enumerate(ids):
-        if token in stop:
-            return tuple(ids[: position + 1])
-    return tuple(ids)

@@ -21,10 +21,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from promptkd import vllm_options
 from promptkd.errors import UserError
+from promptkd.generation.decoder import Tokens, histories
 from promptkd.generation.responses_bar import Progress, unseen
 from promptkd.generation.sampling import GenerationSettings, TokenSampler
-from promptkd.generation.transformers_engine import Response, Tokens, left_pad
-from promptkd.models.language_model import PADDING, LanguageModel
+from promptkd.generation.transformers_engine import Response
+from promptkd.models.language_model import LanguageModel
 
 CPU_CACHE_GIB = 2
 COMPARED = 4
@@ -255,10 +256,8 @@ def _chosen_tokens() -> type:
             rows = [self._rows[index] for index in range(len(logits))]
             choose, history = rows[0].choose, None  # one call of write, one decoding
             if choose.reads_history:
-                texts, there = left_pad(
-                    [(*row.request, *row.response) for row in rows], self._device
-                )
-                history = texts.masked_fill(~there, PADDING)
+                texts = [(*row.request, *row.response) for row in rows]
+                history = histories(texts, self._device)
             numbers = torch.stack([row.uniforms[len(row.response)] for row in rows])
             chosen = choose(logits, numbers.to(logits.device), history)
             return logits.scatter_(1, chosen[:, None], torch.inf)
