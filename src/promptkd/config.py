@@ -308,6 +308,9 @@ class Recipe(Section):
     attention: Literal["auto", "sdpa", "flash", "eager"] = Field(
         default="auto", description="auto: torch's kernels, rows of different lengths apart"
     )
+    kernels: Literal["plain", "compiled"] = Field(
+        default="plain", description="compiled: torch's compiler fuses layers and losses"
+    )
     sharding: Literal["none", "fsdp"] = Field(
         default="none", description="fsdp: every process keeps a part of both models' weights"
     )
@@ -337,18 +340,23 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _what_can_be_sharded(self) -> "Recipe":
+    def _what_goes_together(self) -> "Recipe":
+        sharded, teacher = self.sharding == "fsdp", self.teacher
+        quantized, vllm = teacher and teacher.quantization, self.sampling.engine == "vllm"
         others = {
-            "teacher.model: student": self.teacher and self.teacher.model == THE_STUDENT,
-            "sampling.engine: vllm": self.sampling.engine == "vllm" and self.vllm_cannot_write,
-            "attention: flash": self.attention == "flash",
-            "a measured micro_batch_tokens": self.optimization.micro_batch_tokens is None,
-            "teacher.quantization": self.teacher and self.teacher.quantization,
+            "teacher.model: student": sharded and teacher and teacher.model == THE_STUDENT,
+            "sampling.engine: vllm": sharded and vllm and self.vllm_cannot_write,
+            "attention: flash": sharded and self.attention == "flash",
+            "a measured micro_batch_tokens": sharded and not self.optimization.micro_batch_tokens,
+            "kernels: compiled": self.kernels == "compiled" and sharded,
+            "teacher.quantization": sharded and quantized,
         }
-        for other, chosen in others.items():
-            if self.sharding == "fsdp" and chosen:
-                raise ValueError(f"sharding: fsdp and {other} don't go together: change one")
-        if self.sharding == "none" and self.gathered_for == "step":
+        for other in (other for other, given in others.items() if given):
+            raise ValueError(f"sharding: fsdp and {other} don't go together: change one")
+        held = "quantization" if quantized else "offload"
+        if self.kernels == "compiled" and teacher and (quantized or teacher.offload):
+            raise ValueError(f"kernels: compiled and teacher.{held} don't go together: change one")
+        if self.gathered_for == "step" and not sharded:
             raise ValueError("gathered_for: step needs sharding: fsdp; nothing is gathered")
         return self
 
