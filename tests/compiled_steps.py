@@ -2,7 +2,7 @@
 
 Not in a test's process: the shapes that tests check there are calls that a compiler would trace.
 
-    python compiled_steps.py BACKEND CASE ...
+    python compiled_steps.py BACKEND DEVICE CASE ...
 """
 
 import json
@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 
 import tiny
 from promptkd import kernels
+from promptkd.adapters import add_lora
 from promptkd.kernels import compiled
 from promptkd.methods import build_method
 from promptkd.models.language_model import LanguageModel
@@ -24,7 +25,6 @@ from promptkd.training.learner import Learner
 from promptkd.training.setup import _checkpoint_gradients
 from promptkd.training.step import Step, StepSettings
 
-CPU = torch.device("cpu")
 LENGTHS = (  # request and response of each row, step by step: two micro-batches of several rows
     ((3, 4), (8, 1), (1, 9), (5, 7), (4, 10)),
     ((2, 4), (5, 3), (1, 10), (9, 4), (4, 12)),
@@ -38,6 +38,8 @@ CASES: dict[str, dict[str, Any]] = {
     "taid": {"method": "taid"},
     "checkpointing": {"checkpointing": True},
     "padded": {"packing": False},
+    "lora": {"method": "gkd", "lora": True},
+    "losses": {"teacher_step": "with_student", "layers": False},
 }
 
 
@@ -51,24 +53,30 @@ def written(step: int) -> list[Rollout]:
 
 
 def step_of(
+    device: torch.device,
     fused: bool,
     method: str = "promptkd",
     teacher_step: str = "before_student",
     checkpointing: bool = False,
     packing: bool = True,
+    layers: bool = True,
+    lora: bool = False,
 ) -> Step:
     """Two micro-batches, of two tiles and more; SGD with rate 1, so that updates are gradients."""
     composition = build_method(method)
     models = []
-    for layers, learns in ((2, True), (3, False)):
-        module = tiny.model("llama", num_layers=layers, seed=layers).requires_grad_(learns)
-        kernels.prepare(module, CPU, compiled=fused)
+    for number, learns in ((2, True), (3, False)):
+        module = tiny.model("llama", num_layers=number, seed=number).requires_grad_(learns)
+        kernels.prepare(module.to(device), device, compiled=fused and layers)
+        if lora and learns:
+            add_lora(module, 4, 8, (), 0)
         if checkpointing:
             _checkpoint_gradients(module)
         models.append(LanguageModel(module, tiny.ROWS, packing=packing))
     student, other = models
     teacher = composition.teacher and composition.teacher.build(other, tiny.tokenizer())
-    own, adapted = list(student.module.parameters()), teacher.parameters() if teacher else []
+    own = [weight for weight in student.module.parameters() if weight.requires_grad]
+    adapted = teacher.parameters() if teacher else []
     return Step(
         composition,
         student,
@@ -85,9 +93,9 @@ def step_of(
     )
 
 
-def compared(case: str) -> SimpleNamespace:
+def compared(case: str, device: torch.device) -> SimpleNamespace:
     """Largest errors of losses and weights over all steps, and functions compiled in each."""
-    steps = {fused: step_of(fused, **CASES[case]) for fused in (False, True)}
+    steps = {fused: step_of(device, fused, **CASES[case]) for fused in (False, True)}
     apart = SimpleNamespace(nats=0.0, moved=0.0, compiled=[])
     for number in range(len(LENGTHS)):
         before, found = counters["stats"]["unique_graphs"], {}
@@ -114,15 +122,14 @@ def compared(case: str) -> SimpleNamespace:
 
 
 def weights(step: Step) -> list[torch.nn.Parameter]:
-    taught = step.teacher.parameters() if step.teacher else []
-    return [*step.student.module.parameters(), *taught]
+    return [weight for learner in step.learners for weight in learner.parameters]
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
     compiled.BACKEND = sys.argv[1]
     found = {}
-    for case in sys.argv[2:]:
-        found[case] = vars(compared(case))
+    for case in sys.argv[3:]:
+        found[case] = vars(compared(case, torch.device(sys.argv[2])))
         print(case, found[case], file=sys.stderr, flush=True)
     print(json.dumps(found))

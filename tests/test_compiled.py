@@ -1,7 +1,7 @@
 """Compiled kernels equal plain ones: losses, weights and soft prompt, step by step.
 
 The compiler's own way through a step is checked (``aot_eager`` traces it, and computes the traced
-operations one by one); one case is compiled whole, by g++.
+operations one by one); layers and losses are also compiled whole, by g++.
 """
 
 import json
@@ -19,12 +19,13 @@ from promptkd.errors import UserError
 from promptkd.kernels import compiled, prepare
 
 PROGRAM = Path(__file__).with_name("compiled_steps.py")
-TRACED = ("promptkd", "with_student", "gkd", "sft", "taid", "checkpointing", "padded")
+TRACED = ("promptkd", "with_student", "gkd", "sft", "taid", "checkpointing", "padded", "lora")
+CODE = ("sft", "losses")  # the student's layers, and all losses of student and teacher
 
 
-def beside(backend, *cases):
+def beside(backend, device, *cases):
     """What ``compiled_steps.py`` finds, in a process whose calls aren't checked."""
-    command = [sys.executable, str(PROGRAM), backend, *cases]
+    command = [sys.executable, str(PROGRAM), backend, device, *cases]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -32,7 +33,12 @@ def beside(backend, *cases):
 
 @pytest.fixture(scope="module")
 def traced():
-    return beside("aot_eager", *TRACED)
+    return beside("aot_eager", "cpu", *TRACED)
+
+
+@pytest.fixture(scope="module")
+def built():
+    return beside("inductor", "cpu", *CODE)
 
 
 @pytest.mark.parametrize("case", TRACED)
@@ -48,16 +54,16 @@ def test_nothing_is_compiled_after_the_second_step(traced, case):
     assert later == [0]
 
 
-def test_what_g_plus_plus_makes_of_a_step_is_equal_too():
-    found = beside("inductor", "promptkd")["promptkd"]
-    assert found["nats"] < 1e-5
-    assert found["moved"] < 1e-5
+@pytest.mark.parametrize("case", CODE)
+def test_what_the_c_compiler_makes_of_them_is_equal_too(built, case):
+    assert built[case]["nats"] < 1e-5
+    assert built[case]["moved"] < 1e-5
 
 
-def test_names_of_weights_stay_as_they_are():
+def test_names_of_weights_stay_as_they_are(monkeypatch):
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
     module = tiny.model("llama")
     before = set(module.state_dict())
-    compiled.refuse_missing_compiler.cache_clear()
     prepare(module, torch.device("cpu"), compiled=True)
 
     assert set(module.state_dict()) == before

@@ -11,6 +11,7 @@ from promptkd.kernels import attention, matmul, prepare
 from promptkd.models.language_model import PADDING, LanguageModel, proven, select_responses
 from promptkd.objectives import States, accumulate
 from test_attention import each_alone, module_of, randn
+from test_compiled import beside
 
 pytestmark = [
     pytest.mark.cuda,
@@ -98,3 +99,12 @@ def test_greedy_text_is_the_cpus():
         written.append(engine.generate([(5, 6, 7), (8, 9)], [(0, 0), (0, 1)], decoding))
 
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("case", ["promptkd", "with_student", "checkpointing"])
+def test_compiled_kernels_leave_the_gradients_of_plain_ones(case):
+    found = beside("inductor", "cuda", case)[case]
+
+    assert found["nats"] < 1e-4
+    assert found["moved"] < 1e-4
+    assert found["compiled"][2] == 0
