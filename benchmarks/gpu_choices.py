@@ -16,12 +16,15 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from promptkd.divergences import reverse_kl
 from promptkd.generation import decode_graph
 from promptkd.generation.decoder import Decoder, Queue
+from promptkd.kernels import compiled
 from promptkd.kernels.attention import _side_by_side, grouped_sdpa
 from promptkd.kernels.matmul import SLICE, GenerationMatmuls, add_outer
+from promptkd.models.language_model import Head
+from promptkd.objectives import States, accumulate
 
 ON_CARD = DEVICE.type == "cuda"
-COMPILER = "inductor" if ON_CARD else "eager"
-"""A rehearsal only traces: compiling for a CPU takes minutes."""
+if not ON_CARD:  # a rehearsal only traces: compiling for a CPU takes minutes
+    compiled.BACKEND = "aot_eager"
 
 
 def milliseconds(ways: dict[str, Callable[[], object]]) -> dict[str, Any]:
@@ -99,10 +102,10 @@ def as_a_graph() -> dict[str, Any]:
     The difference is what ``generation.decode_graph`` saves; a rehearsal has fixed shapes alone.
     """
     rows, room, ways = 2 if TINY else 64, 32, {}
+    decode_graph.DEVICES = (DEVICE.type,)
     for name in ("10 layers", "1.5B"):
-        model = language_model(name)
-        for way, devices in (("eager", ()), ("graph", (DEVICE.type,))):
-            decode_graph.DEVICES = devices
+        for way, fixed in (("eager", False), ("graph", True)):
+            model = language_model(name, compiled=fixed)
             queue = Queue(rows * [tuple(range(5, 69))], num_rows=rows, room=room)
             decoder = Decoder(model, GenerationMatmuls(), queue)
             decoder.read(decoder.start().argmax(-1))
@@ -111,48 +114,46 @@ def as_a_graph() -> dict[str, Any]:
 
 
 def compiled_losses() -> dict[str, Any]:
-    """Two KLs of 100 tokens from logits to their gradients, in torch's operations and compiled.
+    """Both of PromptKD's KLs over 200 tokens, from states to gradients, plain and compiled.
 
-    A kernel by hand is worth it where the compiled one takes twice what the card needs to read and
-    write the logits once.
+    ``kernels: compiled`` against plain, as a step calls them; products are the same in both. What
+    the card needs to read and write the logits twice (once forth, once back) stands beside it.
     """
-    tokens, vocabulary = (8, SMALLEST[0]) if TINY else (100, QWEN["1.5B"][0])
-    own, other = (
-        torch.randn(tokens, vocabulary, device=DEVICE, dtype=BF16).requires_grad_() for _ in "ab"
-    )
+    vocabulary, width = (SMALLEST if TINY else QWEN["1.5B"])[:2]
+    tokens = 8 if TINY else 200
+    weight = torch.randn(vocabulary, width, device=DEVICE, dtype=BF16) * 0.02
+    head = Head(nn.Parameter(weight, requires_grad=False), None, vocabulary, dtype=BF16)
+    given = [torch.randn(tokens, width, device=DEVICE, dtype=BF16) for _ in "qp"]
 
-    def both(own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        q, p = own.float().log_softmax(-1), other.float().log_softmax(-1)
-        towards = (p.exp() * (p - q.detach())).sum()
-        return (q.exp() * (q - p.detach())).sum() + towards
+    def both(logprobs: Any, tile: Any) -> dict[str, torch.Tensor]:
+        q, p = logprobs["student"], logprobs["teacher"]
+        return {"student": reverse_kl(q, p.detach()), "adapt": reverse_kl(p, q.detach())}
 
-    def built_in(own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        q, p = own.float().log_softmax(-1), other.float().log_softmax(-1)
-        return (reverse_kl(q, p.detach()) + reverse_kl(p, q.detach())).sum()
+    def run(fused: bool) -> None:
+        own, other = (States(hidden.requires_grad_(), head, True) for hidden in given)
+        states, weights = {"student": own, "teacher": other}, {"student": 1.0, "adapt": 1.0}
+        accumulate(states, both, weights, compiled=fused)
 
-    one_kernel = torch.compile(both, backend=COMPILER)
-    kinds = {"ours": built_in, "operations": both, "compiled": one_kernel}
-    found = milliseconds({n: lambda f=f: f(own, other).backward() for n, f in kinds.items()})
-    return found | {"MB read and written once": 4 * own.numel() * own.element_size() / 1e6}
+    found = milliseconds({"plain": partial(run, False), "compiled": partial(run, True)})
+    return found | {"MB read and written twice": 8 * tokens * vocabulary * BF16.itemsize / 1e6}
 
 
 def compiled_trunk() -> dict[str, Any]:
-    """A prompted pass of the 7B, forward and backward, its layers eager and compiled one by one.
+    """A prompted pass of the 7B, forth and back, with ``kernels: compiled`` and plain.
 
     The default where it saves 15 %.
     """
-    model = language_model("7B")
-    tokens = torch.randint(5, 600, (4, 16 if TINY else 512), device=DEVICE)
-    prompt = nn.Parameter(torch.randn(7, model.module.config.hidden_size, device=DEVICE) * 0.02)
+    ways: dict[str, Callable[[], object]] = {}
+    for kind in ("plain", "compiled"):
+        model = language_model("7B", compiled=kind == "compiled")
+        tokens = torch.randint(5, 600, (4, 16 if TINY else 512), device=DEVICE)
+        prompt = nn.Parameter(torch.randn(7, model.module.config.hidden_size, device=DEVICE) * 0.02)
 
-    def speak() -> None:
-        model.hidden_states(tokens, prompt).float().sum().backward()
+        def read(model: Any = model, tokens: Any = tokens, prompt: Any = prompt) -> None:
+            model.hidden_states(tokens, prompt).float().sum().backward()
 
-    eager = 1e3 * seconds_of(speak)
-    layers: Any = model.module.base_model
-    for layer in layers.layers:
-        layer.compile(backend=COMPILER)
-    return {"ms": {"eager": eager, "compiled": 1e3 * seconds_of(speak)}}
+        ways[kind] = read
+    return milliseconds(ways)
 
 
 CHOICES = (head_gradient, packed_attention, as_a_graph, compiled_losses, compiled_trunk)

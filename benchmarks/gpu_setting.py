@@ -61,7 +61,9 @@ def module(name: str, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
-def language_model(name: str, dtype: torch.dtype = BF16, learns: bool = False) -> LanguageModel:
+def language_model(
+    name: str, dtype: torch.dtype = BF16, learns: bool = False, compiled: bool = False
+) -> LanguageModel:
     whole = module(name, dtype).requires_grad_(learns)
-    kernels.prepare(whole, DEVICE)
+    kernels.prepare(whole, DEVICE, compiled=compiled)
     return proven(LanguageModel(whole, whole.config.vocab_size, BF16), name)

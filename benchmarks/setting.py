@@ -119,13 +119,14 @@ class OurStep:
         vocabulary: int | None = None,
         micro_batch_tokens: int = 4096,
         keep_memory: bool = True,
+        compiled: bool = False,
     ):
         if keep_memory:  # as promptkd's commands do
             keep_freed_memory()
         self.setting = setting
         vocabulary = vocabulary or setting.teacher.config.vocab_size
         for module in (setting.student, setting.teacher):  # as promptkd's loader does
-            kernels.prepare(module, module.device)
+            kernels.prepare(module, module.device, compiled=compiled)
         kernels.prepare_learner(setting.student, setting.student.device)
         student = proven(LanguageModel(setting.student, vocabulary, DTYPE), "student")
         composition = build_method(method)
@@ -147,7 +148,9 @@ class OurStep:
             teacher_learner=(
                 Learner(adapted, torch.optim.AdamW(adapted, lr=1e-3)) if adapted else None
             ),
-            settings=StepSettings(micro_batch_tokens=micro_batch_tokens, teacher_step=teacher_step),
+            settings=StepSettings(
+                micro_batch_tokens=micro_batch_tokens, teacher_step=teacher_step, compiled=compiled
+            ),
         )
 
     def write(self, number: int) -> list[Rollout]:

@@ -12,6 +12,7 @@ from promptkd.kernels import attention, matmul, prepare
 from promptkd.models.language_model import PADDING, LanguageModel, proven, select_responses
 from promptkd.objectives import States, accumulate
 from test_attention import each_alone, module_of, randn
+from test_compiled import beside
 
 pytestmark = [
     pytest.mark.cuda,
@@ -111,17 +112,18 @@ def test_tokens_written_by_captured_steps_are_those_of_single_launches(monkeypat
     """Over extents of 8 columns, while rows are refilled and leave."""
     monkeypatch.setattr(decode_graph, "EXTENT", 8)
     model, written = on(CARD, name, seed=1, learns=False), []
-    for devices in ((), ("cuda",)):
-        monkeypatch.setattr(decode_graph, "DEVICES", devices)
-        assert decode_graph.fits(model) == bool(devices)
+    for compiled in (False, True):
+        monkeypatch.setattr(decode_graph, "is_compiled", lambda module, given=compiled: given)
+        assert decode_graph.fits(model) == compiled
         engine, decoding = TransformersEngine(model, STOP), GenerationSettings(20)
         written.append(engine.generate(REQUESTS, SEEDS, decoding, max_batch_tokens=90))
 
     assert written[0] == written[1]
 
 
-def test_steps_are_captured_anew_when_weights_have_changed():
+def test_steps_are_captured_anew_when_weights_have_changed(monkeypatch):
     """The working copy of mixed precision lies somewhere else at every call."""
+    monkeypatch.setattr(decode_graph, "is_compiled", lambda module: True)
     decoding = GenerationSettings(20, temperature=0.0)
 
     def engine_of(module):
@@ -134,3 +136,12 @@ def test_steps_are_captured_anew_when_weights_have_changed():
     after = engine.generate(REQUESTS, SEEDS, decoding)
 
     assert after == engine_of(other).generate(REQUESTS, SEEDS, decoding) != before
+
+
+@pytest.mark.parametrize("case", ["promptkd", "with_student", "checkpointing"])
+def test_compiled_kernels_leave_the_gradients_of_plain_ones(case):
+    found = beside("inductor", "cuda", case)[case]
+
+    assert found["nats"] < 1e-4
+    assert found["moved"] < 1e-4
+    assert found["compiled"][2] == 0

@@ -16,6 +16,12 @@ REQUESTS = [(5, 9, 30, 41, 7, 66, 12, 20), (50, 51), (22, 90, 14), (8, 9), (70,)
 FAMILIES = ("llama", "gpt2", "opt", "qwen3", "bloom", "falcon (ALiBi)", "gptj")
 
 
+@pytest.fixture(autouse=True)
+def fixed(monkeypatch):
+    """As on a card with ``kernels: compiled``."""
+    monkeypatch.setattr(decode_graph, "is_compiled", lambda module: True)
+
+
 def module_of(name):
     return tiny.model(name, seed=1) if name in tiny.ARCHITECTURES else plain(name)
 

@@ -308,6 +308,9 @@ class Recipe(Section):
     attention: Literal["auto", "sdpa", "flash", "eager"] = Field(
         default="auto", description="auto: torch's kernels, rows of different lengths apart"
     )
+    kernels: Literal["plain", "compiled"] = Field(
+        default="plain", description="compiled: torch fuses layers and losses; CUDA graphs write"
+    )
     sharding: Literal["none", "fsdp"] = Field(
         default="none", description="fsdp: every process keeps a part of both models' weights"
     )
@@ -337,11 +340,12 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _what_can_be_sharded(self) -> "Recipe":
+    def _what_goes_together(self) -> "Recipe":
         others = {
             "teacher.model: student": self.teacher and self.teacher.model == THE_STUDENT,
             "sampling.engine: vllm": self.sampling.engine == "vllm" and self.vllm_cannot_write,
             "attention: flash": self.attention == "flash",
+            "kernels: compiled": self.kernels == "compiled",
             "a measured micro_batch_tokens": self.optimization.micro_batch_tokens is None,
             "teacher.quantization": self.teacher and self.teacher.quantization,
         }
@@ -350,6 +354,10 @@ class Recipe(Section):
                 raise ValueError(f"sharding: fsdp and {other} don't go together: change one")
         if self.sharding == "none" and self.gathered_for == "step":
             raise ValueError("gathered_for: step needs sharding: fsdp; nothing is gathered")
+        for key in ("quantization", "offload"):
+            if self.kernels == "compiled" and self.teacher and getattr(self.teacher, key):
+                pair = f"kernels: compiled and teacher.{key}"
+                raise ValueError(f"{pair} don't go together: change one")
         return self
 
     @property

@@ -34,8 +34,9 @@ class _KL(torch.autograd.Function):
     def forward(ctx: Any, first: Tensor, second: Tensor) -> Tensor:  # pyright: ignore
         probabilities, gap = first.exp(), first - second
         # 0 log 0 counts as 0. log_softmax has no such entries, so a CPU looks first whether there
-        # are any; for a look at a GPU's numbers the host would wait, tile by tile.
-        looks = first.device.type == "cpu"
+        # are any; for a look at a GPU's numbers the host would wait, tile by tile. Compiled, it is
+        # no pass of its own.
+        looks = first.device.type == "cpu" and not torch.compiler.is_compiling()
         if not looks:
             gap.masked_fill_(first == -torch.inf, 0.0)
         value = (probabilities * gap).sum(-1)

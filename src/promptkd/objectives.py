@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from promptkd.divergences import DIVERGENCES, DivergenceFunction, LogProbs, PerToken
 from promptkd.errors import UserError
+from promptkd.kernels import compiled as compiler
 from promptkd.keys import function_named, suggest
 from promptkd.models.language_model import Head
 
@@ -259,7 +260,9 @@ class States:
     learns: bool
 
 
-Losses = Callable[[Mapping[str, LogProbs], slice], Mapping[str, PerToken]]
+Places = slice | Int[Tensor, " tile"]
+"""Which of the response tokens a tile holds; an index of tensors with an entry per token."""
+Losses = Callable[[Mapping[str, LogProbs], Places], Mapping[str, PerToken]]
 Timed = Callable[[str], AbstractContextManager[Any]]
 
 
@@ -274,34 +277,68 @@ def accumulate(
     weights: Mapping[str, float],
     tiling: Tiling | None = None,
     timed: Timed = untimed,
+    compiled: bool = False,
 ) -> dict[str, Tensor]:
     """Evaluate losses tile by tile and accumulate their weighted gradients in the models.
 
     Args:
         states: by name; those that learn receive gradients, trunk and head alike.
-        losses: from log-probabilities (by name, those of one tile) and the tile's slice to named
+        losses: from log-probabilities (by name, those of one tile) and the tile's places to named
             nats per token. Which side of a loss learns is decided there, by detaching the other.
         weights: what one token of each loss weighs, usually 1 / (response tokens of the step).
         tiling: ``TILINGS`` of the device by default.
         timed: entered as "losses" around heads and losses, and by name around a trunk's backward.
+        compiled: whether all between a tile's logits and its losses is compiled, and the way back.
 
     Returns:
         Every loss, without gradient, in nats, one entry per response token.
     """
     tiling = tiling or TILINGS[next(iter(states.values())).hidden.device.type]
     with timed("losses"):
-        nats, gradients = _walk(states, losses, weights, tiling)
+        evaluate = partial(_compiled_tile() if compiled else _tile, losses)
+        nats, gradients = _walk(states, evaluate, weights, tiling)
     for name, gradient in gradients.items():
         with timed(name):
             states[name].hidden.backward(gradient)
     return nats
 
 
+def _tile(
+    losses: Losses,
+    heads: Mapping[str, Head],
+    logits: Mapping[str, Float[Tensor, "tile vocab"]],
+    places: Places,
+) -> Mapping[str, PerToken]:
+    """Every loss at every token of a tile."""
+    return losses({name: heads[name].normalize(own) for name, own in logits.items()}, places)
+
+
+@cache
+def _compiled_tile() -> Callable[..., Mapping[str, PerToken]]:
+    """The same, and its backward pass, fused; places are a tensor, whose length may change."""
+    fused = compiler.compiled(_tile)
+
+    def evaluate(
+        losses: Losses,
+        heads: Mapping[str, Head],
+        logits: Mapping[str, Float[Tensor, "tile vocab"]],
+        places: slice,
+    ) -> Mapping[str, PerToken]:
+        device = next(iter(logits.values())).device
+        return fused(losses, heads, logits, torch.arange(places.start, places.stop, device=device))
+
+    return evaluate
+
+
 def _walk(
-    states: Mapping[str, States], losses: Losses, weights: Mapping[str, float], tiling: Tiling
+    states: Mapping[str, States],
+    evaluate: Callable[..., Mapping[str, PerToken]],
+    weights: Mapping[str, float],
+    tiling: Tiling,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Every loss at every token, and the gradients to the hidden states of those that learn."""
     any_state = next(iter(states.values()))
+    heads = {name: state.head for name, state in states.items()}
     num_tokens, vocabulary = any_state.hidden.shape[0], any_state.head.vocabulary
     learners = {name: state for name, state in states.items() if state.learns}
     gradients = {name: torch.empty_like(state.hidden) for name, state in learners.items()}
@@ -316,8 +353,7 @@ def _walk(
                 name: logits[name][here].detach().requires_grad_(state.learns)
                 for name, state in states.items()
             }
-            logprobs = {name: states[name].head.normalize(leaf) for name, leaf in leaves.items()}
-            values = losses(logprobs, tile)
+            values = evaluate(heads, leaves, tile)
             if learners:
                 total = torch.stack([weights[name] * value.sum() for name, value in values.items()])
                 total.sum().backward()

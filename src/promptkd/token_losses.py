@@ -12,7 +12,7 @@ from promptkd.divergences import LogProbs, PerToken, reverse_kl
 from promptkd.micro_batches import MicroBatch, idle, split_by_length
 from promptkd.models.language_model import LanguageModel, select_responses
 from promptkd.models.sharding import is_sharded, most
-from promptkd.objectives import States, accumulate
+from promptkd.objectives import Places, States, accumulate
 from promptkd.rollouts import Rollout
 
 Select: TypeAlias = Callable[[Tensor, Tensor], Tensor]
@@ -78,7 +78,7 @@ def token_losses(
         states = {name: reader.states(batch, select) for name, reader in readers.items()}
         ids, lengths = batch.response_ids, [len(r.response_ids) for r in batch.rollouts]
 
-        def of_tile(logprobs: Mapping[str, LogProbs], tile: slice, ids: Tensor = ids):
+        def of_tile(logprobs: Mapping[str, LogProbs], tile: Places, ids: Tensor = ids):
             return losses(logprobs, ids[tile])
 
         for name, values in accumulate(states, of_tile, {}).items():

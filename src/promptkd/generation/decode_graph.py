@@ -20,6 +20,7 @@ from transformers import DynamicCache
 
 from promptkd.generation.kv_cache import fixed_view, is_plain
 from promptkd.kernels.attention import NAME
+from promptkd.kernels.compiled import is_compiled
 from promptkd.models.language_model import LanguageModel
 
 EXTENT = 256
@@ -35,7 +36,7 @@ Decode = Callable[
 
 
 def fits(model: LanguageModel) -> bool:
-    """Whether a model's decode step may have fixed shapes and be captured.
+    """Whether a model's decode step has fixed shapes and is captured: with ``kernels: compiled``.
 
     Its cache has to be plain, its weights on the device, and its layers must ask the device
     nothing. So transformers says of an architecture; it isn't true of flash attention, which counts
@@ -46,6 +47,7 @@ def fits(model: LanguageModel) -> bool:
     rotations = {str(getattr(part, "rope_type", "")) for part in module.modules()}
     return (
         model.device.type in DEVICES
+        and is_compiled(module)
         and is_plain(module)
         and module._can_compile_fullgraph
         and module.config._attn_implementation in (NAME, "sdpa", "eager")

@@ -6,27 +6,35 @@ from transformers import PreTrainedModel
 
 from promptkd.errors import UserError
 from promptkd.kernels.attention import attend_grouped
+from promptkd.kernels.compiled import compile_layers
 from promptkd.kernels.norms_and_gates import save_only_inputs
 
 IMPLEMENTATIONS = {"sdpa": "sdpa", "eager": "eager", "flash": "flash_attention_2"}
 """The recipe's names of attention, and transformers'."""
 
 
-def prepare(module: PreTrainedModel, device: torch.device, attention: str = "auto") -> None:
+def prepare(
+    module: PreTrainedModel,
+    device: torch.device,
+    attention: str = "auto",
+    compiled: bool = False,
+) -> None:
     """Let a loaded model compute with the kernels of ``device``; nothing else changes a model.
 
     Attention by torch's kernels becomes ``grouped_sdpa``, unless another is asked for. On the CPU
-    norms and gated MLPs save only their inputs for the backward pass. Both are equal to
-    transformers' up to rounding. What is saved is an ordinary model.
+    norms and gated MLPs save only their inputs for the backward pass, unless layers are compiled
+    whole. All are equal to transformers' up to rounding. What is saved is an ordinary model.
 
     Raises:
-        UserError: if the model or this machine doesn't have that attention.
+        UserError: if the model or this machine doesn't have that attention, or can't compile.
     """
     if attention != "auto":
         _attend_by(module, device, attention)
     else:
         attend_grouped(module)
-    if device.type == "cpu":
+    if compiled:
+        compile_layers(module, device)
+    elif device.type == "cpu":
         save_only_inputs(module)
 
 

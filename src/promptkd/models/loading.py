@@ -12,12 +12,7 @@ from typing import Any
 import peft
 import torch
 from huggingface_hub import try_to_load_from_cache
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from promptkd import kernels
 from promptkd.errors import UserError
@@ -41,6 +36,7 @@ def load_model(
     device: torch.device | None = None,
     attention: str = "auto",
     storage: Storage = WHOLE,
+    compiled: bool = False,
 ) -> PreTrainedModel:
     """Load a causal language model for evaluation-mode use, with the kernels of its device.
 
@@ -52,10 +48,11 @@ def load_model(
         device: ``default_device`` if not given.
         attention: auto | sdpa | flash | eager.
         storage: how the weights are held, of a model that isn't to learn.
+        compiled: whether its layers are compiled for passes without a cache.
 
     Raises:
         UserError: if there is no such model, it doesn't have that attention here, or this machine
-            can't hold it so.
+            can't hold or compile it so.
     """
     device = device or default_device()
     storage.refuse_missing(device)
@@ -68,7 +65,7 @@ def load_model(
         )
     storage.apply(module, name)
     module.to(device)
-    kernels.prepare(module, device, attention)
+    kernels.prepare(module, device, attention, compiled)
     return module
 
 

@@ -40,6 +40,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from promptkd.errors import UserError
+from promptkd.kernels.compiled import layers_of
 from promptkd.models.loaded_once import is_adapter
 
 
@@ -99,8 +100,7 @@ def _sum_gradients(part: Any, device: torch.device) -> None:
 
 
 def _layers(module: PreTrainedModel) -> list[nn.Module]:
-    names = set(module._no_split_modules or ())
-    layers = [part for part in module.modules() if type(part).__name__ in names]
+    layers = layers_of(module)
     if not layers:
         raise UserError(
             f"sharding is fsdp, but {type(module).__name__} doesn't say which of its parts are "

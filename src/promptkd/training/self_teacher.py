@@ -49,7 +49,11 @@ class MovingAverage:
 
 
 def self_teacher(
-    section: TeacherSection, student: PreTrainedModel, name: str, dtype: torch.dtype
+    section: TeacherSection,
+    student: PreTrainedModel,
+    name: str,
+    dtype: torch.dtype,
+    compiled: bool,
 ) -> tuple[PreTrainedModel, MovingAverage | None]:
     """The student as its own teacher, without gradient; its average where it is one.
 
@@ -58,6 +62,7 @@ def self_teacher(
         student: loaded, with its adapters if it has some.
         name: that the student was loaded by.
         dtype: of a frozen copy's weights.
+        compiled: whether its layers are; those of a copy over the student's weights are as its own.
     """
     if section.follow == "live":
         return _shadow(student, lambda own: nn.Parameter(own.detach(), requires_grad=False)), None
@@ -66,7 +71,8 @@ def self_teacher(
         return module, MovingAverage(module, student, section.ema_decay)
     if any(isinstance(part, BaseTunerLayer) for part in student.modules()):
         return _without_adapters(_shadow(student, lambda own: own)), None
-    return load_model(name, dtype, student.device).requires_grad_(False), None
+    module = load_model(name, dtype, student.device, compiled=compiled)
+    return module.requires_grad_(False), None
 
 
 def refuse_moving_author(section: TeacherSection, method: Method) -> None:

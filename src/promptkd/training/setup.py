@@ -109,7 +109,8 @@ def set_up(recipe: Recipe, method: Method, device: torch.device, ranks: Ranks, s
     preflight.check_sampling(method, recipe.sampling)
     requests = read_requests(recipe, method, say)
     about = describe(requests.encoder, compute_dtype(recipe.precision, device), device, ranks)
-    about |= {"sharding": recipe.sharding, "engine": recipe.sampling.engine}
+    about |= {"kernels": recipe.kernels, "sharding": recipe.sharding}
+    about |= {"engine": recipe.sampling.engine}
     say(", ".join(f"{name} {value}" for name, value in about.items()))
     preflight.check_sharding(recipe, ranks.number)
     preflight.check_batch(recipe.optimization.global_batch_size, len(requests.data), ranks.number)
@@ -227,7 +228,7 @@ def _load_models(
     recipe: Recipe, device: torch.device, method: Method, requests: Requests
 ) -> Models:
     """Student and teacher over the token ids that both have."""
-    dtype = compute_dtype(recipe.precision, device)
+    dtype, compiled = compute_dtype(recipe.precision, device), recipe.kernels == "compiled"
     module = _load_student(recipe, dtype, device)
     vocabulary = embedding_rows(module)
     plain_teacher, teacher, teacher_tokenizer, comparable = None, None, None, False
@@ -237,10 +238,10 @@ def _load_models(
         teacher_tokenizer = load_tokenizer(name)
         if recipe.teacher.model == THE_STUDENT:
             refuse_moving_author(recipe.teacher, method)
-            other, average = self_teacher(recipe.teacher, module, name, dtype)
+            other, average = self_teacher(recipe.teacher, module, name, dtype, compiled)
         else:
             storage = Storage(recipe.teacher.quantization, recipe.teacher.offload)
-            other = load_model(name, dtype, device, recipe.attention, storage)
+            other = load_model(name, dtype, device, recipe.attention, storage, compiled)
             other.requires_grad_(False)
         rows = embedding_rows(other)
         tokenizers = requests.tokenizer, teacher_tokenizer
@@ -277,7 +278,10 @@ def _load_models(
 def _load_student(recipe: Recipe, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     lora = recipe.student.lora
     own_dtype = dtype if lora else torch.float32
-    module = load_model(recipe.student.model, own_dtype, device, recipe.attention)
+    compiled = recipe.kernels == "compiled"
+    module = load_model(
+        recipe.student.model, own_dtype, device, recipe.attention, compiled=compiled
+    )
     if isinstance(recipe.student.model, GivenModel) and not lora:
         own_weights(module)
     if lora:
@@ -312,6 +316,7 @@ def _bind_step(
             kept_tokens=budget.kept,
             max_grad_norm=optimization.max_grad_norm,
             teacher_step=optimization.teacher_step,
+            compiled=recipe.kernels == "compiled",
         ),
         ranks=ranks,
     )

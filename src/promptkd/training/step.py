@@ -26,7 +26,7 @@ from promptkd.errors import NotFinite
 from promptkd.micro_batches import MicroBatch, idle, split_by_length
 from promptkd.models import sharding
 from promptkd.models.language_model import LanguageModel, select_responses
-from promptkd.objectives import Losses, States, Tiling, TokenView, accumulate
+from promptkd.objectives import Losses, Places, States, Tiling, TokenView, accumulate
 from promptkd.ranks import ALONE, Ranks
 from promptkd.rollouts import Rollout
 from promptkd.teachers import Teacher
@@ -117,6 +117,7 @@ class StepSettings:
         max_grad_norm: of the student's gradient and of the teacher's, each.
         teacher_step: "before_student" or "with_student", see above.
         tiling: of the losses; the device's own if None.
+        compiled: whether what is computed on each tile is compiled.
     """
 
     micro_batch_tokens: int
@@ -124,6 +125,7 @@ class StepSettings:
     max_grad_norm: float = 1.0
     teacher_step: str = "before_student"
     tiling: Tiling | None = None
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -315,9 +317,8 @@ class Step:
             "towards_itself": work.coefficient * piece.adaptation_weight,
         }
         metrics.cost.count_heads(states.values())
-        losses = self._losses(piece, work)
-        tiling = self.settings.tiling
-        found = accumulate(states, losses, weights, tiling, metrics.cost.timed)
+        way = self.settings.tiling, metrics.cost.timed, self.settings.compiled
+        found = accumulate(states, self._losses(piece, work), weights, *way)
         for name, nats in found.items():
             total = nats.sum().item()  # all that the host waits for
             if not math.isfinite(total):
@@ -333,14 +334,14 @@ class Step:
         tokens = piece.batch.response_ids
         annotations = {name: piece.batch.annotation(name) for name in objective.annotations}
 
-        def losses(logprobs: Mapping[str, LogProbs], tile: slice) -> dict[str, PerToken]:
+        def losses(logprobs: Mapping[str, LogProbs], tile: Places) -> dict[str, PerToken]:
             values = {}
             q = logprobs["student"].detach()
             if work.adapts:
                 assert adaptation is not None
                 p_prompted = logprobs["teacher"]
                 values["towards_student"] = adaptation.towards_student.between(p_prompted, q)
-                if work.coefficient:
+                if "plain" in logprobs:
                     values["towards_itself"] = adaptation.towards_itself.between(
                         p_prompted, logprobs["plain"]
                     )
