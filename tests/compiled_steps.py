@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 import tiny
 from promptkd import kernels
 from promptkd.adapters import add_lora
+from promptkd.divergences import forward_kl  # noqa: F401  a user's own, by its module
 from promptkd.kernels import compiled
 from promptkd.methods import build_method
 from promptkd.models.language_model import LanguageModel
@@ -39,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "checkpointing": {"checkpointing": True},
     "padded": {"packing": False},
     "lora": {"method": "gkd", "lora": True},
+    "own": {"method": "gkd", "options": {"divergence": "compiled_steps:forward_kl"}},
     "losses": {"teacher_step": "with_student", "layers": False},
 }
 
@@ -56,6 +58,7 @@ def step_of(
     device: torch.device,
     fused: bool,
     method: str = "promptkd",
+    options: dict[str, Any] | None = None,
     teacher_step: str = "before_student",
     checkpointing: bool = False,
     packing: bool = True,
@@ -63,7 +66,7 @@ def step_of(
     lora: bool = False,
 ) -> Step:
     """Two micro-batches, of two tiles and more; SGD with rate 1, so that updates are gradients."""
-    composition = build_method(method)
+    composition = build_method(method, **(options or {}))
     models = []
     for number, learns in ((2, True), (3, False)):
         module = tiny.model("llama", num_layers=number, seed=number).requires_grad_(learns)

@@ -19,7 +19,17 @@ from promptkd.errors import UserError
 from promptkd.kernels import compiled, prepare
 
 PROGRAM = Path(__file__).with_name("compiled_steps.py")
-TRACED = ("promptkd", "with_student", "gkd", "sft", "taid", "checkpointing", "padded", "lora")
+TRACED = (
+    "promptkd",
+    "with_student",
+    "gkd",
+    "sft",
+    "taid",
+    "own",
+    "checkpointing",
+    "padded",
+    "lora",
+)
 CODE = ("sft", "losses")  # the student's layers, and all losses of student and teacher
 
 

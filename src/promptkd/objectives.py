@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -122,17 +122,21 @@ class Divergence:
     annotations = ()
 
     def __post_init__(self) -> None:
-        function = divergence_function(self.name)
-        known = list(inspect.signature(function).parameters)[2:]
+        known = list(inspect.signature(self.function).parameters)[2:]
         for option, _ in self.options:
             if option not in known:
                 takes = f"takes {', '.join(known)}" if known else "takes no options"
                 raise ValueError(f"divergence '{self.name}' {takes}, but '{option}' is given.")
         # What is wrong fails here, not in the first step.
-        _try(self.name, partial(function, **dict(self.options)))
+        _try(self.name, partial(self.function, **dict(self.options)))
+
+    @cached_property
+    def function(self) -> DivergenceFunction:
+        """Of two log-probabilities; looked up once, and not by a compiler."""
+        return divergence_function(self.name)
 
     def between(self, learner: LogProbs, target: LogProbs) -> PerToken:
-        return divergence_function(self.name)(learner, target, **dict(self.options))
+        return self.function(learner, target, **dict(self.options))
 
     def __call__(self, view: TokenView) -> PerToken:
         return self.between(view.student, view.target)
