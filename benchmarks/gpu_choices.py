@@ -1,6 +1,6 @@
 """Sections of gpu.py that decide how the library should compute on a card: one way against others.
 
-What isn't built in is worth building where it is as much faster as said at its section.
+What isn't the default is worth choosing where it is as much faster as said at its section.
 """
 
 from collections.abc import Callable

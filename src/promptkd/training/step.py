@@ -317,8 +317,8 @@ class Step:
             "towards_itself": work.coefficient * piece.adaptation_weight,
         }
         metrics.cost.count_heads(states.values())
-        way = self.settings.tiling, metrics.cost.timed, self.settings.compiled
-        found = accumulate(states, self._losses(piece, work), weights, *way)
+        losses, timed, own = self._losses(piece, work), metrics.cost.timed, self.settings
+        found = accumulate(states, losses, weights, own.tiling, timed, own.compiled)
         for name, nats in found.items():
             total = nats.sum().item()  # all that the host waits for
             if not math.isfinite(total):
