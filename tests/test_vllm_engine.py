@@ -35,19 +35,20 @@ def test_a_machine_without_vllm_is_told_so_before_the_run(tmp_path, monkeypatch)
         runs.train(raw)
 
 
-@pytest.fixture(scope="module")
-def engines():
-    student = LanguageModel(
-        tiny.model("llama", seed=3, width=128, num_attention_heads=2, num_key_value_heads=1), 98
-    )
+def pair(**config):
+    """A student's two engines."""
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    student = LanguageModel(tiny.model("llama", seed=3, width=128, **heads, **config), 98)
     return student, VLLMEngine(student, (tiny.EOS,), 64), TransformersEngine(student, (tiny.EOS,))
 
 
-@runs.needs_vllm
-def test_greedy_text_is_that_of_the_transformers_engine_also_after_an_update(engines):
-    student, ours, plain = engines
+@pytest.fixture(scope="module")
+def engines():
+    return pair()
+
+
+def assert_alike_after_an_update(student, ours, plain):
     decoding = GenerationSettings(12, temperature=0.0)
-    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
     before = ours.generate(REQUESTS, SEEDS, decoding)
     assert before == plain.generate(REQUESTS, SEEDS, decoding)
     with torch.no_grad():
@@ -56,6 +57,12 @@ def test_greedy_text_is_that_of_the_transformers_engine_also_after_an_update(eng
     after = ours.generate(REQUESTS, SEEDS, decoding)
     assert after == plain.generate(REQUESTS, SEEDS, decoding)
     assert after != before
+
+
+@runs.needs_vllm
+def test_greedy_text_is_that_of_the_transformers_engine_also_after_an_update(engines):
+    threads, set_threads = torch.get_num_threads(), torch.set_num_threads
+    assert_alike_after_an_update(*engines)
     assert (torch.get_num_threads(), torch.set_num_threads) == (threads, set_threads)
 
 
@@ -236,6 +243,9 @@ class StandIn:
     def collective_rpc(self, name, kwargs):
         self.calls.append(name)
 
+    def apply_model(self, function):
+        self.calls.append("pack")
+
     def reset_prefix_cache(self):
         pass
 
@@ -270,7 +280,8 @@ def test_the_first_request_is_scored_by_both_engines_once(started):
     engine, ours = start(likeliest(student, REQUESTS[0], 4))
     ours.generate(REQUESTS[:1], SEEDS[:1], GenerationSettings(4))
     ours.generate(REQUESTS[:1], SEEDS[:1], GenerationSettings(4))
-    assert engine.calls == ["reload_weights", "write", "write", "reload_weights", "write"]
+    push = ["reload_weights", "pack"]
+    assert engine.calls == [*push, "write", "write", *push, "write"]
 
     _, ours = start((50, 51, 52, 53))
     with pytest.raises(UserError, match="vLLM writes something else than the student"):
@@ -283,8 +294,9 @@ def test_an_engine_that_sleeps_is_woken_before_weights_are_pushed(started):
     engine, ours = start(text, enable_sleep_mode=True, gpu_memory_utilization=0.5)
     for _ in range(2):
         ours.generate(REQUESTS[:1], SEEDS[:1], GenerationSettings(4))
-    first = ["reload_weights", "write", "write", "sleep 2"]
-    assert engine.calls == [*first, "wake", "reload_weights", "write", "sleep 2"]
+    push = ["reload_weights", "pack"]
+    first = [*push, "write", "write", "sleep 2"]
+    assert engine.calls == [*first, "wake", *push, "write", "sleep 2"]
     assert engine.options["gpu_memory_utilization"] == 0.5
     assert engine.options["enforce_eager"]
 
@@ -320,3 +332,9 @@ def test_on_a_gpu_it_writes_by_cuda_graphs(started, monkeypatch):
 def test_options_that_vllm_cannot_be_given_are_refused_when_read(tmp_path, sampling, reason):
     with pytest.raises(UserError, match=reason):
         recipe_from_dict(tiny.recipe(tmp_path, sampling=sampling))
+
+
+@runs.needs_vllm
+def test_an_update_also_reaches_an_output_layer_that_is_the_embeddings():
+    """The last here: with this engine goes what all of a process share."""
+    assert_alike_after_an_update(*pair(tie_word_embeddings=True))

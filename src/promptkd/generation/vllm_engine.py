@@ -181,11 +181,12 @@ class VLLMEngine:
         )
 
     def _push_weights(self) -> None:
-        # The prefix cache holds keys of the weights before.
         self._engine.collective_rpc(
             "reload_weights", kwargs={"weights_iterator": list(whole_weights(self._model))}
         )
-        self._engine.reset_prefix_cache()
+        if self._model.device.type == "cpu":
+            self._engine.apply_model(_pack_head)
+        self._engine.reset_prefix_cache()  # it holds keys of the weights before
 
 
 def expect_several() -> None:
@@ -224,6 +225,14 @@ def whole_weights(model: LanguageModel) -> Iterator[tuple[str, torch.Tensor]]:
             layer: Any = adapted[name]
             weight = weight + layer.get_delta_weight("default").detach()
         yield name.replace(".base_layer.", "."), weight.to(model.dtype)
+
+
+def _pack_head(module: Any) -> None:
+    """On a CPU vLLM multiplies by packed copies, and a reload leaves a tied head's as it was."""
+    layers: Any = importlib.import_module("vllm.model_executor.layers.vocab_parallel_embedding")
+    for layer in module.modules():
+        if isinstance(layer, layers.ParallelLMHead):
+            layer.quant_method.process_weights_after_loading(layer)
 
 
 @dataclass
