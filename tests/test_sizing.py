@@ -132,6 +132,16 @@ def test_the_pair_of_a_whole_card_takes_what_was_computed_by_hand():
     assert writing_bytes(PAIR) > 2 * SMALL.weights
 
 
+def test_requests_that_wait_for_a_row_are_read_beside_the_cache():
+    """Half of PAIR's tokens are requests': of 32,768 in the cache, as many again are half."""
+    cached = writing_bytes(PAIR) - 2 * SMALL.weights
+    token = 4 * SMALL.layers * SMALL.keys
+    at_once = writing_bytes(replace(PAIR, batch=31)) - 2 * SMALL.weights
+
+    assert cached == token * 1.5 * 32768
+    assert at_once == token * 31 * PAIR.longest
+
+
 def test_sharding_divides_what_stands_and_quantising_the_teachers_layers():
     whole, sharded = (standing_bytes(replace(PAIR, ranks=8, sharded=s)) for s in (False, True))
     assert sharded["gradients and optimizer"] == whole["gradients and optimizer"] / 8

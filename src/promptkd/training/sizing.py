@@ -264,17 +264,18 @@ def _gathered(plan: Plan) -> float:
 def writing_bytes(plan: Plan, batch_tokens: int = 32768) -> float:
     """While responses are written, more than what stands.
 
-    By transformers: a copy in bf16, and keys and values of a batch of rows; by a vLLM that sleeps
-    meanwhile: its share.
+    By transformers: a copy in bf16, keys and values of a batch of rows, and of the requests that
+    are read beside it where some wait for a row; by a vLLM that sleeps meanwhile: its share.
     """
     if plan.vllm:
         return (plan.vllm_share or 0.0) * plan.memory if plan.vllm_sleeps else 0.0
     if not plan.on_policy:
         return 0.0
     own = plan.student
-    tokens = min(batch_tokens, plan.rows * plan.longest)
-    copied = plan.sharded or not plan.lora
-    return 2 * own.weights * copied + 4 * own.layers * own.keys * tokens
+    tokens = plan.rows * plan.longest
+    if tokens > batch_tokens:
+        tokens = batch_tokens * (1 + plan.request / (plan.request + plan.response))
+    return 2 * own.weights * (plan.sharded or not plan.lora) + 4 * own.layers * own.keys * tokens
 
 
 def kept_per_token(plan: Plan) -> float:
