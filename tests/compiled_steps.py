@@ -40,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "checkpointing": {"checkpointing": True},
     "padded": {"packing": False},
     "lora": {"method": "gkd", "lora": True},
+    "lora teacher": {"options": {"teacher": "lora"}},
     "own": {"method": "gkd", "options": {"divergence": "compiled_steps:forward_kl"}},
     "losses": {"teacher_step": "with_student", "layers": False},
 }
@@ -80,6 +81,9 @@ def step_of(
     teacher = composition.teacher and composition.teacher.build(other, tiny.tokenizer())
     own = [weight for weight in student.module.parameters() if weight.requires_grad]
     adapted = teacher.parameters() if teacher else []
+    for weight in adapted:
+        if not weight.any():  # an adapter of zeros leaves its teacher alone: losses of 0
+            torch.nn.init.normal_(weight, std=0.1, generator=torch.Generator().manual_seed(0))
     return Step(
         composition,
         student,

@@ -29,6 +29,7 @@ TRACED = (
     "checkpointing",
     "padded",
     "lora",
+    "lora teacher",
 )
 CODE = ("sft", "losses")  # the student's layers, and all losses of student and teacher
 
