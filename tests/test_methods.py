@@ -13,7 +13,7 @@ from promptkd.divergences import reverse_kl
 from promptkd.methods import build_method
 from promptkd.models.language_model import LanguageModel
 from promptkd.objectives import Divergence, PolicyGradient, SampledToken, TokenView
-from promptkd.rollouts import Generators, Rollout, Student, TeacherMixed
+from promptkd.rollouts import Generators, Mixture, Rollout, Student, TeacherMixed
 from promptkd.teachers import Interpolated
 
 TOKENS, VOCABULARY = 5, 7
@@ -171,6 +171,12 @@ def test_a_share_of_sft_is_a_term_of_its_own_on_the_references(name):
     assert own.objective == build_method(name).terms[0].objective
     assert (own.rollouts, own.weight) == (Student(), 0.75)
     assert given == replace(build_method("sft").terms[0], weight=0.25)
+
+
+def test_promptkd_half_is_promptkd_on_a_text_that_is_the_references_every_other_time():
+    half, whole = build_method("promptkd_half"), build_method("promptkd")
+    assert half.terms == (replace(whole.terms[0], rollouts=Mixture(0.5)),)
+    assert (half.teacher, half.adaptation) == (whole.teacher, whole.adaptation)
 
 
 @pytest.mark.parametrize("share", [0.4, 0.7, 1.0])

@@ -2,14 +2,14 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from promptkd.adapters import LoRA, Prefix
 from promptkd.keys import option_faults, refuse_look_alikes, suggest
-from promptkd.objectives import Objective
+from promptkd.objectives import CrossEntropy, Divergence, Objective, Weighted
 from promptkd.replay import Repeated
 from promptkd.rollouts import (
     Corpus,
@@ -162,3 +162,31 @@ def source(name: str, student_share: float | None = None) -> Source:
     if name not in sources:
         raise ValueError(f"rollouts is '{name}'{suggest(name, [*sources, 'mixture'])}")
     return sources[name]
+
+
+def with_sft(term: Term, share: float) -> tuple[Term, ...]:
+    """A term, and in its place to ``share`` the cross-entropy on the same requests' references.
+
+    Raises:
+        ValueError: for a share outside [0, 1).
+    """
+    if not 0 <= share < 1:
+        raise ValueError(f"sft_share is {share}: a share lies in [0, 1); with 1 take sft.")
+    if share == 0:
+        return (term,)
+    return replace(term, weight=1 - share), Term(Reference(), CrossEntropy(), share)
+
+
+def cross_entropy_and_kl(kl_share: float) -> Objective:
+    """(1 - kl_share) (-log q) + kl_share KL(p || q) at each token.
+
+    Raises:
+        ValueError: for a share outside [0, 1].
+    """
+    if not 0 <= kl_share <= 1:
+        raise ValueError(f"kl_share is {kl_share}: a share lies in [0, 1].")
+    if kl_share == 0:
+        return CrossEntropy()
+    if kl_share == 1:
+        return Divergence("forward_kl")
+    return Weighted(((1 - kl_share, CrossEntropy()), (kl_share, Divergence("forward_kl"))))

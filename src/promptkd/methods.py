@@ -21,6 +21,7 @@ and its code disagree, the docstring says which one is followed.
     sdft       q                               KL(q || p(.|c, x))             frozen, knows c
     opcd       q                               KL(q || p(.|c, x))             frozen, knows c
     promptkd   q                               KL(q || p_P)                   soft prompt P learns
+    promptkd_half  q, for half of the requests, else the data; the rest as in promptkd
 """
 
 import functools
@@ -31,13 +32,19 @@ from typing import Any, ParamSpec
 
 from pydantic import ConfigDict, ValidationError, validate_call
 
-from promptkd.composition import Method, Term, source, teacher_specification
+from promptkd.composition import (
+    Method,
+    Term,
+    cross_entropy_and_kl,
+    source,
+    teacher_specification,
+    with_sft,
+)
 from promptkd.errors import UserError
 from promptkd.keys import function_named, option_faults, refuse_look_alikes, suggest
 from promptkd.objectives import (
     CrossEntropy,
     Divergence,
-    Objective,
     PolicyGradient,
     SampledToken,
     Weighted,
@@ -76,7 +83,7 @@ def kd(kl_share: float = 0.5, rollouts: str = "reference") -> Method:
 
     Source: Hinton et al. 2015; kl_share 0.5 as in MiniLLM's and PromptKD's scripts.
     """
-    return Method("kd", (Term(source(rollouts), _cross_entropy_and_kl(kl_share)),), Frozen())
+    return Method("kd", (Term(source(rollouts), cross_entropy_and_kl(kl_share)),), Frozen())
 
 
 @_method
@@ -88,7 +95,7 @@ def seqkd(kl_share: float = 0.0) -> Method:
 
     Source: Kim and Rush 2016, arXiv:1606.07947.
     """
-    return Method("seqkd", (Term(OfflineTeacher(), _cross_entropy_and_kl(kl_share)),), Frozen())
+    return Method("seqkd", (Term(OfflineTeacher(), cross_entropy_and_kl(kl_share)),), Frozen())
 
 
 @_method
@@ -127,7 +134,7 @@ def gkd(
     writer = Student() if student_share == 1 else Mixture(student_share)
     objective = Divergence(divergence, options_of(beta=beta, skew=skew))
     specification = teacher_specification(teacher, teacher_options)
-    return Method("gkd", _with_sft(Term(writer, objective), sft_share), specification)
+    return Method("gkd", with_sft(Term(writer, objective), sft_share), specification)
 
 
 @_method
@@ -336,27 +343,22 @@ def promptkd(
     moving = Divergence(adaptation_divergence), Divergence(regularizer_divergence)
     adaptation = Adaptation(*moving, regularizer=regularizer, anneal=anneal)
     objective = Divergence(divergence, options_of(beta=beta, skew=skew))
-    terms = _with_sft(Term(source(rollouts, student_share), objective), sft_share)
+    terms = with_sft(Term(source(rollouts, student_share), objective), sft_share)
     return Method("promptkd", terms, specification, adaptation=adaptation)
 
 
-def _with_sft(term: Term, share: float) -> tuple[Term, ...]:
-    """A term, and in its place to ``share`` the cross-entropy on the same requests' references."""
-    if not 0 <= share < 1:
-        raise ValueError(f"sft_share is {share}: a share lies in [0, 1); with 1 take sft.")
-    if share == 0:
-        return (term,)
-    return replace(term, weight=1 - share), Term(Reference(), CrossEntropy(), share)
+@_method
+def promptkd_half() -> Method:
+    """PromptKD in which each request has, with probability 1/2 a step, the reference's text.
 
+        L_prompt, L_student of promptkd,   y ~ q(.|x)  or  y = the reference, 1/2 each
 
-def _cross_entropy_and_kl(kl_share: float) -> Objective:
-    if not 0 <= kl_share <= 1:
-        raise ValueError(f"kl_share is {kl_share}: a share lies in [0, 1].")
-    if kl_share == 0:
-        return CrossEntropy()
-    if kl_share == 1:
-        return Divergence("forward_kl")
-    return Weighted(((1 - kl_share, CrossEntropy()), (kl_share, Divergence("forward_kl"))))
+    What ``promptkd distill`` does where there are references: ``promptkd`` with rollouts="mixture",
+    where another share or prompt can be set.
+
+    Source: measured here, docs/promptkd-half.md.
+    """
+    return replace(promptkd(rollouts="mixture"), name="promptkd_half")
 
 
 def build_method(name: str, **options: Any) -> Method:
