@@ -12,8 +12,13 @@ from safetensors.torch import load_file
 
 import tiny
 from promptkd import api
+from promptkd.composition import Method, Term
 from promptkd.config import recipe_from_dict
 from promptkd.data import Encoder, batch_of_step, read_examples, training_set
+from promptkd.objectives import Divergence
+from promptkd.rollouts import Student
+from promptkd.teachers import Adaptation, SoftPrompt, SoftPromptTeacher
+from promptkd.training import preflight
 
 STEPS, DECAY, MAX_NORM = 3, 0.01, 1.0
 RATES = {"adamw": (1e-2, 2e-2), "sgd": (0.5, 1.0)}  # of the student and of the soft prompt
@@ -249,3 +254,43 @@ def test_three_training_steps_equal_the_derivation(pairs, tmp_path, case, archit
             adapter = load_file(output / "teacher_adapter/adapter_model.safetensors")
             origin = teacher.get_input_embeddings().weight[prompt_ids]
             assert relative_error(adapter["prompt_embeddings"], soft_prompt, origin) < 2e-5
+
+
+class TwoVoices(SoftPromptTeacher):
+    """Its prompt learns; to the student, which needs no gradient of it, it speaks without."""
+
+    def hidden_states(self, tokens):
+        adapts = torch.is_grad_enabled()
+        return super().hidden_states(tokens) if adapts else self.plain_hidden_states(tokens)
+
+
+class Aside(SoftPrompt):
+    def build(self, model, tokenizer):
+        built = super().build(model, tokenizer)
+        return TwoVoices(model, built.soft_prompt.detach(), trainable=True)
+
+
+def control() -> Method:
+    """PromptKD, but its student is taught by the plain teacher."""
+    return Method("control", (Term(Student(), Divergence("reverse_kl")),), Aside(3), Adaptation())
+
+
+def test_a_student_of_the_plain_teacher_is_gkds_whatever_a_prompt_learns_beside_it(
+    pairs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(preflight, "_check_front", lambda *states: None)  # asks without gradient
+    for name in ("gkd", "test_step:control", "promptkd"):
+        output = tmp_path / name.partition(":")[0]
+        train(pairs["llama"], output, {"name": name}, "before_student", "sgd", 50)
+    gkd, beside, promptkd = (
+        load_file(tmp_path / run / "student/model.safetensors")
+        for run in ("gkd", "test_step", "promptkd")
+    )
+    adapter = load_file(tmp_path / "test_step/teacher_adapter/adapter_model.safetensors")
+    start = tiny.model("llama", num_layers=3, rows=128, seed=2).get_input_embeddings().weight
+    first = tiny.tokenizer()("Suppose you are a student.").input_ids[:3]
+
+    assert (adapter["prompt_embeddings"] - start[first]).norm() > 0.1
+    for weight, expected in gkd.items():
+        assert torch.equal(beside[weight], expected)
+    assert any(not torch.equal(promptkd[weight], gkd[weight]) for weight in gkd)
