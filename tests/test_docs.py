@@ -318,3 +318,15 @@ def test_the_parts_of_the_methods_page_exist():
 def test_every_metric_has_its_line_in_the_docs():
     text = (ROOT / "docs" / "metrics.md").read_text()
     assert [name for name in (*TEXT_METRICS, *CRITERIA) if f"| `{name}`" not in text] == []
+
+
+def test_exposure_bias_over_training_is_what_the_runs_wrote():
+    page = (ROOT / "docs" / "exposure-bias.md").read_text().partition("## Over training")[2]
+    for arm, column in (("gkd", 2), ("promptkd", 3)):
+        file = ROOT / "results" / "exposure-over-training" / f"{arm}.metrics.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for row in (row for row in lines if "exposure_bias" in row):
+            excess = row["exposure_bias"]["excess"]
+            written = ", ".join(f"{excess[n - 1]:.1f}" for n in (16, 32, 64)).replace("-", "−")
+            (line,) = re.findall(rf"(?m)^\| {row['step']} \|.*$", page)
+            assert line.split("|")[column].strip() == written
